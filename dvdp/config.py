@@ -1,0 +1,478 @@
+"""``params.yaml`` as one validated tree of frozen dataclasses.
+
+Each section checks itself, however it is made; :func:`read_params` also checks types and unknown keys, and answers
+every mistake with one sentence. A :class:`Run` is what one setting with one seed amounts to, overrides applied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from dvdp.errors import UserError, did_you_mean
+from dvdp.sampling import RULES, share_steps
+from dvdp.schedule import ATTENUATIONS, Schedule
+
+ProcessName = Literal["ddpm", "subspace", "dvdp"]
+Target = Literal["noise", "velocity", "clean"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base of all sections: unknown keys are errors."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def _at_least(self, bound: float, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) >= bound:  # also not a number
+                raise UserError(f"{name}: found {getattr(self, name)}, expected at least {bound}")
+
+    def _share(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}: found {getattr(self, name)}, expected a number from 0 to 1")
+
+
+@dataclass(frozen=True)
+class DatasetParams(Section):
+    """What ``dvdp prepare`` turns into LMDB."""
+
+    name: str = "digits"
+    """Names the registered models and the reports."""
+    source: Literal["digits", "image_folder", "cifar10"] = "digits"
+    path: Path | None = None
+    """Folder, tar or archive of the source; ``digits`` needs none."""
+    resolution: int = 32
+    """Side of the square images, in pixels."""
+    encoding: Literal["raw", "png"] = "raw"
+    flip: bool = False
+    """Mirror images at random when training."""
+    max_skipped: float = 0.01
+    """Share of unreadable images above which preparing fails."""
+
+    def __post_init__(self) -> None:
+        self._at_least(4, "resolution")
+        self._share("max_skipped")
+        if not self.name.replace("-", "").replace("_", "").isalnum():
+            raise UserError(f"name: found '{self.name}', expected letters, digits, '-' and '_' alone")
+        if self.source == "image_folder" and self.path is None:
+            raise UserError("path: found nothing, expected the folder or tar of images that image_folder reads")
+
+
+@dataclass(frozen=True)
+class ProcessParams(Section):
+    """The schedule that all settings share; see :mod:`dvdp.schedule`."""
+
+    timesteps: int = 1000
+    base: Literal["linear", "cosine"] = "linear"
+    shift: float = 0.0
+    """Added to the base's log-SNR, in nats."""
+    attenuation: str = "cosine"
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "timesteps")
+        if not 0 < self.floor <= 1:
+            raise UserError(f"floor: found {self.floor}, expected a number above 0 and at most 1")
+        if self.attenuation not in ATTENUATIONS:
+            raise UserError(
+                f"attenuation: found '{self.attenuation}'{did_you_mean(self.attenuation, ATTENUATIONS)},"
+                f" expected one of {', '.join(ATTENUATIONS)}"
+            )
+
+    def schedule(self, process: ProcessName, turning_points: tuple[int, ...]) -> Schedule:
+        """The schedule of a setting."""
+        if process == "dvdp":
+            return Schedule.dvdp(turning_points, self.timesteps, self.base, self.shift, self.attenuation, self.floor)
+        if process == "subspace":
+            return Schedule.subspace(turning_points, self.timesteps, self.base, self.shift)
+        return Schedule.ddpm(self.timesteps, self.base, self.shift)
+
+
+@dataclass(frozen=True)
+class SettingParams(Section):
+    """One line of the comparison."""
+
+    name: str
+    process: ProcessName
+    turning_points: tuple[int, ...] = ()
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Other values for this setting alone: {section: {key: value}}, of process, model, training and sampling."""
+
+    def __post_init__(self) -> None:
+        if not self.name.replace("-", "").replace("_", "").isalnum():
+            raise UserError(f"name: found '{self.name}', expected letters, digits, '-' and '_' alone")
+        if self.process == "ddpm" and self.turning_points:
+            raise UserError(f"turning_points: found {list(self.turning_points)}, expected none for process ddpm")
+        for section in self.overrides:
+            if section not in OVERRIDABLE:
+                raise UserError(
+                    f"overrides: found section '{section}'{did_you_mean(section, OVERRIDABLE)},"
+                    f" expected one of {', '.join(OVERRIDABLE)}"
+                )
+
+
+@dataclass(frozen=True)
+class ModelParams(Section):
+    """The UNet of Dhariwal & Nichol (2021), and what it predicts."""
+
+    predicts: Target = "noise"
+    channels: int = 32
+    """Width of the first stage; multiple of 4."""
+    multipliers: tuple[int, ...] = (1, 2, 2)
+    """Width of each stage over ``channels``; each stage has half the side of the one before."""
+    blocks: int = 1
+    """Residual blocks a stage."""
+    attention: tuple[int, ...] = (4,)
+    """Downsampling factors, within the network, of the stages that have self-attention."""
+    head_channels: int = 32
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "blocks", "head_channels")
+        self._share("dropout")
+        if self.channels < 4 or self.channels % 4:
+            raise UserError(f"channels: found {self.channels}, expected a multiple of 4")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise UserError(f"multipliers: found {list(self.multipliers)}, expected at least one, none below 1")
+        factors = [2**i for i in range(len(self.multipliers))]
+        for factor in self.attention:
+            if factor not in factors:
+                raise UserError(f"attention: found factor {factor}, expected only factors of this network, {factors}")
+            width = self.channels * self.multipliers[factors.index(factor)]
+            if width % min(self.head_channels, width):
+                raise UserError(
+                    f"head_channels: found {self.head_channels}, expected a divisor of {width},"
+                    f" the width at factor {factor}"
+                )
+
+    def check_side(self, side: int, levels: int) -> None:
+        """Raise UserError unless this network can halve the smallest level of such images often enough."""
+        halvings, smallest = len(self.multipliers) - 1, side >> levels
+        if side % 2**levels or smallest % 2**halvings:
+            raise UserError(
+                f"multipliers: found {len(self.multipliers)} stages, which halve the side {halvings} times, expected"
+                f" few enough for level {levels} of {side} px images, which has {side / 2**levels:g} px; use fewer"
+                " stages, fewer turning points or larger images"
+            )
+
+
+@dataclass(frozen=True)
+class TrainingParams(Section):
+    """How a network is trained. Progress is counted in images."""
+
+    images: int = 100_000
+    """Images that DDPM is trained on."""
+    budget: Literal["flops", "images"] = "flops"
+    """What settings have in common: training FLOPs (a cheaper setting sees more images), or images."""
+    batch: int = 64
+    """Images a step, over all ranks and accumulated parts."""
+    accumulation: int = 1
+    """Parts of a batch that go through the network one after the other."""
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    warmup_images: int = 5_000
+    clip_norm: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema_halflife_images: int = 20_000
+    ema_ramp: float = 0.1
+    """The half-life is at most this share of the images seen so far."""
+    checkpoint_images: int = 20_000
+    """Images between checkpoints."""
+    keep_checkpoints: int = 2
+    log_images: int = 3_200
+    """Images between log lines."""
+    preview_images: int = 50_000
+    """Images between previews; 0 for none."""
+    preview_count: int = 16
+    preview_steps: int = 50
+    loader_workers: int = 0
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "images", "batch", "accumulation", "keep_checkpoints", "log_images", "checkpoint_images")
+        self._at_least(1, "preview_count", "preview_steps", "ema_halflife_images")
+        self._at_least(0, "weight_decay", "warmup_images", "preview_images", "loader_workers")
+        for name in ("learning_rate", "clip_norm", "ema_ramp"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}: found {getattr(self, name)}, expected a number above 0")
+
+
+@dataclass(frozen=True)
+class ClusterParams(Section):
+    """What a run may use. Addresses come from the environment (``RAY_ADDRESS``)."""
+
+    num_workers: int = 1
+    """Ranks of one training run, and workers that sample."""
+    threads: int = 2
+    """CPU threads a worker."""
+    gpu: bool = False
+    """One GPU for each worker."""
+    max_failures: int = 2
+    """Worker failures after which a run gives up."""
+    storage: Path = Path("runs")
+    """Checkpoints, samples and metrics of every run; all nodes of a cluster must see this folder."""
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "num_workers", "threads")
+        self._at_least(0, "max_failures")
+
+
+@dataclass(frozen=True)
+class SamplingParams(Section):
+    """How images are drawn for scores and pictures; see :func:`dvdp.sampling.sample`."""
+
+    count: int = 512
+    steps: int = 250
+    rule: str = "ddpm"
+    eta: float = 0.0
+    variance: Literal["lower", "upper"] = "lower"
+    clip: bool = True
+    batch: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "count", "steps", "batch")
+        self._share("eta")
+        if self.rule not in RULES:
+            raise UserError(
+                f"rule: found '{self.rule}'{did_you_mean(self.rule, RULES)}, expected one of {', '.join(RULES)}"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationParams(Section):
+    """How samples are scored against the data set; see :mod:`dvdp.evaluation.scores`."""
+
+    extractor: Literal["labels", "rotation", "inception"] = "labels"
+    """A small network trained on the data set itself (its labels, or 4-way rotation), or Inception (real FID)."""
+    inception_weights: Path | None = None
+    """A local weights file in place of torch-fidelity's download; checked by SHA-256."""
+    samples: int = 512
+    """Generated images to score; at most ``sampling.count``."""
+    kid_subset: int = 100
+    extractor_epochs: int = 10
+
+    def __post_init__(self) -> None:
+        self._at_least(2, "samples", "kid_subset")
+        self._at_least(1, "extractor_epochs")
+
+
+@dataclass(frozen=True)
+class TrackingParams(Section):
+    """Names in MLflow. Its address comes from the environment (``MLFLOW_TRACKING_URI``), else a local file."""
+
+    experiment: str = "dvdp"
+    model: str = "dvdp"
+    """Registered models are called ``<model>-<dataset>``."""
+
+
+@dataclass(frozen=True)
+class Params(Section):
+    """The whole of ``params.yaml``, in the order of the pipeline."""
+
+    dataset: DatasetParams = field(default_factory=DatasetParams)
+    process: ProcessParams = field(default_factory=ProcessParams)
+    settings: tuple[SettingParams, ...] = (SettingParams("ddpm", "ddpm"),)
+    seeds: tuple[int, ...] = (0,)
+    model: ModelParams = field(default_factory=ModelParams)
+    training: TrainingParams = field(default_factory=TrainingParams)
+    cluster: ClusterParams = field(default_factory=ClusterParams)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    evaluation: EvaluationParams = field(default_factory=EvaluationParams)
+    tracking: TrackingParams = field(default_factory=TrackingParams)
+
+    def __post_init__(self) -> None:
+        names = [setting.name for setting in self.settings]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"settings: found the names {names}, expected at least one setting and no name twice")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds: found {list(self.seeds)}, expected at least one and none twice")
+        if self.evaluation.kid_subset > self.evaluation.samples:
+            raise UserError(
+                f"evaluation.kid_subset: found {self.evaluation.kid_subset}, expected at most evaluation.samples,"
+                f" {self.evaluation.samples}"
+            )
+
+    def runs(self) -> list[Run]:
+        """One run for each setting and seed, checked as a whole."""
+        return [self.run(setting, seed) for setting in self.settings for seed in self.seeds]
+
+    def run(self, setting: SettingParams, seed: int) -> Run:
+        """One setting with its overrides.
+
+        Raises:
+            UserError: what the setting asks for does not fit together (turning points, sides, steps).
+        """
+        try:
+            sections = {
+                name: _validate(
+                    type(getattr(self, name)),
+                    {**dataclasses.asdict(getattr(self, name)), **setting.overrides.get(name, {})},
+                    f"overrides.{name}",
+                )
+                for name in OVERRIDABLE
+            }
+            run = Run(
+                setting=setting.name,
+                seed=seed,
+                kind=setting.process,
+                turning_points=setting.turning_points,
+                side=self.dataset.resolution,
+                reference_model=self.model,
+                **sections,
+            )
+            run.check()
+            if self.evaluation.samples > run.sampling.count:
+                raise UserError(
+                    f"evaluation.samples: found {self.evaluation.samples}, expected at most sampling.count,"
+                    f" {run.sampling.count}; draw more or score fewer"
+                )
+        except UserError as error:
+            raise UserError(f"settings.{setting.name}.{str(error).rstrip('.')}.") from None
+        return run
+
+
+@dataclass(frozen=True)
+class Run:
+    """One setting with one seed: all of ``params.yaml`` that bears on it."""
+
+    setting: str
+    seed: int
+    kind: ProcessName
+    turning_points: tuple[int, ...]
+    side: int
+    process: ProcessParams
+    model: ModelParams
+    training: TrainingParams
+    sampling: SamplingParams
+    reference_model: ModelParams
+    """The model without overrides: DDPM with it is what costs and speed-ups relate to."""
+
+    def schedule(self) -> Schedule:
+        """The run's schedule."""
+        return self.process.schedule(self.kind, self.turning_points)
+
+    def check(self) -> None:
+        """Raise UserError for what would fail later: before any work."""
+        schedule = self.schedule()
+        if self.side % 2**schedule.levels:
+            raise UserError(
+                f"dataset.resolution: found {self.side}, expected a multiple of {2**schedule.levels} for"
+                f" {schedule.levels} turning points"
+            )
+        self.model.check_side(self.side, schedule.levels)
+        for name, steps in (
+            ("sampling.steps", self.sampling.steps),
+            ("training.preview_steps", self.training.preview_steps),
+        ):
+            try:
+                share_steps(schedule, steps)
+            except UserError as error:
+                raise UserError(f"{name}{str(error).removeprefix('steps')}") from None
+
+    def describe(self) -> dict[str, Any]:
+        """As plain JSON data; the inverse of :meth:`from_description`."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @staticmethod
+    def from_description(description: Mapping[str, Any]) -> Run:
+        """A run from :meth:`describe`; raises UserError where it does not fit this version of the library."""
+
+        def section(kind: type, values: Mapping[str, Any]) -> Any:
+            try:
+                return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            except TypeError as error:
+                raise UserError(f"model: its description does not fit this version of dvdp ({error}).") from None
+
+        kinds = {
+            "process": ProcessParams,
+            "model": ModelParams,
+            "training": TrainingParams,
+            "sampling": SamplingParams,
+            "reference_model": ModelParams,
+        }
+        sections = {name: section(kind, description[name]) for name, kind in kinds.items()}
+        return section(Run, {**description, **sections})
+
+
+#: Sections of params.yaml that a setting may override.
+OVERRIDABLE = ("process", "model", "training", "sampling")
+
+
+def read_params(path: Path | str = "params.yaml") -> Params:
+    """Read and check a params file.
+
+    Raises:
+        UserError: the file is missing, is no YAML, or something in it is wrong; the text names the key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"params: found no file '{path}', expected a params.yaml; give its path with --params.")
+    try:
+        tree = yaml.load(path.read_bytes(), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"params: '{path}' is no YAML: {' '.join(str(error).split())}.") from None
+    params: Params = parse_params(tree if tree is not None else {}, str(path))
+    return params
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain YAML, where a key given twice is an error instead of the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_params(tree: Mapping[str, Any], source: str = "params") -> Params:
+    """A params tree from plain data; see :func:`read_params`."""
+    try:
+        params: Params = _validate(Params, tree, "")
+        params.runs()
+    except UserError as error:
+        raise UserError(f"{source}: {str(error).rstrip('.')}.") from None
+    return params
+
+
+def _validate(kind: type, tree: Any, prefix: str) -> Any:
+    # Only reading a file needs pydantic: the library itself also runs where it is not installed.
+    from pydantic import TypeAdapter, ValidationError
+
+    if not isinstance(tree, Mapping):
+        raise UserError(f"found {tree!r}, expected sections, like 'dataset:'")
+    try:
+        return TypeAdapter(kind).validate_python(dict(tree))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = [part for part in first["loc"] if part != kind.__name__]
+        key = ".".join(str(part) for part in ([prefix] if prefix else []) + where)
+        found, problem = first["input"], first["type"]
+        if problem in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = _known_keys(kind, where[:-1])
+            expected = f"one of {', '.join(known)}"
+            raise UserError(f"{key}: unknown key{did_you_mean(str(where[-1]), known)}, expected {expected}") from None
+        if problem == "value_error":
+            raise UserError(f"{key + '.' if key else ''}{first['ctx']['error']}") from None
+        if problem == "missing":
+            raise UserError(f"{key}: found nothing, expected a value") from None
+        if problem in ("dataclass_type", "dict_type", "model_type"):
+            raise UserError(f"{key}: found {found!r}, expected keys with values") from None
+        expected = first["msg"].removeprefix("Input should be ")
+        raise UserError(f"{key}: found {found!r}, expected {expected}") from None
+
+
+def _known_keys(kind: type, path: list[Any]) -> list[str]:
+    for part in path:
+        kind = typing.get_args(kind)[0] if isinstance(part, int) else typing.get_type_hints(kind)[part]
+    return [entry.name for entry in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []

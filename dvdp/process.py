@@ -1,0 +1,149 @@
+"""The dimensionality-varying process itself: one equation, one method."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dvdp import bands
+from dvdp.errors import UserError
+from dvdp.schedule import Schedule
+
+Variance = Literal["lower", "upper"]
+
+
+class StepCoefficients(NamedTuple):
+    """A reverse step, linear per band: ``x_s = x * x_t + x0 * clean + z * standard normal``.
+
+    Each is (..., n), n bands of the level, finest first, float64.
+    """
+
+    x: Tensor
+    x0: Tensor
+    z: Tensor
+
+
+class Process:
+    """Forward and reverse equations on states that shrink at the turning points of a schedule.
+
+    Throughout, a state of level k has side H / 2^k and K - k + 1 bands, and one call handles one level. ``t`` is an
+    int or an integer tensor (B,). Where ``t`` is a tensor, passing ``level`` avoids a device synchronisation.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def levels(self) -> int:
+        """K; levels are numbered 0 .. K."""
+        return self.schedule.levels
+
+    def level(self, t: int | Tensor) -> int:
+        """The level k at which the state lives at ``t``: T_k < t <= T_{k+1}; clean data (t = 0) is at level 0.
+
+        Raises:
+            UserError: t is outside 0 .. T, or a tensor that spans several levels.
+        """
+        first, last = (t, t) if isinstance(t, int) else (int(t.min()), int(t.max()))
+        if first < 0 or last > self.schedule.timesteps:
+            raise UserError(f"t: found {first} to {last}, expected timesteps of 0 to {self.schedule.timesteps}.")
+        levels = [sum(bound > T for T in self.schedule.turning_points) for bound in (first, last)]
+        if levels[0] != levels[1]:
+            raise UserError(f"t: found timesteps of levels {levels[0]} to {levels[1]}, expected one level a call.")
+        return levels[0]
+
+    def check_side(self, side: int) -> None:
+        """Raise UserError unless an image of this side can be halved K times."""
+        if side % 2**self.levels:
+            raise UserError(
+                f"image side: found {side}, expected a multiple of {2**self.levels} for {self.levels} turning"
+                " points; resize the images or use fewer turning points."
+            )
+
+    def signal(self, t: int | Tensor, level: int, like: Tensor) -> Tensor:
+        """lambda-bar of the level's bands, (n,) or (B, n), as ``like`` in type and device."""
+        return self._look_up(0, t, level, like)
+
+    def noise(self, t: int | Tensor, level: int, like: Tensor) -> Tensor:
+        """sigma-bar of the level's bands, (n,) or (B, n), as ``like`` in type and device."""
+        return self._look_up(1, t, level, like)
+
+    def diffuse(self, x0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """Draw x_t given clean images (5, 6).
+
+        Args:
+            x0: (B, C, H, W) clean images at full size, in [-1, 1].
+            t: timesteps of one level.
+            noise: (B, C, H / 2^k, W / 2^k) standard normal; its size says the level.
+        """
+        level = (x0.shape[-1] // noise.shape[-1]).bit_length() - 1
+        clean = bands.scale(bands.to_level(x0, level), self.signal(t, level, x0))
+        return clean + bands.scale(noise, self.noise(t, level, x0))
+
+    def predict_clean(self, x: Tensor, t: int | Tensor, eps: Tensor, level: int | None = None) -> Tensor:
+        """The clean image of the state's level that a predicted noise implies (10)."""
+        level = self.level(t) if level is None else level
+        signal, noise = self.signal(t, level, x), self.noise(t, level, x)
+        return bands.scale(x, 1 / signal) - bands.scale(eps, noise / signal)
+
+    def predict_noise(self, x: Tensor, t: int | Tensor, x0: Tensor, level: int | None = None) -> Tensor:
+        """The noise that a clean image of the state's level implies; the inverse of :meth:`predict_clean`."""
+        level = self.level(t) if level is None else level
+        signal, noise = self.signal(t, level, x), self.noise(t, level, x)
+        return bands.scale(x, 1 / noise) - bands.scale(x0, signal / noise)
+
+    def posterior(self, t: Tensor, s: Tensor, level: int, variance: Variance = "lower") -> StepCoefficients:
+        """q(x_s | x_t, x_0) per band, from t to any s < t of the same level (8, 9).
+
+        With ``l = signal_t / signal_s`` and ``n2 = noise_t^2 - l^2 noise_s^2``: mean
+        ``(l noise_s^2 / noise_t^2) x_t + (signal_s n2 / noise_t^2) x_0``, variance ``noise_s^2 n2 / noise_t^2``
+        (the lower choice; the upper one is ``n2``). A step to s = 0 returns x_0.
+        """
+        signal_t, noise_t = self._bands(t, level)
+        signal_s, noise_s = self._bands(s, level)
+        ratio = signal_t / signal_s
+        n2 = noise_t.square() - ratio.square() * noise_s.square()
+        lower = noise_s.square() * n2 / noise_t.square()
+        chosen = lower if variance == "lower" else torch.where(noise_s > 0, n2, 0.0)
+        return StepCoefficients(
+            x=ratio * noise_s.square() / noise_t.square(),
+            x0=signal_s * n2 / noise_t.square(),
+            z=chosen.sqrt(),
+        )
+
+    def implicit(self, t: Tensor, s: Tensor, level: int, eta: float = 0.0) -> StepCoefficients:
+        """DDIM (Song et al. 2021) per band: ``signal_s x_0 + sqrt(noise_s^2 - v) eps + sqrt(v) z``.
+
+        ``v`` is eta^2 times the lower variance of :meth:`posterior`, and eps is what x_t and x_0 imply.
+        """
+        signal_t, noise_t = self._bands(t, level)
+        signal_s, noise_s = self._bands(s, level)
+        deviation = eta * self.posterior(t, s, level).z
+        along = (noise_s.square() - deviation.square()).clamp(min=0).sqrt() / noise_t
+        return StepCoefficients(x=along, x0=signal_s - along * signal_t, z=deviation)
+
+    def lift(self, x: Tensor, level: int, noise: Tensor) -> Tensor:
+        """From a state of ``level`` at T_level to one of ``level - 1`` at the same time (11).
+
+        ``x^{k-1} = D^T x^k + noise[k-1, T_k] (z - D^T D z)``: the band that comes back is pure noise.
+
+        Args:
+            x: (B, C, h, w), the state at the level being left.
+            noise: (B, C, 2h, 2w) standard normal.
+        """
+        turning_point = self.schedule.turning_points[level - 1]
+        deviation = self.schedule.noise[level - 1, turning_point].item()
+        return bands.up(x) + deviation * bands.detail(noise)
+
+    def _bands(self, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        return self.schedule.signal[level:, t].movedim(0, -1), self.schedule.noise[level:, t].movedim(0, -1)
+
+    def _look_up(self, table: int, t: int | Tensor, level: int, like: Tensor) -> Tensor:
+        tables = self._tables.get(like.device)
+        if tables is None:
+            tables = (self.schedule.signal.to(like.device), self.schedule.noise.to(like.device))
+            self._tables[like.device] = tables
+        return tables[table][level:, t].movedim(0, -1).to(like.dtype)

@@ -1,0 +1,42 @@
+"""Random numbers as a function of what they are for.
+
+No stream is ever continued: every draw starts from a seed derived from its purpose (the run's seed, the step, the
+rank, the image). So nothing depends on batching, on the number of workers or on an interruption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(*purpose: int | str) -> int:
+    """A 63-bit seed from words and numbers, e.g. ``derive_seed(run_seed, "levels", block)``."""
+    digest = hashlib.sha256("/".join(map(str, purpose)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(*purpose: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh torch generator for one purpose."""
+    return torch.Generator(device).manual_seed(derive_seed(*purpose))
+
+
+class ImageNoise:
+    """Standard normal noise for images number ``first`` .. ``first + count - 1`` of a seed.
+
+    Image i draws from (seed, i) alone, so it is the same in any batch and on any worker.
+    """
+
+    def __init__(self, seed: int, first: int, count: int, device: torch.device | str = "cpu") -> None:
+        self._generators = [generator(seed, "image", first + i, device=device) for i in range(count)]
+        self._device = device
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """(count, *shape): the next draw of every image."""
+        result = torch.empty((len(self._generators), *shape), dtype=dtype, device=self._device)
+        for row, source in zip(result, self._generators, strict=True):
+            row.normal_(generator=source)
+        return result

@@ -1,0 +1,92 @@
+"""Which timesteps a sampler visits, and what it refuses before it starts."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dvdp import Process, Schedule, UserError, sample
+from dvdp.sampling import share_steps, step_grid
+
+from .strategies import few, schedules
+
+
+@few
+@given(schedules(st.integers(2, 60) | st.just(1000)), st.floats(0, 1))
+def test_grid_has_exactly_the_steps_asked_for_and_every_turning_point(schedule: Schedule, part: float) -> None:
+    K, T = schedule.levels, schedule.timesteps
+    steps = K + 1 + round(part * (T - K - 1))
+    grid = step_grid(schedule, steps)
+    assert [level for level, _ in grid] == list(range(K, -1, -1))
+    assert sum(len(times) - 1 for _, times in grid) == steps
+    for level, times in grid:
+        low, high = schedule.span(level)
+        assert (times[0], times[-1]) == (high, low)
+        assert all(a > b for a, b in pairwise(times))
+    assert {*schedule.turning_points, 0, T} <= {t for _, times in grid for t in times}
+
+
+@few
+@given(schedules(st.just(1000)), st.integers(4, 1000))
+def test_steps_are_shared_by_length_and_evenly_spaced(schedule: Schedule, steps: int) -> None:
+    shares = share_steps(schedule, steps)
+    assert min(shares) >= 1
+    # Levels too short for a step of their own take theirs from the others.
+    slack = 1 + sum(steps * share < 1 for share in schedule.shares())
+    for count, share in zip(shares, schedule.shares(), strict=True):
+        assert abs(count - steps * share) <= slack
+    for level, times in step_grid(schedule, steps):
+        low, high = schedule.span(level)
+        even = [high + (low - high) * i / (len(times) - 1) for i in range(len(times))]
+        assert all(abs(t - ideal) <= 0.5 for t, ideal in zip(times, even, strict=True))
+
+
+def test_familiar_grids() -> None:
+    assert step_grid(Schedule.ddpm(), 4) == [(0, [1000, 750, 500, 250, 0])]
+    assert step_grid(Schedule.ddpm(), 1000) == [(0, list(range(1000, -1, -1)))]
+    assert share_steps(Schedule.dvdp([300, 600]), 250) == [75, 75, 100]
+    assert share_steps(Schedule.dvdp([1, 2]), 3) == [1, 1, 1]
+    assert step_grid(Schedule.dvdp([300, 600]), 3) == [(2, [1000, 600]), (1, [600, 300]), (0, [300, 0])]
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 2, 1001])
+def test_too_few_or_too_many_steps_are_refused(steps: int) -> None:
+    with pytest.raises(UserError) as caught:
+        share_steps(Schedule.dvdp([300, 600]), steps)
+    assert str(caught.value) == (
+        f"steps: found {steps}, expected at least 3 (one for each level)"
+        " and at most 1000 (the timesteps of the process)."
+    )
+
+
+def never(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("the network was called")
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments"),
+    [
+        ("steps", {"steps": 2}),
+        ("steps", {"steps": 1001}),
+        ("rule", {"rule": "dpm"}),
+        ("(did you mean 'ddim'?)", {"rule": "ddimm"}),
+        ("eta", {"eta": -0.1}),
+        ("eta", {"eta": 1.5}),
+        ("eta", {"eta": float("nan")}),
+        ("variance", {"variance": "middle"}),
+        ("image side", {"shape": (1, 3, 6, 8)}),
+        ("image side", {"shape": (1, 3, 8, 6)}),
+    ],
+)
+def test_bad_argument_is_refused_before_the_network_is_called(names: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        sample(Process(Schedule.dvdp([300, 600])), never, **{"shape": (1, 3, 8, 8), **arguments})
+    text = str(caught.value)
+    assert names in text
+    assert text.endswith(".")
+    assert "\n" not in text
