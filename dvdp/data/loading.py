@@ -1,0 +1,149 @@
+"""The training stream: which images a step sees, as a function of (seed, step) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dvdp.errors import UserError
+from dvdp.randomness import derive_seed, generator
+
+
+class Images(Protocol):
+    """What can be trained on: :class:`dvdp.data.store.ImageStore`, or :class:`ArrayImages`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[NDArray[np.uint8], int]:
+        """Image (3, side, side) and its label, -1 for none."""
+        ...
+
+
+class ArrayImages:
+    """Images in memory, for machines and benchmarks without LMDB.
+
+    Args:
+        images: uint8 (n, 3, side, side).
+        labels: (n,) whole numbers, or None.
+
+    Raises:
+        UserError: shape or type is another.
+    """
+
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.integer] | None = None) -> None:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise UserError(
+                f"images: found {images.dtype} {images.shape}, expected uint8 (n, 3, side, side); convert them first."
+            )
+        if labels is not None and labels.shape != images.shape[:1]:
+            raise UserError(f"labels: found shape {labels.shape}, expected ({len(images)},), one for each image.")
+        self._images, self._labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        return self._images[index], -1 if self._labels is None else int(self._labels[index])
+
+
+def training_batches(
+    images: Images,
+    *,
+    batch: int,
+    seed: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    flip: bool = False,
+    workers: int = 0,
+) -> Iterator[Tensor]:
+    """The endless stream of training batches of one rank.
+
+    Step n takes images [n * batch, (n+1) * batch) of an endless sequence of epochs, and this rank every
+    ``world_size``-th of them. An epoch is a permutation drawn from (seed, epoch), and image i of it is mirrored or
+    not by (seed, epoch, i). So a stream begun at any step goes on exactly as an uninterrupted one, with any number of
+    workers.
+
+    Args:
+        batch: images a step, over all ranks.
+        start_step: number of the first step to yield.
+        flip: mirror images at random; needs albumentations.
+        workers: processes that read ahead; 0 reads in this one.
+
+    Returns:
+        An iterator over uint8 tensors (batch / world_size, 3, side, side).
+
+    Raises:
+        UserError: there are no images, or the batch does not divide over the ranks.
+    """
+    if len(images) == 0:
+        raise UserError("dataset: found no images, expected at least one; prepare the data set again.")
+    if batch < 1 or batch % world_size:
+        raise UserError(
+            f"training.batch: found {batch}, expected a multiple of the {world_size} ranks;"
+            " change it or cluster.num_workers."
+        )
+    loader: DataLoader[NDArray[np.uint8]] = DataLoader(
+        _EpochImages(images, seed, flip),
+        batch_sampler=_Steps(len(images), batch, seed, start_step, rank, world_size),
+        collate_fn=_stack,
+        num_workers=workers,
+        # Of its own: a loader draws a seed at its start, which must not come out of the random state of training.
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0 .. 255 -> float32 [-1, 1]; :func:`dvdp.models.export.to_uint8` is the inverse."""
+    return images.float() / 127.5 - 1
+
+
+class _Steps:
+    """The (epoch, index) pairs of each step, for ever."""
+
+    def __init__(self, count: int, batch: int, seed: int, start_step: int, rank: int, world_size: int) -> None:
+        self.count, self.batch, self.seed = count, batch, seed
+        self.start_step, self.rank, self.world_size = start_step, rank, world_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        position, current, order = self.start_step * self.batch, -1, torch.empty(0)
+        while True:
+            pairs = []
+            for place in range(position + self.rank, position + self.batch, self.world_size):
+                epoch, offset = divmod(place, self.count)
+                if epoch != current:
+                    current = epoch
+                    order = torch.randperm(self.count, generator=generator(self.seed, "epoch", epoch))
+                pairs.append((epoch, int(order[offset])))
+            yield pairs
+            position += self.batch
+
+
+class _EpochImages(Dataset[NDArray[np.uint8]]):
+    """Images by (epoch, index), mirrored or not."""
+
+    def __init__(self, images: Images, seed: int, flip: bool) -> None:
+        self.images, self.seed = images, seed
+        self.transform = None
+        if flip:
+            from dvdp.data.transforms import train_transform
+
+            self.transform = train_transform()
+
+    def __getitem__(self, key: tuple[int, int]) -> NDArray[np.uint8]:
+        epoch, index = key
+        image, _ = self.images[index]
+        if self.transform is None:
+            return image
+        return self.transform(image, derive_seed(self.seed, "flip", epoch, index))
+
+
+def _stack(images: list[NDArray[np.uint8]]) -> Tensor:
+    return torch.from_numpy(np.stack(images))

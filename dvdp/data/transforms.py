@@ -1,0 +1,61 @@
+"""Resize, crop and flip. The only module that knows albumentations: its import costs seconds, so import this late."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Read when albumentations is imported: without it, it asks the network for a newer version.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import albumentations as A
+import cv2
+
+# OpenCV's own threads can hang in a forked loader worker, and fight for the cores with those of other workers.
+cv2.setNumThreads(0)
+
+Image = NDArray[np.uint8]
+
+
+def prepare_transform(resolution: int) -> Callable[[Image], Image]:
+    """The way from any image to a training image: a centred square of its shorter side, resized.
+
+    Pixels are averaged over their area when shrinking and interpolated (bicubic) when enlarging. Resizing comes after
+    cropping, so that a very long image never has to be enlarged whole.
+
+    Returns:
+        A function from uint8 (h, w, 3) to uint8 (3, resolution, resolution).
+    """
+    resize = A.Resize(resolution, resolution, interpolation=cv2.INTER_CUBIC, area_for_downscale="image")
+
+    # Making a pipeline takes ten times as long as running it, and images come in few sizes.
+    @lru_cache(maxsize=256)
+    def pipeline(side: int) -> A.Compose:
+        return A.Compose([A.CenterCrop(side, side), resize])
+
+    def transform(image: Image) -> Image:
+        square = pipeline(min(image.shape[:2]))(image=image)["image"]
+        return np.ascontiguousarray(square.transpose(2, 0, 1))
+
+    return transform
+
+
+def train_transform() -> Callable[[Image, int], Image]:
+    """Mirror an image left to right, half of the time.
+
+    Returns:
+        A function of a uint8 image (3, h, w) and a seed; the draw is a function of the seed alone. (The transform's
+        own random state would start again in each loader worker and repeat its draws every epoch.)
+    """
+    flip = A.HorizontalFlip(p=0.5)
+
+    def transform(image: Image, seed: int) -> Image:
+        flip.set_random_seed(seed)
+        mirrored: Image = flip(image=image.transpose(1, 2, 0))["image"]
+        return mirrored.transpose(2, 0, 1)
+
+    return transform
