@@ -1,0 +1,81 @@
+"""What names a result: hashes over everything that shapes it, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from dvdp.config import EvaluationParams, Run
+from dvdp.training.budget import training_images
+
+#: Sources whose change changes trained weights; comments count too, which only costs a retraining.
+TRAINING_SOURCES = (
+    "bands.py", "schedule.py", "process.py", "randomness.py", "models/unet.py", "models/denoiser.py",
+    "training/levels.py", "training/ema.py", "training/loop.py", "data/transforms.py", "data/loading.py",
+)  # fmt: skip
+SAMPLING_SOURCES = ("sampling.py", "models/export.py")
+EVALUATION_SOURCES = ("evaluation/scores.py",)
+
+#: Keys of the training section that do not touch the weights.
+OPERATIONAL = {
+    "images", "budget", "checkpoint_images", "keep_checkpoints", "log_images", "preview_images", "preview_count",
+    "preview_steps", "loader_workers",
+}  # fmt: skip
+
+
+def training_hash(run: Run, dataset_digest: str, flip: bool, world_size: int) -> str:
+    """Names the run: its folder, its checkpoints and its Ray run, and a tag of its MLflow run.
+
+    Args:
+        dataset_digest: of the LMDB's content.
+        flip: whether images are mirrored at random.
+        world_size: number of ranks; each draws its own noise.
+    """
+    training = {k: v for k, v in dataclasses.asdict(run.training).items() if k not in OPERATIONAL}
+    return _digest(
+        {
+            "kind": run.kind,
+            "turning_points": run.turning_points,
+            "side": run.side,
+            "process": dataclasses.asdict(run.process),
+            "model": dataclasses.asdict(run.model),
+            "training": {**training, "total_images": training_images(run)},
+            "seed": run.seed,
+            "dataset": dataset_digest,
+            "flip": flip,
+            "world_size": world_size,
+            "sources": _sources(TRAINING_SOURCES),
+        }
+    )
+
+
+def sampling_hash(run: Run, trained: str) -> str:
+    """Names the samples of a training hash."""
+    sampling = {k: v for k, v in dataclasses.asdict(run.sampling).items() if k not in ("count", "batch")}
+    return _digest({"training": trained, "sampling": sampling, "sources": _sources(SAMPLING_SOURCES)})
+
+
+def evaluation_hash(evaluation: EvaluationParams, sampled: str, reference_digest: str) -> str:
+    """Names the scores of a sampling hash against a reference."""
+    return _digest(
+        {
+            "sampling": sampled,
+            "evaluation": dataclasses.asdict(evaluation),
+            "reference": reference_digest,
+            "sources": _sources(EVALUATION_SOURCES),
+        }
+    )
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+@lru_cache(maxsize=8)
+def _sources(names: tuple[str, ...]) -> str:
+    package = Path(__file__).parent
+    return hashlib.sha256(b"".join((package / name).read_bytes() for name in names)).hexdigest()

@@ -1,0 +1,156 @@
+"""The improved UNet of Dhariwal & Nichol (*Diffusion Models Beat GANs*, 2021), over images of several levels.
+
+It is fully convolutional, so one set of weights serves every level's resolution. A learned embedding of the level
+joins the one of the timestep: at a turning point the meaning of the input changes at once, which a smooth embedding
+of t cannot say.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dvdp.config import ModelParams
+
+
+class UNet(nn.Module):
+    """Residual UNet with multi-resolution self-attention and adaptive group norm.
+
+    Args:
+        params: its size.
+        levels: K of the process; the network serves levels 0 .. K.
+        channels: of the images.
+    """
+
+    def __init__(self, params: ModelParams, levels: int = 0, channels: int = 3) -> None:
+        super().__init__()
+        width = params.channels
+        embedding = 4 * width
+        self.time = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.level = nn.Embedding(levels + 1, embedding)
+        nn.init.zeros_(self.level.weight)
+        self.width = width
+
+        def block(inputs: int, outputs: int, resample: Resample = None) -> ResidualBlock:
+            return ResidualBlock(inputs, outputs, embedding, params.dropout, resample)
+
+        def stage(inputs: int, outputs: int, factor: int) -> nn.ModuleList:
+            layers: list[nn.Module] = [block(inputs, outputs)]
+            if factor in params.attention:
+                layers.append(Attention(outputs, params.head_channels))
+            return nn.ModuleList(layers)
+
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.encoder = nn.ModuleList()
+        skips = [width]
+        last = len(params.multipliers) - 1
+        for i, multiplier in enumerate(params.multipliers):
+            for _ in range(params.blocks):
+                self.encoder.append(stage(width, params.channels * multiplier, 2**i))
+                width = params.channels * multiplier
+                skips.append(width)
+            if i < last:
+                self.encoder.append(nn.ModuleList([block(width, width, "down")]))
+                skips.append(width)
+        self.middle = nn.ModuleList([block(width, width), Attention(width, params.head_channels), block(width, width)])
+        self.decoder = nn.ModuleList()
+        for i, multiplier in reversed(list(enumerate(params.multipliers))):
+            for j in range(params.blocks + 1):
+                layers = stage(width + skips.pop(), params.channels * multiplier, 2**i)
+                width = params.channels * multiplier
+                if i > 0 and j == params.blocks:
+                    layers.append(block(width, width, "up"))
+                self.decoder.append(layers)
+        self.head = nn.Sequential(norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, channels, 3, padding=1)))
+
+    def forward(self, x: Tensor, t: Tensor, level: int) -> Tensor:
+        """(B, C, h, w) states of one level and (B,) timesteps -> (B, C, h, w)."""
+        embedding = F.silu(self.time(sinusoids(t, self.width)) + self.level.weight[level])
+        h = self.stem(x)
+        skips = [h]
+        for layers in self.encoder:
+            h = run(layers, h, embedding)
+            skips.append(h)
+        h = run(self.middle, h, embedding)
+        for layers in self.decoder:
+            h = run(layers, torch.cat([h, skips.pop()], dim=1), embedding)
+        return self.head(h)
+
+
+Resample = Literal["down", "up"] | None
+
+
+class ResidualBlock(nn.Module):
+    """BigGAN residual block: resampling inside both branches, scale and shift from the embedding."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, resample: Resample = None) -> None:
+        super().__init__()
+        self.resample = resample
+        self.norm1 = norm(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * outputs)
+        self.norm2 = norm(outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = F.silu(self.norm1(x))
+        if self.resample == "down":
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            h, x = F.interpolate(h, scale_factor=2.0), F.interpolate(x, scale_factor=2.0)
+        h = self.conv1(h)
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels of a feature map."""
+
+    def __init__(self, width: int, head_channels: int) -> None:
+        super().__init__()
+        self.heads = max(1, width // head_channels)
+        self.norm = norm(width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.out = zeroed(nn.Conv2d(width, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w).mT.unbind(1)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(mixed.mT.reshape(b, c, h, w))
+
+
+def run(layers: nn.ModuleList | nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+    """Apply a stage's layers, giving the embedding to those that take it."""
+    for layer in layers:  # type: ignore[union-attr]
+        h = layer(h, embedding) if isinstance(layer, ResidualBlock) else layer(h)
+    return h
+
+
+def norm(width: int) -> nn.GroupNorm:
+    """Group norm with up to 32 groups of at least 4 channels."""
+    groups = next(g for g in range(min(32, max(1, width // 4)), 0, -1) if width % g == 0)
+    return nn.GroupNorm(groups, width)
+
+
+def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    """A layer that starts as zero, so that every residual branch and the network start as nothing."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def sinusoids(t: Tensor, width: int) -> Tensor:
+    """Timestep embedding (B,) -> (B, width): cosines and sines at periods from 2 pi to 20,000 pi."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)

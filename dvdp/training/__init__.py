@@ -1,0 +1,1 @@
+"""Training: the loop, and the small parts it is made of."""

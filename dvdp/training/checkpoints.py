@@ -1,0 +1,95 @@
+"""Checkpoints: one safetensors file each, written aside, fsynced, renamed, and pruned to the last few."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dvdp.errors import UserError
+from dvdp.files import write_atomically
+
+FORMAT = "dvdp checkpoint 1"
+
+
+class Checkpoint(NamedTuple):
+    """State after a number of images. Tensors are named ``model.*``, ``ema.*``, ``optimizer.*``, ``window.*``.
+
+    The random state of every rank is no part of it: each step draws from a seed made of (run seed, step, rank).
+    """
+
+    images: int
+    tensors: dict[str, Tensor]
+
+
+def write(folder: Path, checkpoint: Checkpoint, training_hash: str, keep: int) -> Path:
+    """Write ``<images>.safetensors`` and delete all but the newest ``keep``."""
+    path = folder / f"{checkpoint.images:012d}.safetensors"
+    header = {"format": FORMAT, "state": json.dumps({"images": checkpoint.images, "hash": training_hash})}
+    write_atomically(path, save({k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}, header))
+    for old in find(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def find(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(folder.glob("[0-9]*.safetensors"))
+
+
+def read(path: Path, training_hash: str) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        UserError: it is damaged, foreign, or of another configuration.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(
+            f"checkpoint: '{path}' is no whole safetensors file ({error}); delete it to go on from the one before."
+        ) from None
+    if header.get("format") != FORMAT:
+        raise UserError(f"checkpoint: '{path}' says format '{header.get('format')}', expected '{FORMAT}'.")
+    state = json.loads(header["state"])
+    if state["hash"] != training_hash:
+        raise UserError(
+            f"checkpoint: '{path}' belongs to configuration {state['hash']}, expected {training_hash};"
+            " resume with the params it was made with, or start in another folder."
+        )
+    return Checkpoint(state["images"], tensors)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's state as named tensors."""
+    state: Mapping[int, Mapping[str, Any]] = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of :func:`pack_optimizer`; learning rate and the like stay as they are."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def pack(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """A module's weights as ``prefix.name``."""
+    return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+
+
+def unpack(prefix: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of :func:`pack`."""
+    start = prefix + "."
+    module.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})

@@ -1,0 +1,302 @@
+"""The training loop: one level a step, progress counted in images, resumed to the bit.
+
+Runs in any process, alone or as one rank of an initialised ``torch.distributed`` group. Everything random in a step
+is a function of (run seed, step, rank), so an interrupted run goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dvdp.config import Run
+from dvdp.data.loading import Images, to_float, training_batches
+from dvdp.errors import UserError
+from dvdp.files import write_atomically
+from dvdp.models.denoiser import NetworkDenoiser, target
+from dvdp.models.export import load_model, save_model, to_uint8
+from dvdp.models.unet import UNet
+from dvdp.process import Process
+from dvdp.randomness import derive_seed
+from dvdp.sampling import sample
+from dvdp.training import checkpoints, ledger
+from dvdp.training.budget import estimate, mean_flops, peak_memory, training_images
+from dvdp.training.ema import EMA
+from dvdp.training.levels import level_of_step
+
+Say = Callable[[str], None]
+#: Shows previews: (images seen, samples as uint8 (n, 3, H, W), file to write).
+Preview = Callable[[int, Tensor, Path], None]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run of this folder has its final weights."""
+    return (folder / "weights.safetensors").is_file()
+
+
+def train(
+    run: Run,
+    images: Images,
+    folder: Path,
+    training_hash: str,
+    *,
+    flip: bool = False,
+    device: torch.device | str = "cpu",
+    description: Mapping[str, Any] | None = None,
+    preview: Preview | None = None,
+    say: Say = print,
+) -> None:
+    """Train a run to its end, going on from its newest checkpoint.
+
+    Leaves in ``folder``: ``checkpoints/``, ``metrics.jsonl``, ``previews/``, ``estimate.json`` and, last,
+    ``weights.safetensors`` (:func:`dvdp.models.export.load_model`). A finished run returns at once.
+
+    Args:
+        training_hash: of :func:`dvdp.identity.training_hash`; a checkpoint of another is refused.
+        flip: mirror images at random.
+        description: goes into the header of the weights, beside the run.
+        preview: turns samples from the EMA weights into a picture.
+        say: prints a line.
+
+    Raises:
+        UserError: a checkpoint is damaged or of another configuration, the batch does not divide over ranks, or the
+            loss is no longer finite.
+    """
+    if is_finished(folder):
+        trained = load_model(folder / "weights.safetensors").description.get("training_hash")
+        if trained != training_hash:
+            raise UserError(f"'{folder}' holds the finished run {trained}, expected {training_hash}.")
+        return
+    _Training(run, images, folder, training_hash, flip, torch.device(device), preview, say).run_to_end(
+        description or {}
+    )
+
+
+class _Training:
+    """The state of one rank."""
+
+    def __init__(
+        self,
+        run: Run,
+        images: Images,
+        folder: Path,
+        training_hash: str,
+        flip: bool,
+        device: torch.device,
+        preview: Preview | None,
+        say: Say,
+    ) -> None:
+        self.run, self.images, self.folder, self.hash = run, images, folder, training_hash
+        self.flip, self.device, self.preview, self.say = flip, device, preview, say
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.process = Process(run.schedule())
+        self.total = training_images(run)
+
+        torch.manual_seed(derive_seed(run.seed, "weights"))
+        self.network = UNet(run.model, self.process.levels).to(device)
+        self.ema = EMA(self.network, run.training.ema_halflife_images, run.training.ema_ramp)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(),
+            lr=run.training.learning_rate,
+            weight_decay=run.training.weight_decay,
+            fused=True,
+        )
+        self.live: nn.Module = self.network
+        if self.world_size > 1:
+            self.live = DistributedDataParallel(self.network, device_ids=[device] if device.type == "cuda" else None)
+        # Sum of losses, sum of gradient norms and number of steps of each level since the last log.
+        self.window = torch.zeros(3, self.process.levels + 1, dtype=torch.float64, device=device)
+
+    def run_to_end(self, description: Mapping[str, Any]) -> None:
+        """Train, log, checkpoint, preview; then write the weights."""
+        settings, folder = self.run.training, self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        seen = self._resume()
+        if self.rank == 0:
+            ledger.truncate(folder / "metrics.jsonl", seen)
+            if seen == 0:
+                self._estimate()
+        steps = range(seen // settings.batch, self.total // settings.batch)
+        batches = self._batches(steps.start)
+        clock, clocked = time.perf_counter(), seen
+        for step in steps:
+            self._step(step, next(batches))
+            before, seen = seen, seen + settings.batch
+            self.ema.update(seen, settings.batch)
+
+            def due(every: int, before: int = before, seen: int = seen) -> bool:
+                return every > 0 and (seen // every > before // every or seen == self.total)
+
+            if due(settings.log_images):
+                rate = (seen - clocked) / (time.perf_counter() - clock)
+                self._log(seen, rate)
+                clock, clocked = time.perf_counter(), seen
+            if due(settings.checkpoint_images):
+                self._checkpoint(seen)
+            if self.preview and self.rank == 0 and due(settings.preview_images):
+                paused = time.perf_counter()
+                self._preview(seen, self.preview)
+                clock += time.perf_counter() - paused
+        if self.rank == 0:
+            weights = self.ema.network.state_dict()
+            described = {
+                **description,
+                "run": self.run.describe(),
+                "training_hash": self.hash,
+                "images": self.total,
+            }
+            save_model(folder / "weights.safetensors", weights, described)
+        if self.world_size > 1:
+            # No rank leaves before the result is there.
+            dist.barrier()
+
+    def _batches(self, start_step: int) -> Iterator[Tensor]:
+        return training_batches(
+            self.images,
+            batch=self.run.training.batch,
+            seed=self.run.seed,
+            start_step=start_step,
+            rank=self.rank,
+            world_size=self.world_size,
+            flip=self.flip,
+            workers=self.run.training.loader_workers,
+        )
+
+    def _step(self, step: int, batch: Tensor) -> None:
+        settings = self.run.training
+        level = level_of_step(self.process.schedule, self.run.seed, step)
+        torch.manual_seed(derive_seed(self.run.seed, "step", step, self.rank))
+        if settings.warmup_images:
+            warm = min(1.0, (step + 1) * settings.batch / settings.warmup_images)
+            self.optimizer.param_groups[0]["lr"] = settings.learning_rate * warm
+        self.optimizer.zero_grad()
+        loss = self._backward(self.live, level, batch)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip_norm)
+        self.optimizer.step()
+        self.window[:, level] += torch.stack([loss, norm.detach(), torch.ones_like(loss)])
+
+    def _backward(self, network: nn.Module, level: int, batch: Tensor) -> Tensor:
+        """Forward and backward of a batch (uint8) at a level; the mean loss, float64, without synchronising."""
+        parts = batch.to(self.device, non_blocking=True).chunk(self.run.training.accumulation)
+        low, high = self.process.schedule.span(level)
+        bf16 = self.run.training.precision == "bf16"
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, part in enumerate(parts):
+            x0 = to_float(part)
+            t = torch.randint(low + 1, high + 1, (len(x0),), device=self.device)
+            side = self.run.side >> level
+            noise = torch.randn((*x0.shape[:2], side, side), device=self.device)
+            x = self.process.diffuse(x0, t, noise)
+            wanted = target(self.process, self.run.model.predicts, level, t, x0, noise)
+            # Ranks exchange gradients once a step, after the last part.
+            quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if isinstance(network, DistributedDataParallel) and i < len(parts) - 1:
+                quiet = network.no_sync()
+            with quiet:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                    output = network(x, t, level)
+                loss = F.mse_loss(output.float(), wanted) * (len(part) / len(batch))
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _estimate(self) -> None:
+        def try_step(network: nn.Module, level: int) -> None:
+            side = self.run.side
+            size = self.run.training.batch // self.world_size
+            self._backward(network, level, torch.zeros((size, 3, side, side), dtype=torch.uint8))
+
+        expected = estimate(self.run, self.network, try_step, self.device)
+        write_atomically(self.folder / "estimate.json", json.dumps(asdict(expected), indent=2) + "\n")
+        self.say(f"{self._name()}: {expected.sentence()}")
+
+    def _log(self, seen: int, rate: float) -> None:
+        window = self.window.clone()
+        if self.world_size > 1:
+            dist.all_reduce(window)
+        self.window.zero_()
+        losses, norms, counts = window.cpu()
+        metrics: dict[str, float] = {}
+        weighted = 0.0
+        shares = self.process.schedule.shares()
+        present = [level for level, count in enumerate(counts.tolist()) if count]
+        for level in present:
+            metrics[f"loss/level_{level}"] = (losses[level] / counts[level]).item()
+            weighted += shares[level] * metrics[f"loss/level_{level}"]
+        metrics["loss"] = weighted / sum(shares[level] for level in present)
+        metrics["gradient_norm"] = (norms.sum() / counts.sum()).item()
+        if not torch.isfinite(losses).all():
+            raise UserError(
+                f"loss: found {metrics['loss']} after {seen:,} images of {self._name()}, expected a finite number;"
+                " lower training.learning_rate or clip_norm, or use fp32."
+            )
+        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        metrics["images_per_second"] = rate
+        metrics["tflops_per_second"] = 3 * mean_flops(self.run) * rate / 1e12
+        metrics["memory_gib"] = peak_memory(self.device) / 2**30
+        if self.rank == 0:
+            ledger.append(self.folder / "metrics.jsonl", seen, metrics)
+            left = (self.total - seen) / rate
+            self.say(
+                f"{self._name()}: {seen:,} / {self.total:,} images, loss {metrics['loss']:.4f},"
+                f" {rate:.0f} images/s, {metrics['memory_gib']:.2f} GiB, {left:.0f} s left"
+            )
+
+    def _checkpoint(self, seen: int) -> None:
+        if self.world_size > 1:
+            # Rank 0 takes over what all have summed, so that a resumed run logs the same losses.
+            dist.all_reduce(self.window)
+            if self.rank:
+                self.window.zero_()
+        if self.rank == 0:
+            tensors = {
+                **checkpoints.pack("model", self.network),
+                **checkpoints.pack("ema", self.ema.network),
+                **checkpoints.pack_optimizer(self.optimizer),
+                "window": self.window,
+            }
+            checkpoints.write(
+                self.folder / "checkpoints",
+                checkpoints.Checkpoint(seen, tensors),
+                self.hash,
+                self.run.training.keep_checkpoints,
+            )
+
+    def _resume(self) -> int:
+        found = checkpoints.find(self.folder / "checkpoints")
+        if not found:
+            return 0
+        checkpoint = checkpoints.read(found[-1], self.hash)
+        checkpoints.unpack("model", self.network, checkpoint.tensors)
+        checkpoints.unpack("ema", self.ema.network, checkpoint.tensors)
+        checkpoints.unpack_optimizer(self.optimizer, checkpoint.tensors)
+        if self.rank == 0:
+            self.window.copy_(checkpoint.tensors["window"])
+            self.say(f"{self._name()}: going on after {checkpoint.images:,} of {self.total:,} images")
+        return checkpoint.images
+
+    def _preview(self, seen: int, show: Preview) -> None:
+        settings = self.run.training
+        samples = sample(
+            self.process,
+            NetworkDenoiser(self.ema.network, self.process, self.run.side, self.run.model.predicts),
+            (settings.preview_count, 3, self.run.side, self.run.side),
+            steps=settings.preview_steps,
+            seed=self.run.seed,
+            device=self.device,
+        )
+        show(seen, to_uint8(samples).cpu(), self.folder / "previews" / f"{seen:09d}.png")
+
+    def _name(self) -> str:
+        return f"{self.run.setting} seed {self.run.seed}"

@@ -1,0 +1,104 @@
+"""The network and what it predicts."""
+
+import pytest
+import torch
+
+from dvdp import Process, Schedule, UserError
+from dvdp.config import ModelParams
+from dvdp.models.denoiser import NetworkDenoiser, target
+from dvdp.models.unet import UNet
+from dvdp.training.budget import network_flops
+
+SMALL = ModelParams(channels=8, multipliers=(1, 2, 2), blocks=2, attention=(2, 4), head_channels=8)
+
+
+def awake(network: torch.nn.Module) -> torch.nn.Module:
+    """Undo the zero initialisation, which would hide what a test looks for."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+@pytest.mark.parametrize(("level", "side"), [(0, 32), (1, 16), (2, 8)])
+def test_one_network_serves_every_level(level: int, side: int) -> None:
+    network = UNet(SMALL, levels=2)
+    x, t = torch.randn(2, 3, side, side), torch.tensor([5, 900])
+    output = network(x, t, level)
+    assert output.shape == x.shape
+    assert not output.any(), "the network starts as nothing"
+
+
+def test_the_output_depends_on_pixels_time_and_level() -> None:
+    network = awake(UNet(SMALL, levels=1)).eval()
+    x, t = torch.randn(1, 3, 16, 16), torch.tensor([100])
+    base = network(x, t, 0)
+    for other in (network(x + 0.1, t, 0), network(x, t + 50, 0), network(x, t, 1)):
+        assert (other - base).abs().max() > 1e-3
+
+
+def test_dropout_is_off_in_evaluation() -> None:
+    network = awake(UNet(ModelParams(channels=8, multipliers=(1,), attention=(), dropout=0.5))).eval()
+    x, t = torch.randn(1, 3, 8, 8), torch.tensor([10])
+    assert torch.equal(network(x, t, 0), network(x, t, 0))
+    network.train()
+    assert not torch.equal(network(x, t, 0), network(x, t, 0))
+
+
+@pytest.mark.parametrize(
+    ("params", "side", "millions", "gmacs"),
+    [
+        (
+            ModelParams(channels=128, multipliers=(1, 2, 2, 2), blocks=3, attention=(2, 4), head_channels=64),
+            32,
+            57.1,
+            9.3,
+        ),
+        (
+            ModelParams(
+                channels=128, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), head_channels=64
+            ),
+            256,
+            138.3,
+            281.6,
+        ),
+    ],
+    ids=["32 px preset", "256 px preset"],
+)
+def test_the_presets_have_the_stated_size(params: ModelParams, side: int, millions: float, gmacs: float) -> None:
+    with torch.device("meta"):
+        network = UNet(params)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert network_flops(params, side) / 2e9 == pytest.approx(gmacs, rel=0.01)
+
+
+def test_half_the_side_costs_at_most_a_quarter() -> None:
+    # Convolutions cost exactly a quarter, self-attention a sixteenth.
+    for side in (32, 16):
+        assert 4 < network_flops(SMALL, side) / network_flops(SMALL, side // 2) < 16
+
+
+def test_a_level_the_network_cannot_halve_often_enough_is_named() -> None:
+    with pytest.raises(UserError, match=r"3 stages.*level 2 of 24 px images, which has 6 px"):
+        SMALL.check_side(24, 2)
+    SMALL.check_side(32, 2)
+
+
+@pytest.mark.parametrize("predicts", ["noise", "velocity", "clean"])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_perfect_prediction_of_any_target_gives_back_the_noise(predicts: str, level: int) -> None:
+    process = Process(Schedule.dvdp([300, 600]))
+    generator = torch.Generator().manual_seed(level)
+    x0 = torch.rand(4, 3, 16, 16, generator=generator, dtype=torch.float64) * 2 - 1
+    noise = torch.randn(4, 3, 16 >> level, 16 >> level, generator=generator, dtype=torch.float64)
+    low, high = process.schedule.span(level)
+    t = torch.tensor([low + 1, low + 50, high - 20, high])
+    x = process.diffuse(x0, t, noise)
+    wanted = target(process, predicts, level, t, x0, noise)  # type: ignore[arg-type]
+
+    class Oracle(torch.nn.Module):
+        def forward(self, *_: object) -> torch.Tensor:
+            return wanted
+
+    denoiser = NetworkDenoiser(Oracle(), process, 16, predicts)  # type: ignore[arg-type]
+    assert (denoiser(x, t) - noise).abs().max() < 1e-5

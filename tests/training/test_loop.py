@@ -1,0 +1,183 @@
+"""Training in one process: what it leaves behind, and that it goes on to the bit."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dvdp import UserError
+from dvdp.config import Run, parse_params
+from dvdp.data.loading import ArrayImages
+from dvdp.models.export import load_model
+from dvdp.training import checkpoints, ledger
+from dvdp.training.budget import relative_flops, training_images
+from dvdp.training.ema import EMA
+from dvdp.training.loop import train
+
+
+def tiny_run(**training: object) -> Run:
+    tree = {
+        "dataset": {"resolution": 16},
+        "settings": [{"name": "small", "process": "dvdp", "turning_points": [300, 600]}],
+        "model": {"channels": 4, "multipliers": [1, 2], "attention": [2], "head_channels": 8, "dropout": 0.1},
+        "training": {
+            "images": 160,
+            "budget": "images",
+            "batch": 8,
+            "warmup_images": 40,
+            "checkpoint_images": 56,
+            "log_images": 24,
+            "preview_images": 80,
+            "preview_count": 2,
+            "preview_steps": 3,
+            **training,
+        },
+        "sampling": {"steps": 4},
+    }
+    return parse_params(tree).runs()[0]
+
+
+@pytest.fixture(scope="module")
+def images() -> ArrayImages:
+    """Flat colours with a bright bar: something to learn at every level."""
+    random = np.random.default_rng(0)
+    pictures = np.broadcast_to(random.integers(0, 128, (40, 3, 1, 1)), (40, 3, 16, 16)).astype(np.uint8)
+    for picture, row in zip(pictures, random.integers(0, 14, 40), strict=True):
+        picture[:, row : row + 2] = 255
+    return ArrayImages(pictures)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+class InterruptedHere(Exception):  # noqa: N818
+    """What a test throws into a run."""
+
+
+def stop_after(seen: int):
+    def say(line: str) -> None:
+        if f" {seen} / " in line:
+            raise InterruptedHere
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("predicts", "precision"), [("noise", "fp32"), ("noise", "bf16"), ("velocity", "fp32"), ("clean", "fp32")]
+)
+def test_training_lowers_the_loss_of_every_target(
+    tmp_path: Path, images: ArrayImages, predicts: str, precision: str
+) -> None:
+    run = tiny_run(images=1200, learning_rate=5e-3, log_images=300, preview_images=0, precision=precision)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, predicts=predicts))
+    train(run, images, tmp_path, "abc", say=quiet)
+    losses = [entry.metrics["loss"] for entry in ledger.read(tmp_path / "metrics.jsonl")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path, images: ArrayImages) -> None:
+    run = tiny_run()
+    train(run, images, tmp_path / "whole", "abc", flip=True, say=quiet)
+    for stop in (72, 120):
+        with pytest.raises(InterruptedHere):
+            train(run, images, tmp_path / "broken", "abc", flip=True, say=stop_after(stop))
+    train(run, images, tmp_path / "broken", "abc", flip=True, say=quiet)
+
+    whole, broken = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "broken"))
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    last = [checkpoints.find(tmp_path / name / "checkpoints")[-1] for name in ("whole", "broken")]
+    states = [load_file(path) for path in last]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+    def losses(name: str) -> list[tuple[int, dict[str, float]]]:
+        entries = ledger.read(tmp_path / name / "metrics.jsonl")
+        return [(e.images, {k: v for k, v in e.metrics.items() if k.startswith("loss")}) for e in entries]
+
+    assert losses("whole") == losses("broken"), "one value for each step, and the same"
+
+
+def test_a_run_leaves_weights_metrics_estimate_previews_and_the_last_checkpoints(
+    tmp_path: Path, images: ArrayImages
+) -> None:
+    shown: list[tuple[int, tuple[int, ...]]] = []
+    said: list[str] = []
+    train(
+        tiny_run(keep_checkpoints=2),
+        images,
+        tmp_path,
+        "abc",
+        description={"dataset": "noise"},
+        preview=lambda seen, samples, _: shown.append((seen, tuple(samples.shape))),
+        say=said.append,
+    )
+    assert shown == [(80, (2, 3, 16, 16)), (160, (2, 3, 16, 16))]
+    assert [path.stem for path in checkpoints.find(tmp_path / "checkpoints")] == ["000000000112", "000000000160"]
+    assert [e.images for e in ledger.read(tmp_path / "metrics.jsonl")] == [24, 48, 72, 96, 120, 144, 160]
+    assert "160 images" in said[0], "what it will cost is said before the first step"
+    model = load_model(tmp_path / "weights.safetensors")
+    assert model.description["training_hash"] == "abc"
+    assert model.description["dataset"] == "noise"
+    assert model.sample(2, steps=3).shape == (2, 3, 16, 16)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, images: ArrayImages) -> None:
+    train(tiny_run(), images, tmp_path, "abc", say=quiet)
+    before = (tmp_path / "weights.safetensors").stat().st_mtime_ns
+    said: list[str] = []
+    train(tiny_run(), images, tmp_path, "abc", say=said.append)
+    assert (tmp_path / "weights.safetensors").stat().st_mtime_ns == before
+    assert not said
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path, images: ArrayImages) -> None:
+    with pytest.raises(InterruptedHere):
+        train(tiny_run(), images, tmp_path, "abc", say=stop_after(72))
+    with pytest.raises(UserError, match="belongs to configuration abc, expected xyz"):
+        train(tiny_run(), images, tmp_path, "xyz", say=quiet)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, images: ArrayImages) -> None:
+    with pytest.raises(InterruptedHere):
+        train(tiny_run(), images, tmp_path, "abc", say=stop_after(72))
+    path = checkpoints.find(tmp_path / "checkpoints")[-1]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=path.name):
+        train(tiny_run(), images, tmp_path, "abc", say=quiet)
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(tmp_path: Path, images: ArrayImages) -> None:
+    # Without dropout, and with noise drawn part by part, only the draws differ: compare what a step is made of.
+    run = tiny_run(images=16, batch=8, accumulation=4, checkpoint_images=8)
+    train(run, images, tmp_path, "abc", say=quiet)
+    entries = ledger.read(tmp_path / "metrics.jsonl")
+    assert entries[-1].images == 16
+    assert 0.5 < entries[-1].metrics["loss"] < 2.0, "the loss of a step is the mean over its parts, not their sum"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(tmp_path: Path, images: ArrayImages) -> None:
+    run = tiny_run(learning_rate=1e30, clip_norm=1e30, warmup_images=0)
+    with pytest.raises(UserError, match="loss: found"):
+        train(run, images, tmp_path, "abc", say=quiet)
+
+
+def test_the_average_is_held_apart_and_follows_the_weights() -> None:
+    network = torch.nn.Linear(1, 1, bias=False)
+    network.weight.data.fill_(0.0)
+    ema = EMA(network, halflife=100, ramp=1.0)
+    network.weight.data.fill_(1.0)
+    ema.update(images=1000, batch=100)
+    assert ema.network.weight.item() == pytest.approx(0.5), "a half-life of images later, half of the way"
+    assert network.weight.item() == 1.0
+    ema.update(images=50, batch=50)
+    assert ema.network.weight.item() == pytest.approx(0.75), "early on, the ramp shortens the half-life"
+
+
+def test_settings_share_flops_or_images() -> None:
+    run = tiny_run(images=8_000, budget="flops")
+    assert training_images(run) * relative_flops(run) == pytest.approx(8_000, rel=2e-3)
+    assert training_images(tiny_run(images=8_000, budget="images")) == 8_000
