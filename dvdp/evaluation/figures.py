@@ -1,0 +1,290 @@
+"""Pictures of images, of settings side by side, of the process, and of curves.
+
+Images are uint8 (n, 3, h, w), or float in [-1, 1]. Pillow draws everything but curves, for which matplotlib is
+imported when the first one is drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from dvdp import bands
+from dvdp.files import write_atomically
+from dvdp.process import Process
+from dvdp.randomness import generator
+from dvdp.sampling import Denoiser, Progress, sample
+
+#: Of text and marks.
+INK, SOFT, ACCENT, PAPER = (34, 34, 34), (120, 120, 120), (178, 58, 72), (255, 255, 255)
+#: Between images, in pixels.
+GUTTER = 2
+#: Around pictures with text, in pixels.
+MARGIN = 20
+#: Small images are enlarged to about this many pixels.
+LEGIBLE = 96
+#: In the process picture full-size states are enlarged to about this many pixels, or reduced to at most LARGEST.
+STATE, LARGEST = 160, 256
+
+
+class State(NamedTuple):
+    """One image on its way through the process."""
+
+    t: int
+    level: int
+    x: Tensor
+    """(C, h, w), in the pixel range of its level."""
+
+
+def grid(images: np.ndarray | Tensor, columns: int | None = None, scale: int | None = None) -> Image.Image:
+    """Images in rows, with thin white gutters.
+
+    Args:
+        columns: about a square by default.
+        scale: whole factor of enlargement, by nearest neighbour; by default small images become legible.
+    """
+    pixels = to_uint8(images)
+    columns = columns or math.ceil(len(pixels) ** 0.5)
+    tiles = [_enlarged(image, scale or _legible(pixels.shape[-1])) for image in pixels]
+    width, height = tiles[0].size
+    rows = math.ceil(len(tiles) / columns)
+    sheet = Image.new("RGB", (columns * (width + GUTTER) + GUTTER, rows * (height + GUTTER) + GUTTER), PAPER)
+    for i, tile in enumerate(tiles):
+        row, column = divmod(i, columns)
+        sheet.paste(tile, (GUTTER + column * (width + GUTTER), GUTTER + row * (height + GUTTER)))
+    return sheet
+
+
+def contact_sheet(
+    settings: Mapping[str, np.ndarray | Tensor], title: str = "", columns: int = 10, scale: int | None = None
+) -> Image.Image:
+    """Settings under each other, each with its name on the left and its first ``columns`` images on the right."""
+    strips = {name: grid(images[:columns], columns, scale) for name, images in settings.items()}
+    name_font, gap = _font(18), 10
+    label_width = max(math.ceil(name_font.getlength(name)) for name in strips) + 16
+    title_height = _heading_height(title)
+    width = max(2 * MARGIN + label_width + max(strip.width for strip in strips.values()), _heading_width(title))
+    height = title_height + 2 * MARGIN + sum(strip.height + gap for strip in strips.values()) - gap
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    _heading(draw, title)
+    y = MARGIN + title_height
+    for name, strip in strips.items():
+        draw.text((MARGIN, y + strip.height / 2), name, INK, name_font, anchor="lm")
+        sheet.paste(strip, (MARGIN + label_width, y))
+        y += strip.height + gap
+    return sheet
+
+
+def picture_times(process: Process, count: int = 9) -> list[int]:
+    """About ``count`` timesteps for :func:`process_picture`: 0, T, and evenly inside every level, at least one each."""
+    times = {0, process.schedule.timesteps}
+    for (low, high), share in zip(
+        map(process.schedule.span, range(process.levels + 1)), process.schedule.shares(), strict=True
+    ):
+        inside = max(1, round((count - 2) * share))
+        times |= {low + round((high - low) * (i + 0.5) / inside) for i in range(inside)}
+    return sorted(times)
+
+
+def diffused_states(process: Process, image: Tensor, times: Sequence[int], seed: int = 0) -> list[State]:
+    """A clean image (C, H, W) in [-1, 1] at several timesteps, all with the same noise."""
+    noise = torch.randn(image.shape, generator=generator(seed, "picture"))
+    states = []
+    for t in sorted(times):
+        level = process.level(t)
+        x = process.diffuse(image[None], t, bands.to_level(noise[None], level))
+        states.append(State(t, level, x[0]))
+    return states
+
+
+def generated_states(
+    process: Process,
+    denoiser: Denoiser,
+    shape: tuple[int, int, int],
+    times: Sequence[int],
+    steps: int = 250,
+    rule: str = "ddpm",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> list[State]:
+    """Image 0 of ``seed``, (C, H, W), as it was at the steps of the sampler nearest to ``times``."""
+    seen: list[State] = []
+
+    def keep(progress: Progress) -> None:
+        seen.append(State(progress.s, progress.level, progress.state[0].float().cpu()))
+
+    sample(process, denoiser, (1, *shape), steps, rule, seed=seed, device=device, callback=keep)
+    nearest = {}
+    for t in times:
+        # Within the level of t: beside a turning point the nearest step may have another side.
+        same = [state for state in seen if state.level == process.level(t)]
+        nearest[t] = min(same, key=lambda state: abs(state.t - t))
+    return [nearest[t] for t in sorted(times)]
+
+
+def process_picture(
+    process: Process, diffused: Sequence[State], generated: Sequence[State], title: str = ""
+) -> Image.Image:
+    """One image on its way to noise, and one on its way back, each state at its true size on a common scale.
+
+    Args:
+        diffused: the row above, as :func:`diffused_states` gives it.
+        generated: the row below, column by column at about the times of the row above.
+    """
+    side = max(state.x.shape[-1] for state in diffused)
+    small, label = _font(14), _font(16)
+    rows = [("diffused", diffused), ("generated", generated)]
+    tiles = [[_state_tile(state, side) for state in states] for _, states in rows]
+    captions = [[(f"t = {state.t}", f"{state.x.shape[-1]} px") for state in states] for _, states in rows]
+    # A column is as wide as what stands in it; at a turning point there is room for its mark.
+    widths = [
+        max(*(row[i].width for row in tiles), *(small.getlength(text) for row in captions for text in row[i]))
+        for i in range(len(diffused))
+    ]
+    gap, mark_gap, head = 18, 44, 34
+    label_width = max(math.ceil(label.getlength(name)) for name, _ in rows) + 44
+    lefts, marks, x = [], [], float(MARGIN + label_width)
+    for i, state in enumerate(diffused):
+        if i:
+            crossed = range(diffused[i - 1].level + 1, state.level + 1)
+            x += mark_gap if crossed else gap
+            marks += [(x - mark_gap / 2, level) for level in crossed]
+        lefts.append(x)
+        x += widths[i]
+    row_height = max(tile.height for row in tiles for tile in row) + 50
+    top = MARGIN + _heading_height(title) + head
+    width = max(math.ceil(x) + MARGIN, _heading_width(title))
+    sheet = Image.new("RGB", (width, top + 2 * row_height + MARGIN - 6), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    _heading(draw, title)
+    for x, level in marks:
+        turning_point = process.schedule.turning_points[level - 1]
+        draw.text((x, top - 12), f"T{level} = {turning_point}", ACCENT, small, anchor="mb")
+        for y in range(top - 8, sheet.height - MARGIN, 8):
+            draw.line((x, y, x, y + 3), ACCENT)
+    for row, (name, _) in enumerate(rows):
+        middle = top + row * row_height + (row_height - 50) / 2
+        draw.text((MARGIN, middle - 14), name, INK, label, anchor="lm")
+        _arrow(draw, MARGIN, middle + 10, 56, forward=row == 0)
+        for left, column_width, tile, caption in zip(lefts, widths, tiles[row], captions[row], strict=True):
+            centre = left + column_width / 2
+            sheet.paste(tile, (round(centre - tile.width / 2), round(middle - tile.height / 2)))
+            below = top + row * row_height + row_height - 50 + 8
+            draw.text((centre, below), caption[0], INK, small, anchor="mt")
+            draw.text((centre, below + 18), caption[1], SOFT, small, anchor="mt")
+    return sheet
+
+
+def curves(
+    path: Path,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    logy: bool = False,
+) -> Path:
+    """Draw {label: [(x, y), ..]} into a PNG file; points that are not finite are left out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    # Okabe and Ito's colours, told apart by everybody; more lines than colours differ in their dashes.
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+    dashes = ("-", "--", ":", "-.")
+    largest = 0.0
+    for i, (name, points) in enumerate(lines.items()):
+        finite = sorted(p for p in points if all(map(math.isfinite, p)) and not (logy and p[1] <= 0))
+        largest = max([largest, *(abs(x) for x, _ in finite)])
+        axes.plot(
+            [x for x, _ in finite],
+            [y for _, y in finite],
+            dashes[i // len(colours) % len(dashes)],
+            color=colours[i % len(colours)],
+            label=name,
+            linewidth=1.6,
+            marker="o" if len(finite) < 25 else None,
+            markersize=4,
+        )
+    if logy:
+        axes.set_yscale("log")
+    if largest >= 10_000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_title(title, loc="left", fontsize=13)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 6:
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    elif lines:
+        axes.legend(frameon=False)
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
+    write_atomically(path, content.getvalue())
+    return path
+
+
+def save_png(image: Image.Image, path: Path) -> Path:
+    """Write a picture, atomically."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_atomically(path, content.getvalue())
+    return path
+
+
+def to_uint8(images: np.ndarray | Tensor) -> np.ndarray:
+    """uint8 images as they are; float images in [-1, 1] as uint8, what lies outside clipped."""
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images)
+    if images.dtype != torch.uint8:
+        images = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return images.cpu().numpy()
+
+
+def _legible(side: int) -> int:
+    return max(1, round(LEGIBLE / side))
+
+
+def _enlarged(image: np.ndarray, factor: int) -> Image.Image:
+    return Image.fromarray(np.kron(image.transpose(1, 2, 0), np.ones((factor, factor, 1), np.uint8)))
+
+
+def _state_tile(state: State, side: int) -> Image.Image:
+    picture = Image.fromarray(to_uint8(bands.to_pixels(state.x, state.level)).transpose(1, 2, 0))
+    # One whole factor for all states, so that every pixel stays a square.
+    enlarge, reduce = max(1, round(STATE / side)), math.ceil(side / LARGEST)
+    size = max(1, picture.width * enlarge // reduce)
+    return picture.resize((size, size), Image.Resampling.NEAREST if reduce == 1 else Image.Resampling.BOX)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _heading_height(title: str) -> int:
+    return 40 if title else 0
+
+
+def _heading_width(title: str) -> int:
+    return math.ceil(_font(22).getlength(title)) + 2 * MARGIN
+
+
+def _heading(draw: ImageDraw.ImageDraw, title: str) -> None:
+    draw.text((MARGIN, MARGIN), title, INK, _font(22), anchor="lt")
+
+
+def _arrow(draw: ImageDraw.ImageDraw, x: float, y: float, length: float, forward: bool) -> None:
+    draw.line((x, y, x + length, y), SOFT, 2)
+    tip, back = (x + length, -7) if forward else (x, 7)
+    draw.polygon(((tip, y), (tip + back, y - 5), (tip + back, y + 5)), SOFT)

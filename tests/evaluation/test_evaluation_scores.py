@@ -1,0 +1,333 @@
+"""Scores are what they are called, depend on what they say, and repeat."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from evaluation_support import Arrays, Room, write_shards
+
+from dvdp.errors import UserError
+from dvdp.evaluation import extractors
+from dvdp.evaluation.extractors import Extractor, inception_extractor, load_network, train_extractor
+from dvdp.evaluation.fidelity import metric_names
+from dvdp.evaluation.scores import (
+    Reference,
+    SampleShards,
+    ScoreRecord,
+    comparable,
+    make_reference,
+    read_reference,
+    score,
+)
+
+SAMPLING = {"rule": "ddpm", "steps": 250, "seed": 0, "ema": "halflife 20000, ramp 0.1"}
+
+
+def features(extractor: Extractor, pixels: np.ndarray) -> np.ndarray:
+    network, _ = load_network(extractor.path)
+    with torch.inference_mode():
+        return network.features(torch.from_numpy(np.ascontiguousarray(pixels))).double().numpy()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def samples(digits: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The odd digits, in shards of 100."""
+    return write_shards(tmp_path_factory.mktemp("samples"), digits.pixels[1::2])
+
+
+@pytest.fixture(scope="module")
+def record(room: Room, samples: Path) -> ScoreRecord:
+    return score(samples, room.reference, room.extractor, 500, 100, SAMPLING)
+
+
+def test_frechet_distance_is_the_textbook_formula(
+    room: Room, digits: Arrays, samples: Path, record: ScoreRecord
+) -> None:
+    a, b = features(room.extractor, digits.pixels[1::2][:500]), features(room.extractor, room.images.pixels)
+    root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+    assert record.metrics["fd_labels"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:fd_labels of blurred")
+def test_kernel_distance_is_the_textbook_formula(room: Room, digits: Arrays, tmp_path: Path) -> None:
+    pixels = digits.pixels[1::2][:80]
+    make_reference(room.images.part(slice(80)), "eighty", room.extractor, tmp_path / "reference", 40)
+    found = score(write_shards(tmp_path / "s", pixels), tmp_path / "reference", room.extractor, 80, 80).metrics
+    a, b = features(room.extractor, pixels), features(room.extractor, room.images.pixels[:80])
+    n, d = a.shape
+    aa, bb, ab = (((x @ y.T) / d + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    unbiased = sum((k.sum() - np.trace(k)) / (n * (n - 1)) for k in (aa, bb)) - 2 * ab.mean()
+    assert found["kd_labels"] == pytest.approx(unbiased, rel=1e-3)
+    assert found["kd_labels_std"] == pytest.approx(0, abs=1e-9)
+
+
+def test_precision_and_recall_are_not_swapped(room: Room, tmp_path: Path) -> None:
+    zeros = room.images.pixels[room.images.labels == 0]
+    noise = np.random.default_rng(0).integers(0, 256, zeros.shape, dtype=np.uint8)
+    one_class = score(write_shards(tmp_path / "one", zeros), room.reference, room.extractor, kid_subset=20).metrics
+    assert one_class["precision_labels"] == 1
+    assert one_class["recall_labels"] < 0.3
+    mixed = np.concatenate([room.images.pixels, np.tile(noise, (12, 1, 1, 1))[: len(room.images)]])
+    with_noise = score(write_shards(tmp_path / "mixed", mixed), room.reference, room.extractor).metrics
+    assert with_noise["precision_labels"] == pytest.approx(0.5, abs=0.05)
+    assert with_noise["recall_labels"] == 1
+
+
+def test_precision_and_recall_are_the_textbook_formulas(room: Room, digits: Arrays, record: ScoreRecord) -> None:
+    def covered(points: np.ndarray, centres: np.ndarray) -> float:
+        radii = np.sort(scipy.spatial.distance.cdist(centres, centres), axis=1)[:, 3]
+        return float((scipy.spatial.distance.cdist(points, centres) <= radii).any(1).mean())
+
+    a, b = features(room.extractor, digits.pixels[1::2][:500]), features(room.extractor, room.images.pixels)
+    assert record.metrics["precision_labels"] == pytest.approx(covered(a, b), abs=0.005)
+    assert record.metrics["recall_labels"] == pytest.approx(covered(b, a), abs=0.005)
+
+
+def test_real_halves_score_better_than_blurred_and_noised_ones(room: Room) -> None:
+    reference = read_reference(room.reference)
+    distances = {name: anchor["metrics"]["fd_labels"] for name, anchor in reference.anchors.items()}
+    assert distances["halves"] * 2 < distances["blurred"] < distances["noised"]
+    assert reference.warnings == []
+
+
+@pytest.mark.filterwarnings("ignore:fd_labels of noised")
+def test_an_extractor_that_sees_no_blur_is_warned_about(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (40, 3, 1, 1), dtype=np.uint8)
+    flat = Arrays(np.tile(colours, (1, 1, 16, 16)), np.arange(40) % 2)
+    train_extractor(flat, "labels", 1, "flat", tmp_path)
+    with pytest.warns(UserWarning, match="fd_labels of blurred real images"):
+        reference = make_reference(flat, "flat", extractors.load_extractor(tmp_path), tmp_path / "reference")
+    assert "blurred" in reference.warnings[0]
+    assert read_reference(tmp_path / "reference") == reference
+
+
+def test_a_set_scores_zero_against_itself(room: Room, tmp_path: Path) -> None:
+    found = score(write_shards(tmp_path, room.images.pixels), room.reference, room.extractor).metrics
+    assert 0 <= found["fd_labels"] < 1e-6
+    assert found["precision_labels"] == found["recall_labels"] == 1
+
+
+def test_only_inception_is_called_fid() -> None:
+    assert sorted(metric_names("inception").values()) == ["fid", "kid", "kid_std", "precision", "recall"]
+    for task in ("labels", "rotation"):
+        names = set(metric_names(task).values())
+        assert names == {f"{name}_{task}" for name in ("fd", "kd", "precision", "recall")} | {f"kd_{task}_std"}
+
+
+def test_score_repeats_to_the_bit_and_leaves_the_reference_alone(
+    room: Room, samples: Path, record: ScoreRecord
+) -> None:
+    before = contents(room.reference)
+    assert score(samples, room.reference, room.extractor, 500, 100, SAMPLING) == record
+    assert contents(room.reference) == before
+
+
+def test_score_depends_on_the_first_images_alone(
+    room: Room, samples: Path, digits: Arrays, record: ScoreRecord, tmp_path: Path
+) -> None:
+    other = write_shards(tmp_path, digits.pixels[1::2][:500], shard=64)
+    assert score(other, room.reference, room.extractor, None, 100, SAMPLING) == record
+
+
+def test_record_holds_all_that_the_score_depends_on(room: Room, record: ScoreRecord) -> None:
+    assert (record.samples, record.references, record.side) == (500, len(room.images), 32)
+    assert record.reference_digest == "digest-of-even-digits"
+    assert (record.extractor, record.extractor_sha256) == ("labels", room.extractor.sha256)
+    assert record.library.startswith("torch-fidelity ")
+    assert record.sampling == SAMPLING
+
+
+def test_record_survives_json(record: ScoreRecord) -> None:
+    assert ScoreRecord.from_json(record.to_json()) == record
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"metrics": {}}', '{"other": 1}'])
+def test_what_is_no_record_is_an_error(text: str) -> None:
+    with pytest.raises(UserError, match=r"scores/x\.json: found something else than a score record"):
+        ScoreRecord.from_json(text, "scores/x.json")
+
+
+def test_comparable_names_the_fields_that_matter(record: ScoreRecord) -> None:
+    assert comparable(record, record) == []
+    other_seed = dataclasses.replace(record, sampling={**SAMPLING, "seed": 1}, warnings=["beware"])
+    assert comparable(record, other_seed) == []
+    metrics = {name: value + 1 for name, value in record.metrics.items()}
+    assert comparable(record, dataclasses.replace(record, metrics=metrics)) == []
+    for name in ("extractor_sha256", "samples", "references", "reference_digest", "preprocessing", "library"):
+        assert comparable(record, dataclasses.replace(record, **{name: "other"})) == [name]
+    assert comparable(record, dataclasses.replace(record, metrics={"fid": 1.0})) == ["metrics"]
+    fewer_steps = dataclasses.replace(record, sampling={**SAMPLING, "steps": 50, "ema": None})
+    assert comparable(record, fewer_steps) == ["sampling.ema", "sampling.steps"]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [field.name for field in dataclasses.fields(Reference) if field.name not in ("anchors", "files", "warnings")],
+)
+def test_cache_name_holds_everything_the_features_depend_on(room: Room, field: str) -> None:
+    reference = read_reference(room.reference)
+    value = getattr(reference, field)
+    other = dataclasses.replace(reference, **{field: value + 1 if isinstance(value, int) else value + "x"})
+    assert other.cache_name != reference.cache_name
+
+
+def test_new_data_in_an_old_folder_gives_new_scores(room: Room, samples: Path, digits: Arrays, tmp_path: Path) -> None:
+    nines = digits.part(digits.labels == 9)
+    shutil.copytree(room.reference, tmp_path / "old")
+    make_reference(nines, "digest-of-nines", room.extractor, tmp_path / "old")
+    make_reference(nines, "digest-of-nines", room.extractor, tmp_path / "new")
+    assert contents(tmp_path / "old") == contents(tmp_path / "new")
+    found = [score(samples, tmp_path / name, room.extractor, 200) for name in ("old", "new")]
+    assert found[0] == found[1]
+    assert found[0].metrics["fd_labels"] > 20
+
+
+def test_few_samples_are_warned_about_in_the_record_too(room: Room, samples: Path) -> None:
+    with pytest.warns(UserWarning, match="63 samples are fewer than the extractor's 64 features"):
+        found = score(samples, room.reference, room.extractor, 63, 50)
+    assert len(found.warnings) == 1
+
+
+def test_more_samples_than_there_are_names_both_numbers(room: Room, samples: Path) -> None:
+    with pytest.raises(UserError, match="found 899, expected at most 898"):
+        score(samples, room.reference, room.extractor, 899)
+
+
+def test_a_kid_subset_larger_than_a_set_is_an_error(room: Room, samples: Path) -> None:
+    with pytest.raises(UserError, match="kid_subset: found 101, expected at most 100"):
+        score(samples, room.reference, room.extractor, 100, 101)
+
+
+def test_too_few_samples_for_neighbours_are_an_error(room: Room, samples: Path) -> None:
+    with pytest.raises(UserError, match="found 3, expected at least 4"):
+        score(samples, room.reference, room.extractor, 3, 2)
+
+
+def test_samples_of_another_side_are_an_error(room: Room, tmp_path: Path) -> None:
+    write_shards(tmp_path, np.zeros((8, 3, 16, 16), np.uint8))
+    with pytest.raises(UserError, match="found images of 16 px, expected 32 px"):
+        score(tmp_path, room.reference, room.extractor, 8, 4)
+
+
+def test_a_reference_of_another_extractor_is_an_error(room: Room, samples: Path) -> None:
+    other = dataclasses.replace(room.extractor, sha256="0" * 64)
+    with pytest.raises(UserError, match=r"made with labels .* run `dvdp reference` again"):
+        score(samples, room.reference, other)
+
+
+def test_an_extractor_of_another_side_is_an_error(room: Room, tmp_path: Path) -> None:
+    small = Arrays(np.zeros((8, 3, 16, 16), np.uint8), np.zeros(8))
+    with pytest.raises(UserError, match="trained on 32 px images for a data set of 16 px"):
+        make_reference(small, "small", room.extractor, tmp_path)
+
+
+def damage_features(folder: Path) -> None:
+    path = next(folder.glob("*features*.pt"))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+
+def remove_statistics(folder: Path) -> None:
+    next(folder.glob("*stat*.pt")).unlink()
+
+
+def change_description(folder: Path) -> None:
+    about = json.loads((folder / "reference.json").read_text())
+    (folder / "reference.json").write_text(json.dumps({**about, "data_digest": "another"}))
+
+
+@pytest.mark.parametrize("harm", [damage_features, remove_statistics, change_description])
+def test_a_reference_that_was_changed_is_never_read(
+    room: Room, samples: Path, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "reference"
+    shutil.copytree(room.reference, folder)
+    harm(folder)
+    with pytest.raises(UserError, match=r"missing or changed.* run `dvdp reference` again"):
+        score(samples, folder, room.extractor)
+
+
+def test_a_missing_or_foreign_reference_is_an_error(room: Room, samples: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found no file"):
+        score(samples, tmp_path, room.extractor)
+    (tmp_path / "reference.json").write_text("{}")
+    with pytest.raises(UserError, match="describes none"):
+        score(samples, tmp_path, room.extractor)
+
+
+def test_shards_are_read_in_image_order(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 3, 4, 4), dtype=np.uint8)
+    folder = write_shards(tmp_path, pixels, shard=4)
+    for shards in (SampleShards(folder), SampleShards(list(folder.iterdir()))):
+        assert len(shards) == 10
+        assert np.array_equal(np.stack([shards[i].numpy() for i in range(10)]), pixels)
+
+
+def test_a_gap_between_shards_is_an_error(tmp_path: Path) -> None:
+    write_shards(tmp_path, np.zeros((10, 3, 4, 4), np.uint8), shard=4)
+    (tmp_path / "00000004.npy").unlink()
+    with pytest.raises(UserError, match=r"00000008\.npy' where image 4 should follow"):
+        SampleShards(tmp_path)
+
+
+def test_no_shards_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"found no \.npy files"):
+        SampleShards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((2, 3, 4, 4), np.float32), np.zeros((2, 4, 4, 3), np.uint8), np.zeros((2, 3, 4, 8), np.uint8)],
+)
+def test_shards_of_another_kind_are_an_error(tmp_path: Path, array: np.ndarray) -> None:
+    np.save(tmp_path / "00000000.npy", array)
+    with pytest.raises(UserError, match="expected uint8"):
+        SampleShards(tmp_path)
+
+
+def test_pickles_and_half_files_are_errors(tmp_path: Path) -> None:
+    path = tmp_path / "00000000.npy"
+    np.save(path, np.array([{}]), allow_pickle=True)
+    with pytest.raises(UserError, match=r"no whole \.npy file"):
+        SampleShards(tmp_path)
+    np.save(path, np.zeros((9, 3, 8, 8), np.uint8))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"no whole \.npy file"):
+        SampleShards(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_inception_from_a_local_file_gives_fid(digits: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With random weights: the figures mean nothing, but the path is the one of the real file."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    weights = tmp_path / "weights.pth"
+    with monkeypatch.context() as patch:
+        # The network can only be built with weights: none are loaded this once.
+        patch.setattr(torch, "load", lambda *args, **kwargs: None)
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        torch.manual_seed(0)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights))
+    torch.save(network.state_dict(), weights)
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors.file_sha256(weights))
+    extractor = inception_extractor(weights)
+    reference = make_reference(digits.part(slice(16)), "digits", extractor, tmp_path / "reference", 8)
+    assert reference.features == 2048
+    samples = write_shards(tmp_path / "samples", digits.pixels[16:24])
+    record = score(samples, tmp_path / "reference", extractor, 8, 8)
+    assert set(record.metrics) == {"fid", "kid", "kid_std", "precision", "recall"}
+    assert len(record.warnings) == 3
+    assert "compares with no published one" in record.warnings[2]
