@@ -27,6 +27,20 @@ OPERATIONAL = {
 }  # fmt: skip
 
 
+def training_identity(run: Run) -> dict[str, Any]:
+    """All of a run that shapes its weights, as plain data."""
+    training = {k: v for k, v in dataclasses.asdict(run.training).items() if k not in OPERATIONAL}
+    return {
+        "kind": run.kind,
+        "turning_points": run.turning_points,
+        "side": run.side,
+        "process": dataclasses.asdict(run.process),
+        "model": dataclasses.asdict(run.model),
+        "training": {**training, "total_images": training_images(run)},
+        "seed": run.seed,
+    }
+
+
 def training_hash(run: Run, dataset_digest: str, flip: bool, world_size: int) -> str:
     """Names the run: its folder, its checkpoints and its Ray run, and a tag of its MLflow run.
 
@@ -35,22 +49,8 @@ def training_hash(run: Run, dataset_digest: str, flip: bool, world_size: int) ->
         flip: whether images are mirrored at random.
         world_size: number of ranks; each draws its own noise.
     """
-    training = {k: v for k, v in dataclasses.asdict(run.training).items() if k not in OPERATIONAL}
-    return _digest(
-        {
-            "kind": run.kind,
-            "turning_points": run.turning_points,
-            "side": run.side,
-            "process": dataclasses.asdict(run.process),
-            "model": dataclasses.asdict(run.model),
-            "training": {**training, "total_images": training_images(run)},
-            "seed": run.seed,
-            "dataset": dataset_digest,
-            "flip": flip,
-            "world_size": world_size,
-            "sources": _sources(TRAINING_SOURCES),
-        }
-    )
+    data = {"dataset": dataset_digest, "flip": flip, "world_size": world_size}
+    return _digest({**training_identity(run), **data, "sources": _sources(TRAINING_SOURCES)})
 
 
 def sampling_hash(run: Run, trained: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dvdp.data.loading import Images
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.randomness import derive_seed, generator
@@ -41,16 +42,6 @@ NOISE = 8.0
 
 #: Of weights-inception-2015-12-05-6726825d.pth, the file that torch-fidelity downloads.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-
-
-class Images(Protocol):
-    """Labelled images: an ImageStore, or arrays in memory."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """(uint8 array (3, side, side), label), -1 where there is no label."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dvdp import bands
+from dvdp.data.loading import to_uint8
 from dvdp.files import write_atomically
 from dvdp.process import Process
 from dvdp.randomness import generator
@@ -51,7 +52,7 @@ def grid(images: np.ndarray | Tensor, columns: int | None = None, scale: int | N
         columns: about a square by default.
         scale: whole factor of enlargement, by nearest neighbour; by default small images become legible.
     """
-    pixels = to_uint8(images)
+    pixels = pixels_of(images)
     columns = columns or math.ceil(len(pixels) ** 0.5)
     tiles = [_enlarged(image, scale or _legible(pixels.shape[-1])) for image in pixels]
     width, height = tiles[0].size
@@ -243,13 +244,10 @@ def save_png(image: Image.Image, path: Path) -> Path:
     return path
 
 
-def to_uint8(images: np.ndarray | Tensor) -> np.ndarray:
+def pixels_of(images: np.ndarray | Tensor) -> np.ndarray:
     """uint8 images as they are; float images in [-1, 1] as uint8, what lies outside clipped."""
-    if isinstance(images, np.ndarray):
-        images = torch.from_numpy(images)
-    if images.dtype != torch.uint8:
-        images = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return images.cpu().numpy()
+    tensor = torch.as_tensor(images).detach().cpu()
+    return (tensor if tensor.dtype == torch.uint8 else to_uint8(tensor.float())).numpy()
 
 
 def _legible(side: int) -> int:
@@ -261,7 +259,7 @@ def _enlarged(image: np.ndarray, factor: int) -> Image.Image:
 
 
 def _state_tile(state: State, side: int) -> Image.Image:
-    picture = Image.fromarray(to_uint8(bands.to_pixels(state.x, state.level)).transpose(1, 2, 0))
+    picture = Image.fromarray(pixels_of(bands.to_pixels(state.x, state.level)).transpose(1, 2, 0))
     # One whole factor for all states, so that every pixel stays a square.
     enlarge, reduce = max(1, round(STATE / side)), math.ceil(side / LARGEST)
     size = max(1, picture.width * enlarge // reduce)

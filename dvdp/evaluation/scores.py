@@ -99,6 +99,11 @@ class ScoreRecord:
     """Where the samples come from: EMA profile, rule, steps, seed, ..."""
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def headline(self) -> str:
+        """The metric that ranks, lower is better: the Frechet distance (``fid``, ``fd_labels``, ``fd_rotation``)."""
+        return next(name for name in self.metrics if name == "fid" or name.startswith("fd_"))
+
     def to_json(self) -> str:
         """The record as text; :meth:`from_json` gives back an equal one."""
         return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n"

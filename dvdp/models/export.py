@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dvdp.config import Run
+from dvdp.data.loading import to_uint8
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.models.denoiser import NetworkDenoiser
@@ -21,7 +22,8 @@ from dvdp.models.unet import UNet
 from dvdp.process import Process
 from dvdp.sampling import Progress, sample
 
-FORMAT = "dvdp model 1"
+FORMAT = "dvdp model"
+VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,15 +81,11 @@ class TrainedModel:
         return torch.cat(parts) if parts else torch.empty((0, 3, self.side, self.side), dtype=torch.uint8)
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> 0 .. 255, rounded."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
 def save_model(path: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Write the model file atomically. ``description["run"]`` is :meth:`dvdp.config.Run.describe`'s."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    header = {"format": FORMAT, "description": json.dumps(dict(description), sort_keys=True)}
+    # One key: safetensors writes several in any order, and equal models should be equal files.
+    header = {FORMAT: json.dumps({"version": VERSION, "description": dict(description)}, sort_keys=True)}
     write_atomically(path, save(tensors, header))
 
 
@@ -108,12 +106,13 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> TrainedM
         raise UserError(
             f"model: '{path}' is no whole safetensors file ({error}); train or download it again."
         ) from None
-    if header.get("format") != FORMAT:
+    about = json.loads(header.get(FORMAT, "{}"))
+    if about.get("version") != VERSION:
         raise UserError(
-            f"model: '{path}' says format '{header.get('format')}', expected '{FORMAT}';"
+            f"model: '{path}' is a safetensors file of another kind or version, expected '{FORMAT}' version {VERSION};"
             " give the weights.safetensors of a run."
         )
-    description = json.loads(header["description"])
+    description = about["description"]
     run = Run.from_description(description["run"])
     process = Process(run.schedule())
     network = UNet(run.model, process.levels)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
 
-FORMAT = "dvdp checkpoint 1"
+FORMAT = "dvdp checkpoint"
+VERSION = 1
 
 
 class Checkpoint(NamedTuple):
@@ -31,8 +32,9 @@ class Checkpoint(NamedTuple):
 def write(folder: Path, checkpoint: Checkpoint, training_hash: str, keep: int) -> Path:
     """Write ``<images>.safetensors`` and delete all but the newest ``keep``."""
     path = folder / f"{checkpoint.images:012d}.safetensors"
-    header = {"format": FORMAT, "state": json.dumps({"images": checkpoint.images, "hash": training_hash})}
-    write_atomically(path, save({k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}, header))
+    state = {"version": VERSION, "images": checkpoint.images, "hash": training_hash}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+    write_atomically(path, save(tensors, {FORMAT: json.dumps(state, sort_keys=True)}))
     for old in find(folder)[:-keep]:
         old.unlink()
     return path
@@ -57,9 +59,12 @@ def read(path: Path, training_hash: str) -> Checkpoint:
         raise UserError(
             f"checkpoint: '{path}' is no whole safetensors file ({error}); delete it to go on from the one before."
         ) from None
-    if header.get("format") != FORMAT:
-        raise UserError(f"checkpoint: '{path}' says format '{header.get('format')}', expected '{FORMAT}'.")
-    state = json.loads(header["state"])
+    state = json.loads(header.get(FORMAT, "{}"))
+    if state.get("version") != VERSION:
+        raise UserError(
+            f"checkpoint: '{path}' is a safetensors file of another kind or version, expected '{FORMAT}' version"
+            f" {VERSION}; delete it to go on from the one before."
+        )
     if state["hash"] != training_hash:
         raise UserError(
             f"checkpoint: '{path}' belongs to configuration {state['hash']}, expected {training_hash};"

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dvdp.config import Run
-from dvdp.data.loading import Images, to_float, training_batches
+from dvdp.data.loading import Images, to_float, to_uint8, training_batches
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.models.denoiser import NetworkDenoiser, target
-from dvdp.models.export import load_model, save_model, to_uint8
+from dvdp.models.export import load_model, save_model
 from dvdp.models.unet import UNet
 from dvdp.process import Process
 from dvdp.randomness import derive_seed

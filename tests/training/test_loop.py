@@ -72,11 +72,11 @@ def stop_after(seen: int):
 def test_training_lowers_the_loss_of_every_target(
     tmp_path: Path, images: ArrayImages, predicts: str, precision: str
 ) -> None:
-    run = tiny_run(images=1200, learning_rate=5e-3, log_images=300, preview_images=0, precision=precision)
+    run = tiny_run(images=1600, learning_rate=5e-3, log_images=400, preview_images=0, precision=precision)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, predicts=predicts))
     train(run, images, tmp_path, "abc", say=quiet)
     losses = [entry.metrics["loss"] for entry in ledger.read(tmp_path / "metrics.jsonl")]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path, images: ArrayImages) -> None:

@@ -1,0 +1,121 @@
+"""DDPM against DVDP at equal training FLOPs, over seeds, on this machine: is the score kept?
+
+    MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 OMP_NUM_THREADS=1 \\
+        python -m benchmarks.study --params benchmarks/study_digits.yaml --work /tmp/study --out digits.json
+
+Reads a params file like the pipeline does, but needs no Ray, Prefect or MLflow: one process, one run after the other.
+Runs that are finished are kept, so it may be stopped and started again. Seeds go round before settings repeat, so that
+a study that is cut short compares all settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.machine import machine
+from dvdp.config import Params, Run, read_params
+from dvdp.data.prepare import prepare
+from dvdp.data.store import ImageStore
+from dvdp.evaluation.extractors import load_extractor, train_extractor
+from dvdp.evaluation.scores import make_reference, read_reference, score
+from dvdp.files import write_atomically
+from dvdp.identity import sampling_hash, training_hash
+from dvdp.models.export import load_model
+from dvdp.training.budget import training_images
+from dvdp.training.loop import train
+
+
+def main() -> None:
+    """Run the study and write its results after every run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--params", required=True)
+    parser.add_argument("--path", type=Path, help="of the data set, in place of dataset.path")
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, runs and samples")
+    parser.add_argument("--out", type=Path, required=True, help="results, JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    params = read_params(options.params)
+    store = _data(params, options.work / params.dataset.name, options.path)
+    results: list[dict[str, object]] = []
+    for seed in params.seeds:
+        for setting in params.settings:
+            results.append(_result(params, params.run(setting, seed), store, options.work))
+            write_atomically(options.out, json.dumps(_summary(params, results, options.work), indent=2) + "\n")
+
+
+def _data(params: Params, folder: Path, path: Path | None) -> ImageStore:
+    if not (folder / "store").exists():
+        from dataclasses import replace
+
+        prepare(replace(params.dataset, path=path or params.dataset.path), folder / "store")
+    store = ImageStore(folder / "store")
+    if not (folder / "extractor" / "extractor.json").exists():
+        epochs, task = params.evaluation.extractor_epochs, params.evaluation.extractor
+        assert task != "inception"
+        print(train_extractor(store, task, epochs, store.metadata.digest, folder / "extractor"))
+    if not (folder / "reference" / "reference.json").exists():
+        extractor = load_extractor(folder / "extractor")
+        make_reference(store, store.metadata.digest, extractor, folder / "reference", params.evaluation.kid_subset)
+    return store
+
+
+def _result(params: Params, run: Run, store: ImageStore, work: Path) -> dict[str, object]:
+    trained = training_hash(run, store.metadata.digest, params.dataset.flip, 1)
+    folder = work / "runs" / trained
+    start = time.perf_counter()
+    train(run, store, folder, trained, flip=params.dataset.flip)
+    seconds = time.perf_counter() - start
+    if not (folder / "seconds.json").exists():
+        write_atomically(folder / "seconds.json", json.dumps(seconds))
+    samples = folder / "samples" / sampling_hash(run, trained)
+    if not (samples / "00000000.npy").exists():
+        start = time.perf_counter()
+        images = load_model(folder / "weights.safetensors").sample(run.sampling.count).numpy()
+        samples.mkdir(parents=True, exist_ok=True)
+        write_atomically(samples / "seconds.json", json.dumps(time.perf_counter() - start))
+        np.save(samples / "00000000.npy", images)
+    data = work / params.dataset.name
+    extractor = load_extractor(data / "extractor")
+    record = score(samples, data / "reference", extractor, params.evaluation.samples, params.evaluation.kid_subset)
+    result = {
+        "setting": run.setting,
+        "seed": run.seed,
+        "images": training_images(run),
+        "training_seconds": round(json.loads((folder / "seconds.json").read_text()), 1),
+        "sampling_seconds": round(json.loads((samples / "seconds.json").read_text()), 1),
+        "samples": str(samples.relative_to(work)),
+        **{name: round(value, 4) for name, value in record.metrics.items()},
+    }
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def _summary(params: Params, results: list[dict[str, object]], work: Path) -> dict[str, object]:
+    reference = read_reference(work / params.dataset.name / "reference")
+    metric = f"fd_{params.evaluation.extractor}"
+    means = {}
+    for setting in params.settings:
+        values = [float(str(r[metric])) for r in results if r["setting"] == setting.name]
+        if values:
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            means[setting.name] = {"mean": statistics.mean(values), "spread": spread, "seeds": len(values)}
+    return {
+        "machine": machine(),
+        "data": {"name": params.dataset.name, "digest": reference.data_digest, "images": reference.count},
+        "anchors": reference.anchors,
+        "sampling": {"rule": params.sampling.rule, "steps": params.sampling.steps, "count": params.sampling.count},
+        "metric": metric,
+        "summary": means,
+        "runs": results,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The ``dvdp`` command: every step of the pipeline by itself, and the whole experiment."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dvdp.config import Params, read_params
+from dvdp.errors import UserError
+
+#: Quiet libraries; said before any of them is imported.
+ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # The place where `make services` looks, so that its page shows runs made without it.
+    "PREFECT_HOME": str(Path(".services/prefect").resolve()),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if all went well, 2 for a mistake in what we were given, 1 for a failed experiment."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Remarks on a score are in its record, and shown with it.
+    warnings.filterwarnings("ignore", category=UserWarning, module="pipelines")
+    try:
+        return options.command(options) or 0
+    except UserError as error:
+        print(f"dvdp: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dvdp", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int | None], help_: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_, description=help_, allow_abbrev=False)
+        sub.add_argument("--params", default="params.yaml", metavar="FILE", help="default: params.yaml")
+        sub.set_defaults(command=command)
+        return sub
+
+    add("check", _check, "Read the params and say what each setting will cost; runs nothing.")
+    add("prepare", _prepare, "Turn raw images into LMDB (DVC stage).")
+    add("extractor", _extractor, "Train the network that scores are made with (DVC stage).")
+    add("reference", _reference, "Compute the features of the real images (DVC stage).")
+
+    for name, command, help_ in (
+        ("train", _train, "Train settings, going on where they stopped."),
+        ("sample", _sample, "Draw the images of trained settings that scores need."),
+        ("evaluate", _evaluate, "Score the images of settings."),
+    ):
+        sub = add(name, command, help_)
+        sub.add_argument("--setting", metavar="NAME", help="one setting; default: all")
+        sub.add_argument("--seed", type=int, help="one seed; default: all")
+        if name == "train":
+            sub.add_argument("--resume", action="store_true", help="fail unless there is a checkpoint to go on from")
+
+    experiment = add("experiment", _experiment, "Train, sample, score, register and compare every setting.")
+    experiment.add_argument(
+        "--reports",
+        metavar="FOLDER",
+        help="where the report goes; without it, data must be as in dvc.lock and the report goes beside the runs",
+    )
+
+    draw = commands.add_parser("draw", help="Draw images from a weights file as one picture.", allow_abbrev=False)
+    draw.add_argument("weights", metavar="WEIGHTS", help="weights.safetensors of a finished run")
+    draw.add_argument("--count", type=int, default=64)
+    draw.add_argument("--seed", type=int)
+    draw.add_argument("--steps", type=int)
+    draw.add_argument("--rule")
+    draw.add_argument("--device", default="cpu")
+    draw.add_argument("--out", default="samples.png", metavar="FILE")
+    draw.set_defaults(command=_draw)
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    from dvdp.training.budget import mean_flops, relative_flops, training_images
+
+    params = read_params(options.params)
+    for run in params.runs():
+        images = training_images(run)
+        print(
+            f"{run.setting} seed {run.seed}: {images:,} training images, {3 * images * mean_flops(run):.2e} FLOPs,"
+            f" {1 / relative_flops(run):.2f}x cheaper an image than DDPM"
+        )
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from pipelines.stages import prepare_data
+
+    prepare_data(read_params(options.params))
+
+
+def _extractor(options: argparse.Namespace) -> None:
+    from pipelines.stages import make_extractor
+
+    make_extractor(read_params(options.params))
+
+
+def _reference(options: argparse.Namespace) -> None:
+    from pipelines.stages import make_references
+
+    make_references(read_params(options.params))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from dvdp.training.checkpoints import find
+    from dvdp.training.loop import is_finished
+    from pipelines.cluster import cluster
+    from pipelines.stages import train_job
+
+    params, chosen = _chosen(options)
+    if options.resume:
+        for job in chosen:
+            if not is_finished(job.folder) and not find(job.folder / "checkpoints"):
+                raise UserError(
+                    f"--resume: found no checkpoint of {job.name} in '{job.folder}', expected one;"
+                    " leave out --resume to start, or give the params that the run was started with."
+                )
+    with cluster(params.cluster):
+        for job in chosen:
+            print(f"{job.name}: {train_job(job, {'dataset': params.dataset.name})}")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from pipelines.cluster import cluster
+    from pipelines.stages import sample_job
+
+    params, chosen = _chosen(options)
+    with cluster(params.cluster):
+        for job in chosen:
+            print(f"{job.name}: {sample_job(job)}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from pipelines.stages import score_job
+
+    _, chosen = _chosen(options)
+    for job in chosen:
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in score_job(job).metrics.items())
+        print(f"{job.name}: {metrics}")
+
+
+def _chosen(options: argparse.Namespace) -> tuple[Params, list]:
+    from pipelines.stages import jobs
+
+    params = read_params(options.params)
+    chosen = [
+        job
+        for job in jobs(params)
+        if options.setting in (None, job.run.setting) and options.seed in (None, job.run.seed)
+    ]
+    if not chosen:
+        names = ", ".join(setting.name for setting in params.settings)
+        raise UserError(
+            f"--setting, --seed: found no such run, expected a setting of {names} and a seed of {list(params.seeds)}."
+        )
+    return params, chosen
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    from pipelines.services import services_environment
+
+    read_params(options.params).runs()
+    for name, value in services_environment(Path()).items():
+        os.environ.setdefault(name, value)
+    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+    from pipelines.experiment import ExperimentFailed, experiment
+
+    try:
+        experiment(params_file=options.params, reports=options.reports)
+    except ExperimentFailed as failed:
+        print(f"dvdp: {failed}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _draw(options: argparse.Namespace) -> None:
+    from dvdp.evaluation.figures import grid
+    from dvdp.models.export import load_model
+
+    model = load_model(options.weights, options.device)
+    images = model.sample(options.count, seed=options.seed, steps=options.steps, rule=options.rule)
+    grid(images).save(options.out)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Ray: the cluster that runs train, sample and score on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dvdp.config import ClusterParams, Run
+from dvdp.errors import UserError
+from dvdp.files import write_atomically
+
+#: Set before Ray is imported, and in every worker: quiet, prompt, and an allocator that keeps large blocks.
+WORKER_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
+}
+
+
+#: File of a run's folder in which workers leave a mistake of the user's.
+MISTAKE = "mistake.txt"
+#: File of a run's folder with the status lines of training.
+LOG = "log.txt"
+
+
+@contextlib.contextmanager
+def cluster(params: ClusterParams) -> Iterator[int]:
+    """Join the cluster at ``RAY_ADDRESS``, or start one on this machine for as long as the block lasts.
+
+    Yields how many training runs it has room for at a time.
+
+    Raises:
+        UserError: the cluster does not answer, or has not the CPUs and GPUs that a run asks for.
+    """
+    os.environ.update(WORKER_ENVIRONMENT)
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    environment = {"env_vars": {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(params.threads)}}
+    sizes: dict[str, Any] = {}
+    if not address:
+        sizes = {
+            "num_cpus": max(os.cpu_count() or 1, params.num_workers * params.threads),
+            "include_dashboard": False,
+            "object_store_memory": 200 * 2**20,
+        }
+    with restored_interrupt():
+        try:
+            ray.init(
+                address=address or "local",
+                runtime_env=environment,
+                # What workers have to say comes through their run's log file; see following.
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                **sizes,
+            )
+        except ConnectionError as error:
+            raise UserError(
+                f"RAY_ADDRESS: found no cluster at '{address}' ({error}); start it, or unset RAY_ADDRESS to run here."
+            ) from None
+        try:
+            yield _slots(params, ray.cluster_resources())
+        finally:
+            ray.shutdown()
+
+
+def _slots(params: ClusterParams, there: Mapping[str, float]) -> int:
+    needed = {"CPU": params.num_workers * params.threads, "GPU": params.num_workers * params.gpu}
+    for name, count in needed.items():
+        if there.get(name, 0) < count:
+            raise UserError(
+                f"cluster: found {there.get(name, 0):g} {name}s, expected at least {count} for {params.num_workers}"
+                " workers; lower cluster.num_workers or cluster.threads, or add nodes."
+            )
+    return min(int(there[name] // count) for name, count in needed.items() if count)
+
+
+@contextlib.contextmanager
+def restored_interrupt() -> Iterator[None]:
+    """Give Ctrl-C its meaning back: Ray replaces the handler and leaves its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def on_workers(params: ClusterParams, work: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> Iterator[Any]:
+    """Run ``work(*arguments[i])`` on the cluster, and yield the results as they come."""
+    import ray
+
+    remote = ray.remote(num_cpus=params.threads, num_gpus=int(params.gpu), max_retries=params.max_failures)(work)
+    waiting = [remote.remote(*each) for each in arguments]
+    while waiting:
+        done, waiting = ray.wait(waiting)
+        yield from ray.get(done)
+
+
+def train_on_workers(
+    run: Run,
+    store: Path,
+    folder: Path,
+    training_hash: str,
+    flip: bool,
+    description: Mapping[str, Any],
+    params: ClusterParams,
+) -> None:
+    """Train a run with Ray Train: ``cluster.num_workers`` ranks, restarted up to ``max_failures`` times.
+
+    Resuming is the training loop's own affair (its checkpoints lie in ``folder``), so Ray keeps no checkpoints and
+    every attempt is a Ray run of its own, named after the training hash.
+
+    Raises:
+        UserError: the training loop's, or the workers failed too often.
+    """
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import FailureConfig
+
+    resources: dict[str, float] = {"CPU": params.threads, **({"GPU": 1} if params.gpu else {})}
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={
+            "run": run.describe(),
+            "store": str(store.resolve()),
+            "folder": str(folder.resolve()),
+            "training_hash": training_hash,
+            "flip": flip,
+            "description": dict(description),
+            "threads": params.threads,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=params.num_workers, use_gpu=params.gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=training_hash,
+            storage_path=str((folder / "ray").resolve()),
+            failure_config=FailureConfig(max_failures=params.max_failures, controller_failure_limit=3),
+        ),
+        torch_config=TorchConfig(backend="nccl" if params.gpu else "gloo"),
+    )
+    mistake = folder / MISTAKE
+    mistake.unlink(missing_ok=True)
+    with restored_interrupt(), following(folder / LOG):
+        trainer.fit()
+    if mistake.exists():
+        raise UserError(mistake.read_text())
+
+
+def worker(config: dict[str, Any]) -> None:
+    """What every rank does."""
+    import torch
+    from ray.train.torch import get_device
+
+    from dvdp.data.store import ImageStore
+    from dvdp.evaluation.figures import grid, save_png
+    from dvdp.training.loop import train
+
+    torch.set_num_threads(config["threads"])
+    folder = Path(config["folder"])
+
+    def say(line: str) -> None:
+        with (folder / LOG).open("a") as file:
+            file.write(line + "\n")
+
+    def preview(_: int, samples: torch.Tensor, path: Path) -> None:
+        save_png(grid(samples), path)
+
+    try:
+        train(
+            Run.from_description(config["run"]),
+            ImageStore(Path(config["store"])),
+            folder,
+            config["training_hash"],
+            flip=config["flip"],
+            device=get_device(),
+            description=config["description"],
+            preview=preview,
+            say=say,
+        )
+    except UserError as error:
+        # All ranks meet it alike. Raised here, Ray would try again.
+        write_atomically(folder / MISTAKE, str(error))
+
+
+@contextlib.contextmanager
+def following(path: Path) -> Iterator[None]:
+    """Print the lines that workers add to a file while the block runs."""
+    done = threading.Event()
+    start = path.stat().st_size if path.exists() else 0
+
+    def follow() -> None:
+        position = start
+        while True:
+            last = done.wait(0.5)
+            if path.exists():
+                with path.open() as file:
+                    file.seek(position)
+                    for line in file.readlines():
+                        print(line, end="", flush=True)
+                    position = file.tell()
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, name=f"following {path.parent.name}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,215 @@
+"""The flow ``experiment``: train, sample, score and register every setting, then compare them.
+
+Prefect shows and schedules it; the work itself is :mod:`pipelines.stages`, the notes of it :mod:`pipelines.tracking`.
+A setting that fails does not stop the others; the flow then ends failed. Whatever is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.tasks import exponential_backoff
+
+from dvdp.config import Params, read_params
+from dvdp.data.store import ImageStore
+from dvdp.evaluation.scores import ScoreRecord
+from dvdp.identity import training_identity
+from dvdp.training.budget import training_images
+from pipelines import registry, tracking
+from pipelines.cluster import cluster
+from pipelines.comparison import Result, Row, as_text, best, compare, legend, table
+from pipelines.places import Places
+from pipelines.report import Report, draw_process, draw_samples, write_report
+from pipelines.stages import Job, jobs, sample_job, score_job, train_job
+from pipelines.unchanged import check_data_is_locked
+
+
+class ExperimentFailed(RuntimeError):  # noqa: N818 - an outcome, not a mistake
+    """Some settings failed; those that did not are finished, scored and compared."""
+
+
+@flow(name="experiment")
+def experiment(params_file: str = "params.yaml", reports: str | None = None) -> None:
+    """Run every setting of a params file and compare them.
+
+    Args:
+        reports: folder of the report, an output of ``dvc repro``. Without it (as when scheduled) nothing that DVC
+            tracks is written: the data must be what ``dvc.lock`` names, and the report goes beside the runs.
+    """
+    params = read_params(params_file)
+    if reports is None:
+        check_data_is_locked(Places.of(params).store)
+    results: list[Result] = []
+    failures: dict[str, str] = {}
+    with cluster(params.cluster) as slots:
+        slot = threading.BoundedSemaphore(slots)
+        futures = {job.name: run_setting.submit(job, slot) for job in jobs(params)}
+        for name, future in futures.items():
+            outcome = future.result(raise_on_failure=False)
+            if isinstance(outcome, Result):
+                results.append(outcome)
+            else:
+                failures[name] = str(outcome)
+    if results:
+        folder = Path(reports) if reports else params.cluster.storage / "reports" / _comparison_hash(results)
+        compare_settings(results, failures, folder)
+    if failures:
+        raise ExperimentFailed("; ".join(f"{name} failed: {error}" for name, error in failures.items()))
+
+
+@task(task_run_name="{job.name}", cache_policy=NO_CACHE)
+def run_setting(job: Job, slot: threading.BoundedSemaphore) -> Result:
+    """One setting from training to registration; as many at a time as the cluster has room for."""
+    with slot:
+        train(job)
+        sample(job)
+        record = score(job)
+        register(job, record)
+        return Result(job, record)
+
+
+@task(task_run_name="train {job.name}", cache_policy=NO_CACHE)
+def train(job: Job) -> None:
+    """Train on the cluster; MLflow follows as well as it can."""
+    sync = tracking.LedgerSync(tracking.connect(), job.folder, lambda: tracked(job)).start()
+    try:
+        train_job(job, description(job))
+    finally:
+        try:
+            sync.close(timeout=5)
+        except tracking.TrackingAway as away:
+            get_run_logger().warning("%s", away)
+
+
+@task(task_run_name="sample {job.name}", cache_policy=NO_CACHE)
+def sample(job: Job) -> None:
+    """Draw images from the EMA weights."""
+    sample_job(job)
+
+
+@task(task_run_name="score {job.name}", cache_policy=NO_CACHE)
+def score(job: Job) -> ScoreRecord:
+    """Score the images."""
+    return score_job(job)
+
+
+@task(task_run_name="register {job.name}", cache_policy=NO_CACHE, retries=3, retry_delay_seconds=exponential_backoff(5))
+def register(job: Job, record: ScoreRecord) -> None:
+    """Put everything about a trained setting into MLflow: what is missing of its metrics, scores, pictures, model."""
+    client = tracking.connect()
+    with tracking.LedgerSync(client, job.folder, lambda: tracked(job)), tracking.reaching(client, job.folder):
+        run = tracked(job)
+        run.set_metrics(record.metrics, step=_images(job))
+        run.log_json("score.json", json.loads(record.to_json()))
+        run.log_file(job.folder / "estimate.json")
+        run.log_json("params.json", json.loads(json.dumps(dataclasses.asdict(job.params), default=str)))
+        run.log_file(draw_samples(job, job.folder / "pictures" / "samples.png"), "pictures")
+        run.log_file(draw_process(job, job.folder / "pictures" / "process.png"), "pictures")
+        tags = {tracking.TRAINING_HASH: job.training_hash, **description(job)}
+        registry.register(run, _model_name(job.params), job.weights, tags, record, _images(job))
+        run.set_status("FINISHED")
+
+
+@task(name="compare", cache_policy=NO_CACHE)
+def compare_settings(results: list[Result], failures: Mapping[str, str], folder: Path) -> None:
+    """One table, one contact sheet, one page; the best model becomes the champion."""
+    rows = compare(results)
+    report = write_report(folder, rows, results, failures, _provenance(results))
+    headings, cells = table(rows, results[0].record.headline)
+    key = results[0].job.params.dataset.name
+    create_table_artifact([dict(zip(headings, line, strict=True)) for line in cells], key=f"comparison-{key}")
+    create_markdown_artifact(report.text + "\n\n" + "\n\n".join(legend(rows, results[0].record)), key=f"report-{key}")
+    picture = base64.b64encode(report.contact_sheet.read_bytes()).decode()
+    create_image_artifact("data:image/png;base64," + picture, key=f"samples-{key}")
+    _compare_in_mlflow(results, rows, report)
+    lines = [as_text(headings, cells), *legend(rows, results[0].record), "", *_where_to_look(report)]
+    get_run_logger().info("%s", "\n".join(["", *lines]))
+
+
+def _compare_in_mlflow(results: list[Result], rows: list[Row], report: Report) -> None:
+    client = tracking.connect()
+    params = results[0].job.params
+    with tracking.reaching(client, report.folder):
+        name = f"comparison on {params.dataset.name}"
+        parent = tracking.open_run(
+            client, params.tracking.experiment, tracking.COMPARISON_HASH, _comparison_hash(results), name
+        )
+        headings, cells = table(rows, results[0].record.headline)
+        parent.log_table("comparison.json", [dict(zip(headings, line, strict=True)) for line in cells])
+        parent.log_file(report.contact_sheet)
+        parent.log_file(report.page)
+        parent.set_tags({"dvdp.best_setting": best(rows).setting, **tracking.provenance()})
+        tracking.adopt(parent, {result.job.name: tracked(result.job) for result in results}, report.text)
+        get_run_logger().info("%s", registry.promote(client, _model_name(params)).text)
+        parent.set_status("FINISHED")
+
+
+def tracked(job: Job) -> tracking.TrackedRun:
+    """The job's run in MLflow, with all that is known before training."""
+    params = job.params
+    run = tracking.open_run(
+        tracking.connect(), params.tracking.experiment, tracking.TRAINING_HASH, job.training_hash, job.name
+    )
+    store = ImageStore(Places.of(params).store)
+    run.log_params({**training_identity(job.run), "flip": params.dataset.flip})
+    run.log_dataset(params.dataset.name, job.dataset_digest, store.images(range(min(16, len(store)))))
+    run.set_tags(description(job))
+    return run
+
+
+def description(job: Job) -> dict[str, str]:
+    """What leads back from a model to where it comes from."""
+    return {
+        tracking.DATASET_DIGEST: job.dataset_digest,
+        tracking.SETTING: job.run.setting,
+        tracking.SEED: str(job.run.seed),
+        tracking.TURNING_POINTS: json.dumps(job.run.turning_points),
+        tracking.PARAMS_DIGEST: hashlib.sha256(json.dumps(job.run.describe(), sort_keys=True).encode()).hexdigest(),
+        "dvdp.dataset": job.params.dataset.name,
+        **tracking.provenance(),
+    }
+
+
+def _model_name(params: Params) -> str:
+    return f"{params.tracking.model}-{params.dataset.name}"
+
+
+def _images(job: Job) -> int:
+    return training_images(job.run)
+
+
+def _comparison_hash(results: list[Result]) -> str:
+    names = sorted(result.job.sampling_hash for result in results)
+    return hashlib.sha256("/".join(names).encode()).hexdigest()[:12]
+
+
+def _provenance(results: list[Result]) -> dict[str, str]:
+    store = ImageStore(Places.of(results[0].job.params).store)
+    about = tracking.provenance()
+    return {
+        "data set": f"{store.metadata.name}, {store.metadata.count:,} images, digest {store.metadata.digest}",
+        "git commit": about.get(tracking.GIT_COMMIT, "not in a git repository"),
+        "dvc.lock": about.get(tracking.DVC_LOCK, "none"),
+        **{f"training hash of {result.job.name}": result.job.training_hash for result in results},
+    }
+
+
+def _where_to_look(report: Report) -> list[str]:
+    mlflow, prefect = os.environ.get("MLFLOW_TRACKING_URI", ""), os.environ.get("PREFECT_API_URL", "")
+    return [
+        f"Report:  open {report.page}",
+        f"MLflow:  open {mlflow}" if mlflow.startswith("http") else "MLflow:  make ui, then open http://127.0.0.1:5000",
+        f"Prefect: open {prefect.removesuffix('/api')}"
+        if prefect
+        else "Prefect: make services, then open http://127.0.0.1:4200",
+    ]

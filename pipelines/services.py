@@ -1,0 +1,49 @@
+"""The team's services, as a command that may use them sees them: addresses, if they answer.
+
+``infra/services.py`` starts them and writes what is read here; see there.
+"""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+FOLDER = ".services"
+#: Paths that answer once a service is healthy, below the address that the variable holds.
+HEALTH = {"MLFLOW_TRACKING_URI": "/health", "PREFECT_API_URL": "/health"}
+
+
+def services_environment(project: Path | str = ".", timeout: float = 0.8) -> dict[str, str]:
+    """``MLFLOW_TRACKING_URI`` and ``PREFECT_API_URL`` of the services of this project folder that answer now.
+
+    Args:
+        timeout: seconds to wait for them, in all.
+
+    Returns:
+        Variables to set; empty where no services are up.
+    """
+    addresses = read_environment(Path(project) / FOLDER / "env")
+    with ThreadPoolExecutor(max_workers=len(HEALTH)) as pool:
+        answers = pool.map(lambda name: healthy(addresses[name] + HEALTH[name], timeout), addresses)
+        return {name: addresses[name] for name, answer in zip(addresses, answers, strict=True) if answer}
+
+
+def read_environment(file: Path) -> dict[str, str]:
+    """The variables of a file of ``export NAME=value`` lines that we know; none where there is no file."""
+    if not file.is_file():
+        return {}
+    pairs = (line.removeprefix("export ").split("=", 1) for line in file.read_text().splitlines() if "=" in line)
+    return {name: value for name, value in pairs if name in HEALTH}
+
+
+def healthy(address: str, timeout: float) -> bool:
+    """Whether an address answers with success."""
+    # Loopback is never behind a proxy, whatever the environment says.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(address, timeout=timeout) as answer:
+            return bool(answer.status == 200)
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,234 @@
+"""The steps of the pipeline as plain functions: every one can be run again alone and finds what is done already.
+
+They know Ray (through :mod:`pipelines.cluster`) but neither Prefect nor MLflow.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dvdp.config import ClusterParams, Params, Run
+from dvdp.data.prepare import prepare
+from dvdp.data.store import ImageStore
+from dvdp.errors import UserError
+from dvdp.evaluation.extractors import Extractor, inception_extractor, load_extractor, train_extractor
+from dvdp.evaluation.scores import ScoreRecord, make_reference, read_reference, score
+from dvdp.files import write_atomically
+from dvdp.identity import evaluation_hash, sampling_hash, training_hash
+from dvdp.models.export import load_model
+from dvdp.training.loop import is_finished
+from pipelines.cluster import on_workers, train_on_workers
+from pipelines.places import Places
+
+
+def prepare_data(params: Params) -> None:
+    """DVC stage ``prepare``: raw images to LMDB."""
+    places = Places.of(params)
+    metadata = prepare(params.dataset, places.store, places.data / "prepare.json")
+    print(f"{metadata.count:,} images of {metadata.resolution} px in {places.store}, {metadata.skipped} skipped")
+
+
+def make_extractor(params: Params) -> None:
+    """DVC stage ``extractor``: train the network that scores are made with (Inception needs no training)."""
+    places = Places.of(params)
+    if params.evaluation.extractor == "inception":
+        places.extractor.mkdir(parents=True, exist_ok=True)
+        inception_extractor(params.evaluation.inception_weights)
+        return
+    store = ImageStore(places.store)
+    info = train_extractor(
+        store,
+        params.evaluation.extractor,
+        params.evaluation.extractor_epochs,
+        store.metadata.digest,
+        places.extractor,
+    )
+    print(f"extractor: {info.task}, {100 * info.accuracy:.1f} % right on images held out")
+
+
+def make_references(params: Params) -> None:
+    """DVC stage ``reference``: features of the real images."""
+    places = Places.of(params)
+    store = ImageStore(places.store)
+    reference = make_reference(
+        store,
+        store.metadata.digest,
+        extractor_of(params),
+        places.reference,
+        params.evaluation.kid_subset,
+        params.cluster.gpu,
+    )
+    print(f"reference: {reference.count:,} images; two real halves score {reference.anchors['halves']['metrics']}")
+
+
+def extractor_of(params: Params) -> Extractor:
+    """The extractor that ``evaluation`` asks for."""
+    if params.evaluation.extractor == "inception":
+        return inception_extractor(params.evaluation.inception_weights)
+    return load_extractor(Places.of(params).extractor)
+
+
+#: Images in one file of samples, and in one task of a worker.
+SHARD_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """One setting and seed on one data set, with the names of all it makes."""
+
+    params: Params
+    run: Run
+    dataset_digest: str
+
+    @cached_property
+    def training_hash(self) -> str:
+        """Names the run; see :mod:`dvdp.identity`."""
+        return training_hash(self.run, self.dataset_digest, self.params.dataset.flip, self.params.cluster.num_workers)
+
+    @property
+    def name(self) -> str:
+        """For people: the setting, and the seed where there are several."""
+        return self.run.setting if len(self.params.seeds) == 1 else f"{self.run.setting}-seed{self.run.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.params.cluster.storage / self.training_hash
+
+    @property
+    def weights(self) -> Path:
+        """The trained model."""
+        return self.folder / "weights.safetensors"
+
+    @property
+    def sampling_hash(self) -> str:
+        """Names the samples."""
+        return sampling_hash(self.run, self.training_hash)
+
+    @property
+    def samples(self) -> Path:
+        """Folder of the samples, ``<first image>.npy``."""
+        return self.folder / "samples" / self.sampling_hash
+
+    def score_path(self, reference: str) -> Path:
+        """The score record against a reference, by its name."""
+        name = evaluation_hash(self.params.evaluation, self.sampling_hash, reference)
+        return self.folder / "scores" / f"{name}.json"
+
+
+def jobs(params: Params) -> list[Job]:
+    """Every setting with every seed, on the prepared data set.
+
+    Raises:
+        UserError: the data set is not prepared, or was prepared with another resolution.
+    """
+    store = ImageStore(Places.of(params).store)
+    if store.metadata.resolution != params.dataset.resolution:
+        raise UserError(
+            f"dataset.resolution: found {params.dataset.resolution}, expected {store.metadata.resolution} as in"
+            f" {Places.of(params).store}; prepare the data set again."
+        )
+    if params.training.batch % params.cluster.num_workers:
+        raise UserError(
+            f"training.batch: found {params.training.batch}, expected a multiple of cluster.num_workers,"
+            f" {params.cluster.num_workers}; change one of them."
+        )
+    return [Job(params, run, store.metadata.digest) for run in params.runs()]
+
+
+def train_job(job: Job, description: Mapping[str, str]) -> Path:
+    """Train to the end, unless that is done; returns the weights. Needs :func:`pipelines.cluster.cluster`."""
+    if not is_finished(job.folder):
+        write_atomically(
+            job.folder / "run.json",
+            json.dumps({"training_hash": job.training_hash, **description, "run": job.run.describe()}, indent=2) + "\n",
+        )
+        train_on_workers(
+            job.run,
+            Places.of(job.params).store,
+            job.folder,
+            job.training_hash,
+            job.params.dataset.flip,
+            description,
+            job.params.cluster,
+        )
+    return job.weights
+
+
+def sample_job(job: Job) -> Path:
+    """Draw ``sampling.count`` images from the EMA weights on the cluster; returns their folder.
+
+    Shards that are there already are kept. ``timing.json`` beside them says what a sample took.
+    """
+    count = job.run.sampling.count
+    shards = [(first, min(SHARD_IMAGES, count - first)) for first in range(0, count, SHARD_IMAGES)]
+    missing = [(first, size) for first, size in shards if _images_in(job.samples / f"{first:08d}.npy") < size]
+    if missing:
+        places = str(job.weights.resolve()), str(job.samples.resolve())
+        work = [(*places, first, size, job.params.cluster) for first, size in missing]
+        done = on_workers(job.params.cluster, sample_shard, work)
+        seconds = sum(tqdm(done, desc=f"sample {job.name}", unit="shard", total=len(work), mininterval=1))
+        timing = {"seconds_per_image": seconds / sum(size for _, size in missing)}
+        write_atomically(job.samples / "timing.json", json.dumps(timing) + "\n")
+    return job.samples
+
+
+def sample_shard(weights: str, folder: str, first: int, count: int, params: ClusterParams) -> float:
+    """Draw images number ``first`` on, into one file; returns the seconds it took, loading excluded."""
+    import torch
+
+    torch.set_num_threads(params.threads)
+    model = load_model(weights, "cuda" if params.gpu else "cpu")
+    start = time.perf_counter()
+    images = model.sample(count, first=first).numpy()
+    seconds = time.perf_counter() - start
+    path = Path(folder) / f"{first:08d}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    with aside.open("wb") as file:
+        np.save(file, images)
+    aside.replace(path)
+    return seconds
+
+
+def _images_in(path: Path) -> int:
+    return len(np.load(path, mmap_mode="r", allow_pickle=False)) if path.exists() else 0
+
+
+def score_job(job: Job) -> ScoreRecord:
+    """Score the samples against the reference, unless that is done."""
+    places = Places.of(job.params)
+    extractor = extractor_of(job.params)
+    path = job.score_path(read_reference(places.reference).cache_name)
+    if path.exists():
+        return ScoreRecord.from_json(path.read_text(), str(path))
+    sampling = job.run.sampling
+    about = {
+        "rule": sampling.rule,
+        "steps": sampling.steps,
+        "eta": sampling.eta,
+        "variance": sampling.variance,
+        "clip": sampling.clip,
+        "seed": sampling.seed,
+        "ema_halflife_images": job.run.training.ema_halflife_images,
+        "ema_ramp": job.run.training.ema_ramp,
+    }
+    record = score(
+        job.samples,
+        places.reference,
+        extractor,
+        job.params.evaluation.samples,
+        job.params.evaluation.kid_subset,
+        about,
+        job.params.cluster.gpu,
+    )
+    write_atomically(path, record.to_json())
+    return record

@@ -1,0 +1,126 @@
+"""Real MLflow stores and small trained models for the tests of this folder."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from mlflow import MlflowClient
+
+from dvdp.config import Params, Run, parse_params
+from dvdp.models.export import save_model
+from dvdp.models.unet import UNet
+from pipelines.services import healthy
+from pipelines.tracking import connect
+
+
+@functools.lru_cache(maxsize=1)
+def _empty_database() -> Path:
+    """Creating MLflow's tables takes seconds, copying them does not."""
+    folder = Path(tempfile.mkdtemp(prefix="dvdp-test-mlflow-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    connect(folder)
+    return folder / "mlflow.db"
+
+
+def empty_store(folder: Path) -> MlflowClient:
+    """A client of a fresh sqlite store in ``folder``."""
+    shutil.copyfile(_empty_database(), folder / "mlflow.db")
+    return connect(folder)
+
+
+def values(client: MlflowClient, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """Every value of every metric that MLflow holds, as (step, value), by step."""
+    return {
+        key: sorted((m.step, m.value) for m in client.get_metric_history(run_id, key))
+        for key in client.get_run(run_id).data.metrics
+    }
+
+
+def write_ledger(folder: Path, losses: Mapping[int, float], start: float = 1.7e9) -> None:
+    """``metrics.jsonl`` with a loss and a speed for each number of images."""
+    entries = [
+        {"images": images, "time": start + images, "metrics": {"loss": loss, "speed": 2 * loss}}
+        for images, loss in losses.items()
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def small_run(name: str = "dvdp-300", seed: int = 0) -> Run:
+    """A run whose network is tiny and whose images have 8 px."""
+    params: Params = parse_params(
+        {
+            "dataset": {"resolution": 8},
+            "settings": [{"name": name, "process": "dvdp", "turning_points": [300]}],
+            "seeds": [seed],
+            "model": {"channels": 8, "multipliers": [1], "attention": [], "head_channels": 8},
+            "training": {"preview_steps": 4},
+            "sampling": {"steps": 4, "count": 8, "seed": 3},
+            "evaluation": {"samples": 8, "kid_subset": 4},
+        }
+    )
+    return params.runs()[0]
+
+
+def small_model(path: Path, seed: int = 0) -> Path:
+    """A model file of an untrained network."""
+    run = small_run(seed=seed)
+    torch.manual_seed(seed)
+    network = UNet(run.model, len(run.turning_points))
+    for parameter in network.parameters():
+        # Some layers start at zero, which would hide the weights from the images.
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_model(path, network.state_dict(), {"run": run.describe()})
+    return path
+
+
+def free_port() -> int:
+    """A port that nobody listens on, for now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A real server over the store in ``folder``, in a session of its own; killed at the end."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    command += ["--artifacts-destination", (folder / "artifacts").as_uri()]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "server.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        wait_until(lambda: healthy(f"http://127.0.0.1:{port}/health", 2), 120)
+        yield process
+    finally:
+        kill(process)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a session leader and all of its group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_until(condition: Callable[[], object], seconds: float) -> None:
+    """Raise unless ``condition()`` becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"still waiting after {seconds} s")
+        time.sleep(0.1)
