@@ -1,7 +1,9 @@
 """A network as a denoiser: whatever it predicts, the sampler is given noise.
 
-Per band, with ``r^2 = signal^2 + noise^2``, the velocity is ``v = (signal eps - noise x0) / r`` (Salimans & Ho 2022,
-scaled to unit size). Then ``eps = (noise x + r signal v) / r^2``, which divides by no small signal.
+Clean images of level k are counted in units of the level's pixel range, 2^k, so that all levels ask for outputs of
+one size. With ``a = 2^k signal``, ``x0 = 2^k y`` and ``r^2 = a^2 + noise^2``, the velocity per band is
+``v = (a eps - noise y) / r`` (Salimans & Ho 2022, scaled to unit size). Then ``eps = (noise x + r a v) / r^2``, which
+divides by no small signal.
 """
 
 from __future__ import annotations
@@ -38,19 +40,23 @@ class NetworkDenoiser:
         if self.predicts == "noise":
             return output
         if self.predicts == "clean":
-            return self.process.predict_noise(x, t, output, level)
-        signal, noise = self.process.signal(t, level, x), self.process.noise(t, level, x)
-        r = torch.hypot(signal, noise)
-        return bands.scale(x, noise / r.square()) + bands.scale(output, signal / r)
+            return self.process.predict_noise(x, t, 2**level * output, level)
+        a, noise, r = _polar(self.process, level, t, x)
+        return bands.scale(x, noise / r.square()) + bands.scale(output, a / r)
 
 
 def target(process: Process, predicts: Target, level: int, t: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     """What the network should predict for states of ``level`` drawn from x0 (full size) with ``noise``."""
     if predicts == "noise":
         return noise
-    clean = bands.to_level(x0, level)
+    clean = bands.to_pixels(bands.to_level(x0, level), level)
     if predicts == "clean":
         return clean
-    signal, deviation = process.signal(t, level, x0), process.noise(t, level, x0)
-    r = torch.hypot(signal, deviation)
-    return bands.scale(noise, signal / r) - bands.scale(clean, deviation / r)
+    a, deviation, r = _polar(process, level, t, x0)
+    return bands.scale(noise, a / r) - bands.scale(clean, deviation / r)
+
+
+def _polar(process: Process, level: int, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``a``, noise and ``r`` of the level's bands."""
+    a, noise = 2**level * process.signal(t, level, like), process.noise(t, level, like)
+    return a, noise, torch.hypot(a, noise)

@@ -78,13 +78,11 @@ def train(
         if trained != training_hash:
             raise UserError(f"'{folder}' holds the finished run {trained}, expected {training_hash}.")
         return
-    _Training(run, images, folder, training_hash, flip, torch.device(device), preview, say).run_to_end(
-        description or {}
-    )
+    Training(run, images, folder, training_hash, flip, torch.device(device), preview, say).run_to_end(description or {})
 
 
-class _Training:
-    """The state of one rank."""
+class Training:
+    """The state of one rank: network, average, optimiser. :func:`train` runs it to the end."""
 
     def __init__(
         self,
@@ -175,14 +173,17 @@ class _Training:
 
     def _step(self, step: int, batch: Tensor) -> None:
         settings = self.run.training
-        level = level_of_step(self.process.schedule, self.run.seed, step)
-        torch.manual_seed(derive_seed(self.run.seed, "step", step, self.rank))
         if settings.warmup_images:
             warm = min(1.0, (step + 1) * settings.batch / settings.warmup_images)
             self.optimizer.param_groups[0]["lr"] = settings.learning_rate * warm
+        torch.manual_seed(derive_seed(self.run.seed, "step", step, self.rank))
+        self.update(level_of_step(self.process.schedule, self.run.seed, step), batch)
+
+    def update(self, level: int, batch: Tensor) -> None:
+        """One step of the optimiser on this rank's images, uint8 (b, 3, H, W), at a level; nothing is synchronised."""
         self.optimizer.zero_grad()
         loss = self._backward(self.live, level, batch)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.run.training.clip_norm)
         self.optimizer.step()
         self.window[:, level] += torch.stack([loss, norm.detach(), torch.ones_like(loss)])
 
