@@ -146,6 +146,7 @@ def _compare_in_mlflow(results: list[Result], rows: list[Row], report: Report) -
         )
         headings, cells = table(rows, results[0].record.headline)
         parent.log_table("comparison.json", [dict(zip(headings, line, strict=True)) for line in cells])
+        parent.set_metrics({f"{row.setting}/{name}": value for row in rows for name, value in row.metrics.items()}, 0)
         parent.log_file(report.contact_sheet)
         parent.log_file(report.page)
         parent.set_tags({"dvdp.best_setting": best(rows).setting, **tracking.provenance()})

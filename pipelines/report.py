@@ -99,7 +99,8 @@ def write_report(
     environment = Environment(loader=PackageLoader("pipelines"), autoescape=select_autoescape())
     page = environment.get_template("report.html").render(
         title=f"DVDP on {params.dataset.name}",
-        subtitle=f"{len(rows)} settings, {len(params.seeds)} seed(s), {params.dataset.resolution} px images",
+        subtitle=f"{_count(len(rows), 'setting')}, {_count(len(params.seeds), 'seed')},"
+        f" {params.dataset.resolution} px images",
         headings=headings,
         cells=cells,
         legend=legend(rows, record),
@@ -176,6 +177,10 @@ def _anchors(dataset: str, reference: Path, metrics: Mapping[str, float]) -> dic
             for key, anchor in anchors.items()
         ],
     }
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _inline(path: Path) -> str:
