@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     params = read_params(options.params)
-    store = _data(params, options.work / params.dataset.name, options.path)
+    store = prepared(params, options.work / params.dataset.name, options.path)
     results: list[dict[str, object]] = []
     for seed in params.seeds:
         for setting in params.settings:
@@ -50,10 +51,9 @@ def main() -> None:
             write_atomically(options.out, json.dumps(_summary(params, results, options.work), indent=2) + "\n")
 
 
-def _data(params: Params, folder: Path, path: Path | None) -> ImageStore:
+def prepared(params: Params, folder: Path, path: Path | None) -> ImageStore:
+    """The data set with extractor and reference, made where they are missing."""
     if not (folder / "store").exists():
-        from dataclasses import replace
-
         prepare(replace(params.dataset, path=path or params.dataset.path), folder / "store")
     store = ImageStore(folder / "store")
     if not (folder / "extractor" / "extractor.json").exists():
