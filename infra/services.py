@@ -1,7 +1,7 @@
 """What a team shares on one machine: an MLflow server, a Prefect server and a Prefect worker, loopback only.
 
     python -m infra.services up        start what is not running, wait until all are healthy (`make services`)
-    python -m infra.services down      end them (`make services-down`); their data stay in .services/
+    python -m infra.services down      end them (`make services-down`); their data stay
     python -m infra.services status    what runs, where
     python -m infra.services env       the addresses, for `eval "$(python -m infra.services env)"`
 
@@ -159,8 +159,10 @@ def _up(folder: Path, mlflow_port: int, prefect_port: int) -> None:
 def _services(folder: Path, mlflow_port: int, prefect_port: int) -> list[Service]:
     """In the order they need each other."""
     python = [sys.executable, "-m"]
-    store = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
-    artifacts = ["--serve-artifacts", "--artifacts-destination", (folder / "mlartifacts").as_uri()]
+    # The files that runs without services write to, so that either sees the other's runs.
+    project = folder.parent
+    store = ["--backend-store-uri", f"sqlite:///{project / 'mlflow.db'}"]
+    artifacts = ["--no-serve-artifacts", "--default-artifact-root", (project / "mlartifacts").as_uri()]
     mlflow = [*python, "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
     prefect = [*python, "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)]
     # Creates the work pool where it is missing.

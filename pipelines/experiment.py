@@ -7,14 +7,16 @@ A setting that fails does not stop the others; the flow then ends failed. Whatev
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -38,6 +40,26 @@ class ExperimentFailed(RuntimeError):  # noqa: N818 - an outcome, not a mistake
     """Some settings failed; those that did not are finished, scored and compared."""
 
 
+class Room:
+    """Lets a number of settings run at a time, and none any more once it is closed (Ctrl-C)."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = threading.BoundedSemaphore(slots)
+        self._closed = threading.Event()
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Wait for a slot and hold it."""
+        with self._slots:
+            if self._closed.is_set():
+                raise RuntimeError("interrupted before it began")
+            yield
+
+    def close(self) -> None:
+        """Let no further setting begin."""
+        self._closed.set()
+
+
 @flow(name="experiment")
 def experiment(params_file: str = "params.yaml", reports: str | None = None) -> None:
     """Run every setting of a params file and compare them.
@@ -49,13 +71,19 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
     params = read_params(params_file)
     if reports is None:
         check_data_is_locked(Places.of(params).store)
+    # The driver scores and draws beside running settings.
+    torch.set_num_threads(params.cluster.threads)
     results: list[Result] = []
     failures: dict[str, str] = {}
     with cluster(params.cluster) as slots:
-        slot = threading.BoundedSemaphore(slots)
-        futures = {job.name: run_setting.submit(job, slot) for job in jobs(params)}
-        for name, future in futures.items():
-            outcome = future.result(raise_on_failure=False)
+        room = Room(slots)
+        futures = {job.name: run_setting.submit(job, room) for job in jobs(params)}
+        try:
+            outcomes = {name: future.result(raise_on_failure=False) for name, future in futures.items()}
+        except BaseException:
+            room.close()
+            raise
+        for name, outcome in outcomes.items():
             if isinstance(outcome, Result):
                 results.append(outcome)
             else:
@@ -68,9 +96,9 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
 
 
 @task(task_run_name="{job.name}", cache_policy=NO_CACHE)
-def run_setting(job: Job, slot: threading.BoundedSemaphore) -> Result:
+def run_setting(job: Job, room: Room) -> Result:
     """One setting from training to registration; as many at a time as the cluster has room for."""
-    with slot:
+    with room.taken():
         train(job)
         sample(job)
         record = score(job)

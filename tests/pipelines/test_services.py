@@ -195,6 +195,6 @@ def test_services_come_up_run_flows_and_go_away(tmp_path: Path) -> None:
         printed = command("down")
     assert printed.count(": ended") == 3
     assert not any(alive(pid) for pid in [*pids, flow["pid"]])
-    assert (tmp_path / ".services" / "mlflow.db").stat().st_size > 0
+    assert (tmp_path / "mlflow.db").stat().st_size > 0
     assert services_environment(tmp_path) == {}
     assert command("down").count(": was not running") == 3
