@@ -171,9 +171,18 @@ def _chosen(options: argparse.Namespace) -> tuple[Params, list]:
 
 
 def _experiment(options: argparse.Namespace) -> int:
+    from pipelines.cluster import check_address
+    from pipelines.places import Places
     from pipelines.services import services_environment
+    from pipelines.stages import jobs
+    from pipelines.unchanged import check_data_is_locked
 
-    read_params(options.params).runs()
+    # Mistakes are found before a Prefect server is started for the flow, which checks again.
+    params = read_params(options.params)
+    jobs(params)
+    if options.reports is None:
+        check_data_is_locked(Places.of(params).store)
+    check_address()
     for name, value in services_environment(Path()).items():
         os.environ.setdefault(name, value)
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -43,6 +44,7 @@ def cluster(params: ClusterParams) -> Iterator[int]:
     Raises:
         UserError: the cluster does not answer, or has not the CPUs and GPUs that a run asks for.
     """
+    check_address()
     os.environ.update(WORKER_ENVIRONMENT)
     import ray
 
@@ -65,7 +67,7 @@ def cluster(params: ClusterParams) -> Iterator[int]:
                 logging_level=logging.WARNING,
                 **sizes,
             )
-        except ConnectionError as error:
+        except (ConnectionError, ValueError) as error:
             raise UserError(
                 f"RAY_ADDRESS: found no cluster at '{address}' ({error}); start it, or unset RAY_ADDRESS to run here."
             ) from None
@@ -73,6 +75,24 @@ def cluster(params: ClusterParams) -> Iterator[int]:
             yield _slots(params, ray.cluster_resources())
         finally:
             ray.shutdown()
+
+
+def check_address() -> None:
+    """Raise UserError if ``RAY_ADDRESS`` is set and nothing listens there.
+
+    Ray itself would try a dead address for over a minute, and then end the process.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"RAY_ADDRESS: found nothing that answers at '{address}' ({error}), expected a Ray cluster; start it, or"
+            " unset RAY_ADDRESS to run here."
+        ) from None
 
 
 def _slots(params: ClusterParams, there: Mapping[str, float]) -> int:

@@ -41,9 +41,14 @@ class Report:
         return self.folder / "index.html"
 
     @property
+    def pictures(self) -> Path:
+        """Folder of the samples and the process pictures."""
+        return self.folder / "pictures"
+
+    @property
     def contact_sheet(self) -> Path:
         """Samples of all settings."""
-        return self.folder / "contact_sheet.png"
+        return self.pictures / "contact_sheet.png"
 
 
 def draw_samples(job: Job, picture: Path, count: int = 64) -> Path:
@@ -89,12 +94,12 @@ def write_report(
     figures.save_png(sheet, report.contact_sheet)
     curves = _draw_curves(plots, rows, results)
     processes = [
-        {"picture": _inline(draw_process(r.job, folder / f"process_{r.job.name}.png")), "caption": _caption(r)}
+        {"picture": _inline(draw_process(r.job, report.pictures / f"process_{r.job.name}.png")), "caption": _caption(r)}
         for r in results
         if r.job.run.seed == params.seeds[0]
     ]
     for r in results:
-        draw_samples(r.job, folder / f"samples_{r.job.name}.png")
+        draw_samples(r.job, report.pictures / f"samples_{r.job.name}.png")
 
     environment = Environment(loader=PackageLoader("pipelines"), autoescape=select_autoescape())
     page = environment.get_template("report.html").render(

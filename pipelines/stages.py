@@ -5,6 +5,7 @@ They know Ray (through :mod:`pipelines.cluster`) but neither Prefect nor MLflow.
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from dvdp.config import ClusterParams, Params, Run
@@ -64,7 +66,7 @@ def make_references(params: Params) -> None:
         extractor_of(params),
         places.reference,
         params.evaluation.kid_subset,
-        params.cluster.gpu,
+        _gpu_here(params),
     )
     print(f"reference: {reference.count:,} images; two real halves score {reference.anchors['halves']['metrics']}")
 
@@ -78,6 +80,11 @@ def extractor_of(params: Params) -> Extractor:
 
 #: Images in one file of samples, and in one task of a worker.
 SHARD_IMAGES = 256
+
+
+def _gpu_here(params: Params) -> bool:
+    # Scores are made in this process, which may be on a machine without the workers' GPUs.
+    return params.cluster.gpu and torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
@@ -183,19 +190,14 @@ def sample_job(job: Job) -> Path:
 
 def sample_shard(weights: str, folder: str, first: int, count: int, params: ClusterParams) -> float:
     """Draw images number ``first`` on, into one file; returns the seconds it took, loading excluded."""
-    import torch
-
     torch.set_num_threads(params.threads)
     model = load_model(weights, "cuda" if params.gpu else "cpu")
     start = time.perf_counter()
     images = model.sample(count, first=first).numpy()
     seconds = time.perf_counter() - start
-    path = Path(folder) / f"{first:08d}.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    with aside.open("wb") as file:
-        np.save(file, images)
-    aside.replace(path)
+    file = io.BytesIO()
+    np.save(file, images)
+    write_atomically(Path(folder) / f"{first:08d}.npy", file.getvalue())
     return seconds
 
 
@@ -228,7 +230,7 @@ def score_job(job: Job) -> ScoreRecord:
         job.params.evaluation.samples,
         job.params.evaluation.kid_subset,
         about,
-        job.params.cluster.gpu,
+        _gpu_here(job.params),
     )
     write_atomically(path, record.to_json())
     return record

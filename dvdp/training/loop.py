@@ -7,12 +7,13 @@ is a function of (run seed, step, rank), so an interrupted run goes on as if not
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,8 @@ from dvdp.training.levels import level_of_step
 Say = Callable[[str], None]
 #: Shows previews: (images seen, samples as uint8 (n, 3, H, W), file to write).
 Preview = Callable[[int, Tensor, Path], None]
+#: Seconds to wait for another process that trains the same run: one whose driver was killed is about to end.
+PATIENCE = 60.0
 
 
 def is_finished(folder: Path) -> bool:
@@ -60,7 +63,8 @@ def train(
     """Train a run to its end, going on from its newest checkpoint.
 
     Leaves in ``folder``: ``checkpoints/``, ``metrics.jsonl``, ``previews/``, ``estimate.json`` and, last,
-    ``weights.safetensors`` (:func:`dvdp.models.export.load_model`). A finished run returns at once.
+    ``weights.safetensors`` (:func:`dvdp.models.export.load_model`). A finished run returns at once. Whoever comes
+    second waits for the first, for :data:`PATIENCE` seconds.
 
     Args:
         training_hash: of :func:`dvdp.identity.training_hash`; a checkpoint of another is refused.
@@ -70,15 +74,49 @@ def train(
         say: prints a line.
 
     Raises:
-        UserError: a checkpoint is damaged or of another configuration, the batch does not divide over ranks, or the
-            loss is no longer finite.
+        UserError: a checkpoint is damaged or of another configuration, the batch does not divide over ranks, the
+            loss is no longer finite, or another process goes on training this run. All ranks raise it alike.
     """
-    if is_finished(folder):
-        trained = load_model(folder / "weights.safetensors").description.get("training_hash")
-        if trained != training_hash:
-            raise UserError(f"'{folder}' holds the finished run {trained}, expected {training_hash}.")
-        return
-    Training(run, images, folder, training_hash, flip, torch.device(device), preview, say).run_to_end(description or {})
+    device = torch.device(device)
+    with _alone(folder, device):
+        if is_finished(folder):
+            trained = load_model(folder / "weights.safetensors").description.get("training_hash")
+            if trained != training_hash:
+                raise UserError(f"'{folder}' holds the finished run {trained}, expected {training_hash}.")
+            return
+        Training(run, images, folder, training_hash, flip, device, preview, say).run_to_end(description or {})
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, device: torch.device) -> Iterator[None]:
+    """One group of ranks at a time in a folder. Rank 0 holds a lock, which the system drops with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    with path.open("a") as file:
+        free = _lock(file) if not dist.is_initialized() or dist.get_rank() == 0 else True
+        if dist.is_initialized():
+            # The other ranks look for checkpoints only after this.
+            answer = torch.tensor(int(free), device=device)
+            dist.broadcast(answer, src=0)
+            free = bool(answer)
+        if not free:
+            raise UserError(
+                f"training: another process trains in '{folder}' and holds '{path.name}' there; wait for it, or end it."
+            )
+        yield
+
+
+def _lock(file: IO[str]) -> bool:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        else:
+            return True
 
 
 class Training:
@@ -119,7 +157,6 @@ class Training:
     def run_to_end(self, description: Mapping[str, Any]) -> None:
         """Train, log, checkpoint, preview; then write the weights."""
         settings, folder = self.run.training, self.folder
-        folder.mkdir(parents=True, exist_ok=True)
         seen = self._resume()
         if self.rank == 0:
             ledger.truncate(folder / "metrics.jsonl", seen)
