@@ -12,7 +12,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: setup repro test test-slow lint pins services services-down ui clean
+.PHONY: setup repro test test-slow lint pins services services-down ui
 
 setup: .venv/ready
 

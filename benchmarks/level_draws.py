@@ -1,4 +1,4 @@
-"""Two ways of drawing levels alike on all ranks, compared for speed and score on the digits at {300, 600}.
+"""Two ways of drawing levels alike on all ranks, compared for speed and score at {300, 600}.
 
     MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 OMP_NUM_THREADS=1 \\
         python -m benchmarks.level_draws --params benchmarks/study_digits.yaml --work /tmp/study --out draws.json
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -78,13 +79,14 @@ def main() -> None:
 
 def _measure(run: Run, store: ImageStore, kind: type[Training], work: Path, name: str) -> dict[str, float]:
     folder = work / "draws" / f"{name}-{run.seed}"
+    shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
-    kind(run, store, folder, name, False, torch.device("cpu"), None, print).run_to_end({})
+    kind(run, store, folder, name, False, torch.device("cpu"), None, print).run_to_end(0, {})
     seconds = time.perf_counter() - start
     samples = folder / "samples"
-    samples.mkdir(exist_ok=True)
+    samples.mkdir()
     np.save(samples / "00000000.npy", load_model(folder / "weights.safetensors").sample(run.sampling.count).numpy())
-    data = work / "digits"
+    data = work / store.metadata.name
     record = score(samples, data / "reference", load_extractor(data / "extractor"))
     return {"training_seconds": round(seconds, 1), **{k: round(v, 4) for k, v in record.metrics.items()}}
 

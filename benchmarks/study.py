@@ -4,13 +4,15 @@
         python -m benchmarks.study --params benchmarks/study_digits.yaml --work /tmp/study --out digits.json
 
 Reads a params file like the pipeline does, but needs no Ray, Prefect or MLflow: one process, one run after the other.
-Runs that are finished are kept, so it may be stopped and started again. Seeds go round before settings repeat, so that
+Runs that are finished are kept, so it may be stopped and started again (``training_seconds`` of a run that was stopped
+in the middle are those of its last part). Seeds go round before settings repeat, so that
 a study that is cut short compares all settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import statistics
 import time
@@ -24,6 +26,7 @@ from benchmarks.machine import machine
 from dvdp.config import Params, Run, read_params
 from dvdp.data.prepare import prepare
 from dvdp.data.store import ImageStore
+from dvdp.errors import UserError
 from dvdp.evaluation.extractors import load_extractor, train_extractor
 from dvdp.evaluation.scores import make_reference, read_reference, score
 from dvdp.files import write_atomically
@@ -58,7 +61,8 @@ def prepared(params: Params, folder: Path, path: Path | None) -> ImageStore:
     store = ImageStore(folder / "store")
     if not (folder / "extractor" / "extractor.json").exists():
         epochs, task = params.evaluation.extractor_epochs, params.evaluation.extractor
-        assert task != "inception"
+        if task == "inception":
+            raise UserError("evaluation.extractor: found 'inception', expected 'labels' or 'rotation' for a study.")
         print(train_extractor(store, task, epochs, store.metadata.digest, folder / "extractor"))
     if not (folder / "reference" / "reference.json").exists():
         extractor = load_extractor(folder / "extractor")
@@ -80,7 +84,9 @@ def _result(params: Params, run: Run, store: ImageStore, work: Path) -> dict[str
         images = load_model(folder / "weights.safetensors").sample(run.sampling.count).numpy()
         samples.mkdir(parents=True, exist_ok=True)
         write_atomically(samples / "seconds.json", json.dumps(time.perf_counter() - start))
-        np.save(samples / "00000000.npy", images)
+        content = io.BytesIO()
+        np.save(content, images)
+        write_atomically(samples / "00000000.npy", content.getvalue())
     data = work / params.dataset.name
     extractor = load_extractor(data / "extractor")
     record = score(samples, data / "reference", extractor, params.evaluation.samples, params.evaluation.kid_subset)

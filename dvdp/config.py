@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,13 @@ class Section:
             if not getattr(self, name) >= bound:  # also not a number
                 raise UserError(f"{name}: found {getattr(self, name)}, expected at least {bound}")
 
+    def _plain_name(self, *names: str) -> None:
+        for name in names:
+            if not re.fullmatch("[A-Za-z0-9_-]+", getattr(self, name)):
+                raise UserError(
+                    f"{name}: found '{getattr(self, name)}', expected letters a to z, digits, '-' and '_' alone"
+                )
+
     def _share(self, *names: str) -> None:
         for name in names:
             if not 0 <= getattr(self, name) <= 1:
@@ -61,8 +69,7 @@ class DatasetParams(Section):
     def __post_init__(self) -> None:
         self._at_least(4, "resolution")
         self._share("max_skipped")
-        if not self.name.replace("-", "").replace("_", "").isalnum():
-            raise UserError(f"name: found '{self.name}', expected letters, digits, '-' and '_' alone")
+        self._plain_name("name")
         if self.source == "image_folder" and self.path is None:
             raise UserError("path: found nothing, expected the folder or tar of images that image_folder reads")
 
@@ -108,8 +115,7 @@ class SettingParams(Section):
     """Other values for this setting alone: {section: {key: value}}, of process, model, training and sampling."""
 
     def __post_init__(self) -> None:
-        if not self.name.replace("-", "").replace("_", "").isalnum():
-            raise UserError(f"name: found '{self.name}', expected letters, digits, '-' and '_' alone")
+        self._plain_name("name")
         if self.process == "ddpm" and self.turning_points:
             raise UserError(f"turning_points: found {list(self.turning_points)}, expected none for process ddpm")
         for section in self.overrides:
@@ -147,6 +153,8 @@ class ModelParams(Section):
         for factor in self.attention:
             if factor not in factors:
                 raise UserError(f"attention: found factor {factor}, expected only factors of this network, {factors}")
+        # The middle of the network, at the last factor, always has attention.
+        for factor in {*self.attention, factors[-1]}:
             width = self.channels * self.multipliers[factors.index(factor)]
             if width % min(self.head_channels, width):
                 raise UserError(
@@ -261,7 +269,8 @@ class EvaluationParams(Section):
     extractor_epochs: int = 10
 
     def __post_init__(self) -> None:
-        self._at_least(2, "samples", "kid_subset")
+        self._at_least(4, "samples")
+        self._at_least(2, "kid_subset")
         self._at_least(1, "extractor_epochs")
 
 
@@ -272,6 +281,9 @@ class TrackingParams(Section):
     experiment: str = "dvdp"
     model: str = "dvdp"
     """Registered models are called ``<model>-<dataset>``."""
+
+    def __post_init__(self) -> None:
+        self._plain_name("model")
 
 
 @dataclass(frozen=True)

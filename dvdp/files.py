@@ -1,8 +1,13 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and locks."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import math
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -26,3 +31,25 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path, patience: float = math.inf) -> Iterator[bool]:
+    """Hold a lock file while the block runs; the system drops it with the process.
+
+    Yields whether the lock was got within ``patience`` seconds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    yield False
+                    return
+                time.sleep(0.2)
+            else:
+                yield True
+                return

@@ -14,11 +14,11 @@ from dvdp.training.budget import training_images
 
 #: Sources whose change changes trained weights; comments count too, which only costs a retraining.
 TRAINING_SOURCES = (
-    "bands.py", "schedule.py", "process.py", "randomness.py", "models/unet.py", "models/denoiser.py",
+    "bands.py", "schedule.py", "process.py", "randomness.py", "pixels.py", "models/unet.py", "models/denoiser.py",
     "training/levels.py", "training/ema.py", "training/loop.py", "data/transforms.py", "data/loading.py",
 )  # fmt: skip
 SAMPLING_SOURCES = ("sampling.py", "models/export.py")
-EVALUATION_SOURCES = ("evaluation/scores.py",)
+EVALUATION_SOURCES = ("evaluation/scores.py", "evaluation/fidelity.py", "evaluation/extractors.py")
 
 #: Keys of the training section that do not touch the weights.
 OPERATIONAL = {

@@ -27,7 +27,8 @@ def generator(*purpose: int | str, device: torch.device | str = "cpu") -> torch.
 class ImageNoise:
     """Standard normal noise for images number ``first`` .. ``first + count - 1`` of a seed.
 
-    Image i draws from (seed, i) alone, so it is the same in any batch and on any worker.
+    Image i draws from (seed, i) alone, so it is the same in any batch and on any worker of one kind: a CPU and
+    a GPU draw differently.
     """
 
     def __init__(self, seed: int, first: int, count: int, device: torch.device | str = "cpu") -> None:

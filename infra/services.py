@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -28,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dvdp.errors import UserError
-from dvdp.files import write_atomically
+from dvdp.files import locked, write_atomically
 from pipelines.services import FOLDER, HEALTH, healthy, services_environment
 
 __all__ = ["down", "services_environment", "up"]
@@ -104,7 +103,7 @@ def up(project: Path, mlflow_port: int = 5000, prefect_port: int = 4200) -> None
     """
     folder = project.resolve() / FOLDER
     folder.mkdir(exist_ok=True)
-    with _locked(folder):
+    with locked(folder / "lock"):  # two calls of up would start everything twice
         _up(folder, mlflow_port, prefect_port)
 
 
@@ -114,7 +113,7 @@ def down(project: Path) -> None:
     if not folder.is_dir():
         print("services: none were started here")
         return
-    with _locked(folder):
+    with locked(folder / "lock"):
         (folder / "env").unlink(missing_ok=True)
         for name in ("worker", "prefect", "mlflow"):
             print(f"{name}: {'ended' if _end(folder, name) else 'was not running'}")
@@ -300,14 +299,6 @@ def _port(folder: Path, name: str, otherwise: int) -> int:
     """The port of a service that runs already, else the one asked for."""
     record = _read(folder, name)
     return record.port if record and record.port and record.alive() else otherwise
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One at a time: two calls of :func:`up` would start everything twice."""
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _alive(folder: Path, name: str) -> bool:

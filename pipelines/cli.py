@@ -79,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--seed", type=int)
     draw.add_argument("--steps", type=int)
     draw.add_argument("--rule")
-    draw.add_argument("--device", default="cpu")
-    draw.add_argument("--out", default="samples.png", metavar="FILE")
+    draw.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    draw.add_argument("--out", default="samples.png", metavar="FILE", help="a .png")
     draw.set_defaults(command=_draw)
     return parser
 
@@ -116,15 +116,18 @@ def _reference(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from dvdp.training.checkpoints import find
+    from dvdp.training import checkpoints
     from dvdp.training.loop import is_finished
     from pipelines.cluster import cluster
     from pipelines.stages import train_job
 
     params, chosen = _chosen(options)
-    if options.resume:
-        for job in chosen:
-            if not is_finished(job.folder) and not find(job.folder / "checkpoints"):
+    for job in chosen:
+        if not is_finished(job.folder):
+            found = checkpoints.find(job.folder / "checkpoints")
+            if found:
+                checkpoints.read(found[-1], job.training_hash)
+            elif options.resume:
                 raise UserError(
                     f"--resume: found no checkpoint of {job.name} in '{job.folder}', expected one;"
                     " leave out --resume to start, or give the params that the run was started with."
@@ -135,10 +138,17 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
+    from dvdp.training.loop import is_finished
     from pipelines.cluster import cluster
     from pipelines.stages import sample_job
 
     params, chosen = _chosen(options)
+    for job in chosen:
+        if not is_finished(job.folder):
+            raise UserError(
+                f"sample: found no weights of {job.name} in '{job.folder}', expected a finished run;"
+                " run `dvdp train` with the same params first."
+            )
     with cluster(params.cluster):
         for job in chosen:
             print(f"{job.name}: {sample_job(job)}")
@@ -174,36 +184,47 @@ def _experiment(options: argparse.Namespace) -> int:
     from pipelines.cluster import check_address
     from pipelines.places import Places
     from pipelines.services import services_environment
-    from pipelines.stages import jobs
+    from pipelines.stages import check_scorable, jobs
     from pipelines.unchanged import check_data_is_locked
 
     # Mistakes are found before a Prefect server is started for the flow, which checks again.
     params = read_params(options.params)
     jobs(params)
+    check_scorable(params)
     if options.reports is None:
         check_data_is_locked(Places.of(params).store)
     check_address()
     for name, value in services_environment(Path()).items():
         os.environ.setdefault(name, value)
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
-    from pipelines.experiment import ExperimentFailed, experiment
+    from pipelines.experiment import experiment
 
-    try:
-        experiment(params_file=options.params, reports=options.reports)
-    except ExperimentFailed as failed:
-        print(f"dvdp: {failed}", file=sys.stderr)
-        return 1
-    return 0
+    state = experiment(params_file=options.params, reports=options.reports, return_state=True)
+    if state.is_completed():
+        return 0
+    outcome = state.result(raise_on_failure=False)
+    if isinstance(outcome, UserError):
+        raise outcome
+    print(f"dvdp: {state.message}", file=sys.stderr)
+    return 1
 
 
 def _draw(options: argparse.Namespace) -> None:
-    from dvdp.evaluation.figures import grid
+    import torch
+
+    from dvdp.evaluation.figures import grid, save_png
     from dvdp.models.export import load_model
 
+    out = Path(options.out)
+    if options.count < 1:
+        raise UserError(f"--count: found {options.count}, expected at least 1.")
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out: found '{out}', expected a name that ends in .png.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: found no GPU that torch can use here, expected one; leave out --device.")
     model = load_model(options.weights, options.device)
     images = model.sample(options.count, seed=options.seed, steps=options.steps, rule=options.rule)
-    grid(images).save(options.out)
-    print(options.out)
+    print(save_png(grid(images), out))
 
 
 if __name__ == "__main__":

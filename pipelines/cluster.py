@@ -1,13 +1,15 @@
-"""Ray: the cluster that runs train, sample and score on."""
+"""Ray: the cluster that settings train and sample on."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
 import socket
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,12 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # A call after the cluster has ended must fail, not start another one.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
 }
 
 
-#: File of a run's folder in which workers leave a mistake of the user's.
-MISTAKE = "mistake.txt"
 #: File of a run's folder with the status lines of training.
 LOG = "log.txt"
 
@@ -53,7 +55,7 @@ def cluster(params: ClusterParams) -> Iterator[int]:
     sizes: dict[str, Any] = {}
     if not address:
         sizes = {
-            "num_cpus": max(os.cpu_count() or 1, params.num_workers * params.threads),
+            "num_cpus": max(len(os.sched_getaffinity(0)), params.num_workers * params.threads),
             "include_dashboard": False,
             "object_store_memory": 200 * 2**20,
         }
@@ -124,10 +126,16 @@ def on_workers(params: ClusterParams, work: Callable[..., Any], arguments: list[
     import ray
 
     remote = ray.remote(num_cpus=params.threads, num_gpus=int(params.gpu), max_retries=params.max_failures)(work)
-    waiting = [remote.remote(*each) for each in arguments]
+    left = iter(arguments)
+    # No more at a time than a run has ranks: the rest of the cluster is for other settings.
+    waiting = [remote.remote(*each) for each in itertools.islice(left, params.num_workers)]
     while waiting:
         done, waiting = ray.wait(waiting)
-        yield from ray.get(done)
+        waiting += [remote.remote(*each) for each in itertools.islice(left, len(done))]
+        try:
+            yield from ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, UserError) else error) from None
 
 
 def train_on_workers(
@@ -141,8 +149,8 @@ def train_on_workers(
 ) -> None:
     """Train a run with Ray Train: ``cluster.num_workers`` ranks, restarted up to ``max_failures`` times.
 
-    Resuming is the training loop's own affair (its checkpoints lie in ``folder``), so Ray keeps no checkpoints and
-    every attempt is a Ray run of its own, named after the training hash.
+    Resuming is the training loop's own affair (its checkpoints lie in ``folder``), so Ray, whose run is named after
+    the training hash, keeps none.
 
     Raises:
         UserError: the training loop's, or the workers failed too often.
@@ -150,6 +158,9 @@ def train_on_workers(
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import FailureConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    attempt = uuid.uuid4().hex
 
     resources: dict[str, float] = {"CPU": params.threads, **({"GPU": 1} if params.gpu else {})}
     trainer = TorchTrainer(
@@ -162,6 +173,7 @@ def train_on_workers(
             "flip": flip,
             "description": dict(description),
             "threads": params.threads,
+            "attempt": attempt,
         },
         scaling_config=ScalingConfig(
             num_workers=params.num_workers, use_gpu=params.gpu, resources_per_worker=resources
@@ -173,17 +185,27 @@ def train_on_workers(
         ),
         torch_config=TorchConfig(backend="nccl" if params.gpu else "gloo"),
     )
-    mistake = folder / MISTAKE
-    mistake.unlink(missing_ok=True)
     with restored_interrupt(), following(folder / LOG):
-        trainer.fit()
-    if mistake.exists():
-        raise UserError(mistake.read_text())
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise UserError(
+                f"training: the workers of '{folder}' failed more than cluster.max_failures, {params.max_failures},"
+                f" times, at last with '{last}'; run the same command again to go on from the newest checkpoint."
+            ) from error
+    mistakes = sorted(folder.glob(f"mistake-{attempt}-*.txt"))
+    texts = [path.read_text() for path in mistakes]
+    for path in mistakes:
+        path.unlink()
+    if texts:
+        raise UserError(texts[0])
 
 
 def worker(config: dict[str, Any]) -> None:
     """What every rank does."""
     import torch
+    from ray.train import get_context
     from ray.train.torch import get_device
 
     from dvdp.data.store import ImageStore
@@ -213,8 +235,9 @@ def worker(config: dict[str, Any]) -> None:
             say=say,
         )
     except UserError as error:
-        # All ranks meet it alike. Raised here, Ray would try again.
-        write_atomically(folder / MISTAKE, str(error))
+        # Raised here, Ray would try again.
+        name = f"mistake-{config['attempt']}-{get_context().get_world_rank()}.txt"
+        write_atomically(folder / name, str(error))
 
 
 @contextlib.contextmanager

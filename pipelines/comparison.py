@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from dvdp.evaluation.scores import ScoreRecord, comparable
 from dvdp.sampling import share_steps
 from dvdp.training import ledger
 from dvdp.training.budget import level_flops, network_flops, relative_flops, training_images
-from pipelines.stages import Job
+from pipelines.stages import Job, seconds_per_sample
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,8 @@ class Result:
 
     job: Job
     record: ScoreRecord
+    problem: str = ""
+    """Why the run could not be put into MLflow; empty if it was."""
 
     @property
     def seconds_per_image(self) -> float:
@@ -33,7 +34,7 @@ class Result:
     @property
     def seconds_per_sample(self) -> float:
         """Of sampling, on one worker."""
-        return json.loads((self.job.samples / "timing.json").read_text())["seconds_per_image"]
+        return seconds_per_sample(self.job)
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def legend(rows: Sequence[Row], record: ScoreRecord) -> list[str]:
         f"Scores: torch-fidelity on {record.samples:,} samples from the EMA weights"
         f" ({record.sampling.get('rule')}, {record.sampling.get('steps')} steps) against {record.references:,} real"
         f" images, features of the extractor '{record.extractor}'; ★ marks the lowest.",
-        "Speed-ups: measured over DDPM in this comparison, beside what the FLOPs allow.",
+        "Speed-ups: measured over DDPM in this comparison, beside what the FLOPs allow; settings that ran beside others"
+        " or on another machine were slower or faster for that (benchmarks/steps.py measures them alone).",
     ]
     if not all(row.same_terms for row in rows):
         lines.append("† The score was made on other terms than the first setting's and does not compare with it.")

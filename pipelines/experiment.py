@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,24 +22,37 @@ import torch
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.states import Failed, State
 from prefect.tasks import exponential_backoff
 
 from dvdp.config import Params, read_params
 from dvdp.data.store import ImageStore
+from dvdp.errors import UserError
 from dvdp.evaluation.scores import ScoreRecord
 from dvdp.identity import training_identity
+from dvdp.models.export import load_model
 from dvdp.training.budget import training_images
+from dvdp.training.loop import is_finished
 from pipelines import registry, tracking
 from pipelines.cluster import cluster
 from pipelines.comparison import Result, Row, as_text, best, compare, legend, table
 from pipelines.places import Places
-from pipelines.report import Report, draw_process, draw_samples, write_report
-from pipelines.stages import Job, jobs, sample_job, score_job, train_job
+from pipelines.report import Report, draw_samples, write_report
+from pipelines.stages import Job, check_scorable, draw_process, jobs, sample_job, score_job, train_job
 from pipelines.unchanged import check_data_is_locked
 
 
-class ExperimentFailed(RuntimeError):  # noqa: N818 - an outcome, not a mistake
-    """Some settings failed; those that did not are finished, scored and compared."""
+class _OneSentence(logging.Filter):
+    """Drops the traceback from Prefect's word of what is no bug of ours."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], (UserError, tracking.TrackingAway)):
+            record.exc_info = None
+        return True
+
+
+for _name in ("prefect.task_runs", "prefect.flow_runs"):
+    logging.getLogger(_name).addFilter(_OneSentence())
 
 
 class Room:
@@ -61,20 +76,24 @@ class Room:
 
 
 @flow(name="experiment")
-def experiment(params_file: str = "params.yaml", reports: str | None = None) -> None:
+def experiment(params_file: str = "params.yaml", reports: str | None = None) -> State | None:
     """Run every setting of a params file and compare them.
 
     Args:
         reports: folder of the report, an output of ``dvc repro``. Without it (as when scheduled) nothing that DVC
             tracks is written: the data must be what ``dvc.lock`` names, and the report goes beside the runs.
+
+    Returns:
+        A failed state that says which settings failed and why, if any did; they do not stop the others.
     """
     params = read_params(params_file)
     if reports is None:
         check_data_is_locked(Places.of(params).store)
+    check_scorable(params)
     # The driver scores and draws beside running settings.
     torch.set_num_threads(params.cluster.threads)
     results: list[Result] = []
-    failures: dict[str, str] = {}
+    problems: dict[str, str] = {}
     with cluster(params.cluster) as slots:
         room = Room(slots)
         futures = {job.name: run_setting.submit(job, room) for job in jobs(params)}
@@ -83,33 +102,53 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
         except BaseException:
             room.close()
             raise
-        for name, outcome in outcomes.items():
-            if isinstance(outcome, Result):
-                results.append(outcome)
-            else:
-                failures[name] = str(outcome)
+    for name, outcome in outcomes.items():
+        if isinstance(outcome, Result):
+            results.append(outcome)
+        problem = outcome.problem if isinstance(outcome, Result) else str(outcome)
+        if problem:
+            problems[name] = problem
     if results:
         folder = Path(reports) if reports else params.cluster.storage / "reports" / _comparison_hash(results)
-        compare_settings(results, failures, folder)
-    if failures:
-        raise ExperimentFailed("; ".join(f"{name} failed: {error}" for name, error in failures.items()))
+        problem = compare_settings(results, problems, folder)
+        if problem:
+            problems["comparison"] = problem
+    if problems:
+        return Failed(message="; ".join(f"{name} failed: {problem}" for name, problem in problems.items()))
+    return None
 
 
 @task(task_run_name="{job.name}", cache_policy=NO_CACHE)
 def run_setting(job: Job, room: Room) -> Result:
     """One setting from training to registration; as many at a time as the cluster has room for."""
     with room.taken():
-        train(job)
-        sample(job)
-        record = score(job)
-        register(job, record)
+        try:
+            train(job)
+            sample(job)
+            record = score(job)
+        except BaseException:
+            # As well as MLflow answers: it is no reason to fail differently.
+            with contextlib.suppress(Exception):
+                tracked(job).set_status("FAILED")
+            raise
+        try:
+            register(job, record)
+        except tracking.TrackingAway as away:
+            return Result(job, record, problem=str(away))
         return Result(job, record)
 
 
 @task(task_run_name="train {job.name}", cache_policy=NO_CACHE)
 def train(job: Job) -> None:
     """Train on the cluster; MLflow follows as well as it can."""
-    sync = tracking.LedgerSync(tracking.connect(), job.folder, lambda: tracked(job)).start()
+
+    def begin() -> tracking.TrackedRun:
+        run = tracked(job)
+        if not is_finished(job.folder):
+            run.set_status("RUNNING")
+        return run
+
+    sync = tracking.LedgerSync(tracking.connect(), job.folder, begin).start()
     try:
         train_job(job, description(job))
     finally:
@@ -121,8 +160,9 @@ def train(job: Job) -> None:
 
 @task(task_run_name="sample {job.name}", cache_policy=NO_CACHE)
 def sample(job: Job) -> None:
-    """Draw images from the EMA weights."""
+    """Draw images from the EMA weights, and one with all its states."""
     sample_job(job)
+    draw_process(job)
 
 
 @task(task_run_name="score {job.name}", cache_policy=NO_CACHE)
@@ -141,33 +181,47 @@ def register(job: Job, record: ScoreRecord) -> None:
         run.log_json("score.json", json.loads(record.to_json()))
         run.log_file(job.folder / "estimate.json")
         run.log_json("params.json", json.loads(json.dumps(dataclasses.asdict(job.params), default=str)))
-        run.log_file(draw_samples(job, job.folder / "pictures" / "samples.png"), "pictures")
-        run.log_file(draw_process(job, job.folder / "pictures" / "process.png"), "pictures")
-        tags = {tracking.TRAINING_HASH: job.training_hash, **description(job)}
-        registry.register(run, _model_name(job.params), job.weights, tags, record, _images(job))
+        run.log_file(draw_samples(job, job.folder / "pictures" / f"samples-{job.sampling_hash}.png"), "pictures")
+        run.log_file(draw_process(job), "pictures")
+        registry.register(run, _model_name(job.params), job.weights, description(job), record, _images(job))
         run.set_status("FINISHED")
 
 
 @task(name="compare", cache_policy=NO_CACHE)
-def compare_settings(results: list[Result], failures: Mapping[str, str], folder: Path) -> None:
-    """One table, one contact sheet, one page; the best model becomes the champion."""
+def compare_settings(results: list[Result], problems: Mapping[str, str], folder: Path) -> str:
+    """One table, one contact sheet, one page; the best model becomes the champion.
+
+    Returns:
+        Why MLflow does not have it, or the empty string.
+    """
     rows = compare(results)
-    report = write_report(folder, rows, results, failures, _provenance(results))
+    report = write_report(folder, rows, results, problems, _provenance(results))
     headings, cells = table(rows, results[0].record.headline)
-    key = results[0].job.params.dataset.name
-    create_table_artifact([dict(zip(headings, line, strict=True)) for line in cells], key=f"comparison-{key}")
-    create_markdown_artifact(report.text + "\n\n" + "\n\n".join(legend(rows, results[0].record)), key=f"report-{key}")
-    picture = base64.b64encode(report.contact_sheet.read_bytes()).decode()
-    create_image_artifact("data:image/png;base64," + picture, key=f"samples-{key}")
-    _compare_in_mlflow(results, rows, report)
     lines = [as_text(headings, cells), *legend(rows, results[0].record), "", *_where_to_look(report)]
     get_run_logger().info("%s", "\n".join(["", *lines]))
+
+    key = re.sub("[^a-z0-9]+", "-", results[0].job.params.dataset.name.lower())
+    create_table_artifact([dict(zip(headings, line, strict=True)) for line in cells], key=f"comparison-{key}")
+    create_markdown_artifact(report.text + "\n\n" + "\n\n".join(legend(rows, results[0].record)), key=f"report-{key}")
+    create_image_artifact(_data_url(report.contact_sheet), key=f"samples-{key}")
+    for result in results:
+        name = re.sub("[^a-z0-9]+", "-", result.job.name.lower())
+        create_image_artifact(_data_url(draw_process(result.job)), key=f"process-{key}-{name}")
+    try:
+        _compare_in_mlflow(results, rows, report)
+    except tracking.TrackingAway as away:
+        return str(away)
+    return ""
+
+
+def _data_url(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
 
 
 def _compare_in_mlflow(results: list[Result], rows: list[Row], report: Report) -> None:
     client = tracking.connect()
     params = results[0].job.params
-    with tracking.reaching(client, report.folder):
+    with tracking.reaching(client, params.cluster.storage):
         name = f"comparison on {params.dataset.name}"
         parent = tracking.open_run(
             client, params.tracking.experiment, tracking.COMPARISON_HASH, _comparison_hash(results), name
@@ -177,17 +231,20 @@ def _compare_in_mlflow(results: list[Result], rows: list[Row], report: Report) -
         parent.set_metrics({f"{row.setting}/{name}": value for row in rows for name, value in row.metrics.items()}, 0)
         parent.log_file(report.contact_sheet)
         parent.log_file(report.page)
-        parent.set_tags({"dvdp.best_setting": best(rows).setting, **tracking.provenance()})
+        parent.set_tags({"dvdp.best_setting": best(rows).setting, **tracking.provenance(store=Places.of(params).store)})
         tracking.adopt(parent, {result.job.name: tracked(result.job) for result in results}, report.text)
         get_run_logger().info("%s", registry.promote(client, _model_name(params)).text)
         parent.set_status("FINISHED")
 
 
 def tracked(job: Job) -> tracking.TrackedRun:
-    """The job's run in MLflow, with all that is known before training."""
+    """The job's run in MLflow, with all that is known before training.
+
+    A run is one way of sampling from one training: what is trained once and sampled twice makes two.
+    """
     params = job.params
     run = tracking.open_run(
-        tracking.connect(), params.tracking.experiment, tracking.TRAINING_HASH, job.training_hash, job.name
+        tracking.connect(), params.tracking.experiment, tracking.SAMPLING_HASH, job.sampling_hash, job.name
     )
     store = ImageStore(Places.of(params).store)
     run.log_params({**training_identity(job.run), "flip": params.dataset.flip})
@@ -197,15 +254,19 @@ def tracked(job: Job) -> tracking.TrackedRun:
 
 
 def description(job: Job) -> dict[str, str]:
-    """What leads back from a model to where it comes from."""
+    """What leads back from a trained run to where it comes from: as it was when the run was trained."""
+    if is_finished(job.folder):
+        known = load_model(job.weights).description
+        return {name: value for name, value in known.items() if name.startswith("dvdp.")}
     return {
+        tracking.TRAINING_HASH: job.training_hash,
         tracking.DATASET_DIGEST: job.dataset_digest,
         tracking.SETTING: job.run.setting,
         tracking.SEED: str(job.run.seed),
         tracking.TURNING_POINTS: json.dumps(job.run.turning_points),
         tracking.PARAMS_DIGEST: hashlib.sha256(json.dumps(job.run.describe(), sort_keys=True).encode()).hexdigest(),
         "dvdp.dataset": job.params.dataset.name,
-        **tracking.provenance(),
+        **tracking.provenance(store=Places.of(job.params).store),
     }
 
 
@@ -224,11 +285,11 @@ def _comparison_hash(results: list[Result]) -> str:
 
 def _provenance(results: list[Result]) -> dict[str, str]:
     store = ImageStore(Places.of(results[0].job.params).store)
-    about = tracking.provenance()
+    about = tracking.provenance(store=Places.of(results[0].job.params).store)
     return {
         "data set": f"{store.metadata.name}, {store.metadata.count:,} images, digest {store.metadata.digest}",
         "git commit": about.get(tracking.GIT_COMMIT, "not in a git repository"),
-        "dvc.lock": about.get(tracking.DVC_LOCK, "none"),
+        "DVC hash of the data": about.get(tracking.DVC_HASH, "not in dvc.lock"),
         **{f"training hash of {result.job.name}": result.job.training_hash for result in results},
     }
 

@@ -37,7 +37,8 @@ class ImageModel(PythonModel):
 
         Args:
             model_input: rows of ``count`` and, optionally, ``seed``, ``rule`` and ``steps``; what is missing or null
-                is as in the training run's ``sampling``. Image i of a seed is always the same image.
+                is as in the training run's ``sampling``. Image i of a seed is the same
+                image in any batch, on one kind of device.
 
         Returns:
             uint8 (n, H, W, 3).

@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
-from dvdp.data.loading import to_float
-from dvdp.data.store import ImageStore
 from dvdp.evaluation import figures
 from dvdp.evaluation.scores import SampleShards, read_reference
-from dvdp.models.export import load_model
+from dvdp.files import write_atomically
 from dvdp.training import ledger
 from pipelines.comparison import Result, Row, as_csv, as_markdown, legend, table
 from pipelines.places import Places
-from pipelines.stages import Job
+from pipelines.stages import Job, draw_process
 
 SHEET_IMAGES = 12
 
@@ -56,19 +53,6 @@ def draw_samples(job: Job, picture: Path, count: int = 64) -> Path:
     return figures.save_png(figures.grid(_samples(job, count)), picture)
 
 
-def draw_process(job: Job, picture: Path) -> Path:
-    """An image of the data set on its way to noise, and a generated one on its way back."""
-    model = load_model(job.weights)
-    image, _ = ImageStore(Places.of(job.params).store)[0]
-    times, sampling = figures.picture_times(model.process), job.run.sampling
-    forward = figures.diffused_states(model.process, to_float(torch.from_numpy(image)), times)
-    shape = (3, model.side, model.side)
-    back = figures.generated_states(
-        model.process, model.denoiser, shape, times, sampling.steps, sampling.rule, sampling.seed
-    )
-    return figures.save_png(figures.process_picture(model.process, forward, back, job.name), picture)
-
-
 def write_report(
     folder: Path,
     rows: Sequence[Row],
@@ -83,9 +67,9 @@ def write_report(
     headings, cells = table(rows, record.headline)
     report = Report(folder, as_markdown(headings, cells))
 
-    (folder / "table.csv").write_text(as_csv(headings, cells))
-    (folder / "table.md").write_text(report.text + "\n")
-    (folder / "metrics.json").write_text(json.dumps(_metrics(rows), indent=2, sort_keys=True) + "\n")
+    write_atomically(folder / "table.csv", as_csv(headings, cells))
+    write_atomically(folder / "table.md", report.text + "\n")
+    write_atomically(folder / "metrics.json", json.dumps(_metrics(rows), indent=2, sort_keys=True) + "\n")
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     _write_loss_csv(plots / "loss.csv", results)
@@ -93,13 +77,14 @@ def write_report(
     sheet = figures.contact_sheet({r.job.name: _samples(r.job, SHEET_IMAGES) for r in results}, columns=SHEET_IMAGES)
     figures.save_png(sheet, report.contact_sheet)
     curves = _draw_curves(plots, rows, results)
-    processes = [
-        {"picture": _inline(draw_process(r.job, report.pictures / f"process_{r.job.name}.png")), "caption": _caption(r)}
-        for r in results
-        if r.job.run.seed == params.seeds[0]
-    ]
+    grids, processes = [], []
     for r in results:
-        draw_samples(r.job, report.pictures / f"samples_{r.job.name}.png")
+        path = draw_samples(r.job, report.pictures / f"samples_{r.job.name}.png")
+        grids.append({"picture": _inline(path), "caption": _caption(r)})
+        if r.job.run.seed == params.seeds[0]:
+            path = report.pictures / f"process_{r.job.name}.png"
+            write_atomically(path, draw_process(r.job).read_bytes())
+            processes.append({"picture": _inline(path), "caption": _caption(r)})
 
     environment = Environment(loader=PackageLoader("pipelines"), autoescape=select_autoescape())
     page = environment.get_template("report.html").render(
@@ -112,11 +97,12 @@ def write_report(
         failures=failures,
         contact_sheet=_inline(report.contact_sheet),
         curves=[{"picture": _inline(path), "caption": caption} for path, caption in curves],
+        grids=grids,
         processes=processes,
         anchors=_anchors(params.dataset.name, Places.of(params).reference, record.metrics),
         provenance=provenance,
     )
-    report.page.write_text(page)
+    write_atomically(report.page, page)
     return report
 
 
@@ -144,7 +130,7 @@ def _write_loss_csv(path: Path, results: Sequence[Result]) -> None:
     for result in results:
         entries = ledger.read(result.job.folder / "metrics.jsonl")
         lines += [f"{e.images},{e.metrics['loss']:.6f},{result.job.name}" for e in entries]
-    path.write_text("\n".join(lines) + "\n")
+    write_atomically(path, "\n".join(lines) + "\n")
 
 
 def _draw_curves(folder: Path, rows: Sequence[Row], results: Sequence[Result]) -> list[tuple[Path, str]]:

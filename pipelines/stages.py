@@ -21,11 +21,13 @@ from dvdp.config import ClusterParams, Params, Run
 from dvdp.data.prepare import prepare
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
+from dvdp.evaluation import figures
 from dvdp.evaluation.extractors import Extractor, inception_extractor, load_extractor, train_extractor
 from dvdp.evaluation.scores import ScoreRecord, make_reference, read_reference, score
-from dvdp.files import write_atomically
+from dvdp.files import locked, write_atomically
 from dvdp.identity import evaluation_hash, sampling_hash, training_hash
 from dvdp.models.export import load_model
+from dvdp.pixels import to_float
 from dvdp.training.loop import is_finished
 from pipelines.cluster import on_workers, train_on_workers
 from pipelines.places import Places
@@ -78,8 +80,10 @@ def extractor_of(params: Params) -> Extractor:
     return load_extractor(Places.of(params).extractor)
 
 
-#: Images in one file of samples, and in one task of a worker.
+#: Images in one file of samples, and in one task of a worker; also the most that ``sampling.batch`` can give.
 SHARD_IMAGES = 256
+#: Sampler steps of the process picture, at most.
+PICTURE_STEPS = 100
 
 
 def _gpu_here(params: Params) -> bool:
@@ -135,7 +139,8 @@ def jobs(params: Params) -> list[Job]:
     """Every setting with every seed, on the prepared data set.
 
     Raises:
-        UserError: the data set is not prepared, or was prepared with another resolution.
+        UserError: the data set is not prepared, or was prepared with another resolution; a batch does not divide
+            over the ranks.
     """
     store = ImageStore(Places.of(params).store)
     if store.metadata.resolution != params.dataset.resolution:
@@ -143,62 +148,123 @@ def jobs(params: Params) -> list[Job]:
             f"dataset.resolution: found {params.dataset.resolution}, expected {store.metadata.resolution} as in"
             f" {Places.of(params).store}; prepare the data set again."
         )
-    if params.training.batch % params.cluster.num_workers:
+    runs, ranks = params.runs(), params.cluster.num_workers
+    for run in runs:
+        if run.training.batch % ranks:
+            raise UserError(
+                f"training.batch: found {run.training.batch} for {run.setting}, expected a multiple of"
+                f" cluster.num_workers, {ranks}; change one of them."
+            )
+    return [Job(params, run, store.metadata.digest) for run in runs]
+
+
+def check_scorable(params: Params) -> None:
+    """Raise UserError now for what scoring would miss after all training: extractor or reference."""
+    places = Places.of(params)
+    extractor, reference = extractor_of(params), read_reference(places.reference)
+    digest = ImageStore(places.store).metadata.digest
+    if (reference.extractor_sha256, reference.data_digest) != (extractor.sha256, digest):
         raise UserError(
-            f"training.batch: found {params.training.batch}, expected a multiple of cluster.num_workers,"
-            f" {params.cluster.num_workers}; change one of them."
+            f"reference: found '{places.reference}' made with another extractor or data set, expected the extractor"
+            f" '{extractor.name}' and '{places.store}' as they are now; run `dvdp reference` again."
         )
-    return [Job(params, run, store.metadata.digest) for run in params.runs()]
+    if params.evaluation.kid_subset > reference.count:
+        raise UserError(
+            f"evaluation.kid_subset: found {params.evaluation.kid_subset}, expected at most the {reference.count}"
+            " images of the data set; take smaller subsets."
+        )
 
 
 def train_job(job: Job, description: Mapping[str, str]) -> Path:
-    """Train to the end, unless that is done; returns the weights. Needs :func:`pipelines.cluster.cluster`."""
-    if not is_finished(job.folder):
-        write_atomically(
-            job.folder / "run.json",
-            json.dumps({"training_hash": job.training_hash, **description, "run": job.run.describe()}, indent=2) + "\n",
-        )
-        train_on_workers(
-            job.run,
-            Places.of(job.params).store,
-            job.folder,
-            job.training_hash,
-            job.params.dataset.flip,
-            description,
-            job.params.cluster,
-        )
+    """Train to the end, unless that is done; returns the weights. Needs :func:`pipelines.cluster.cluster`.
+
+    One at a time trains a run, in this process or another: whoever comes second waits, and finds it finished.
+    """
+    lock = job.folder / "driver.lock"
+    with locked(lock, patience=0) as free:
+        if not free:
+            print(f"{job.name}: waiting for another process that trains the same run ({lock})")
+    with locked(lock):
+        if not is_finished(job.folder):
+            about = {"training_hash": job.training_hash, **description, "run": job.run.describe()}
+            write_atomically(job.folder / "run.json", json.dumps(about, indent=2) + "\n")
+            train_on_workers(
+                job.run,
+                Places.of(job.params).store,
+                job.folder,
+                job.training_hash,
+                job.params.dataset.flip,
+                description,
+                job.params.cluster,
+            )
     return job.weights
 
 
 def sample_job(job: Job) -> Path:
     """Draw ``sampling.count`` images from the EMA weights on the cluster; returns their folder.
 
-    Shards that are there already are kept. ``timing.json`` beside them says what a sample took.
+    Shards that are there already are kept. Beside each lies ``<shard>.seconds``, what it took.
     """
     count = job.run.sampling.count
     shards = [(first, min(SHARD_IMAGES, count - first)) for first in range(0, count, SHARD_IMAGES)]
     missing = [(first, size) for first, size in shards if _images_in(job.samples / f"{first:08d}.npy") < size]
-    if missing:
-        places = str(job.weights.resolve()), str(job.samples.resolve())
-        work = [(*places, first, size, job.params.cluster) for first, size in missing]
-        done = on_workers(job.params.cluster, sample_shard, work)
-        seconds = sum(tqdm(done, desc=f"sample {job.name}", unit="shard", total=len(work), mininterval=1))
-        timing = {"seconds_per_image": seconds / sum(size for _, size in missing)}
-        write_atomically(job.samples / "timing.json", json.dumps(timing) + "\n")
+    places = str(job.weights.resolve()), str(job.samples.resolve())
+    work = [(*places, first, size, job.params.cluster) for first, size in missing]
+    done = on_workers(job.params.cluster, sample_shard, work)
+    for _ in tqdm(done, desc=f"sample {job.name}", unit="shard", total=len(work), mininterval=1, disable=not work):
+        pass
     return job.samples
 
 
-def sample_shard(weights: str, folder: str, first: int, count: int, params: ClusterParams) -> float:
-    """Draw images number ``first`` on, into one file; returns the seconds it took, loading excluded."""
+def sample_shard(weights: str, folder: str, first: int, count: int, params: ClusterParams) -> None:
+    """Draw images number ``first`` on, into one file."""
     torch.set_num_threads(params.threads)
     model = load_model(weights, "cuda" if params.gpu else "cpu")
     start = time.perf_counter()
     images = model.sample(count, first=first).numpy()
-    seconds = time.perf_counter() - start
-    file = io.BytesIO()
-    np.save(file, images)
-    write_atomically(Path(folder) / f"{first:08d}.npy", file.getvalue())
-    return seconds
+    path = Path(folder) / f"{first:08d}.npy"
+    write_atomically(path.with_suffix(".seconds"), str(time.perf_counter() - start))
+    content = io.BytesIO()
+    np.save(content, images)
+    write_atomically(path, content.getvalue())
+
+
+def seconds_per_sample(job: Job) -> float:
+    """Of sampling, on one worker, loading excluded."""
+    paths = sorted(job.samples.glob("*.npy"))
+    return sum(float(path.with_suffix(".seconds").read_text()) for path in paths) / sum(map(_images_in, paths))
+
+
+def draw_process(job: Job) -> Path:
+    """An image of the data set on its way to noise, and a generated one on its way back, as one picture."""
+    picture = job.folder / "pictures" / f"process-{job.sampling_hash}.png"
+    if not picture.exists():
+        store = Places.of(job.params).store
+        arguments = (str(job.weights.resolve()), str(store.resolve()), str(picture.resolve()), job.name)
+        list(on_workers(job.params.cluster, draw_process_on_worker, [(*arguments, job.params.cluster)]))
+    return picture
+
+
+def draw_process_on_worker(weights: str, store: str, picture: str, title: str, params: ClusterParams) -> None:
+    """The work of :func:`draw_process`."""
+    torch.set_num_threads(params.threads)
+    model = load_model(weights, "cuda" if params.gpu else "cpu")
+    image, _ = ImageStore(Path(store))[0]
+    times = figures.picture_times(model.process)
+    forward = figures.diffused_states(model.process, to_float(torch.from_numpy(image)), times)
+    sampling = model.run.sampling
+    back = figures.generated_states(
+        model.process,
+        model.denoiser,
+        (3, model.side, model.side),
+        times,
+        # A picture needs no more, and full-size images take long.
+        steps=min(sampling.steps, PICTURE_STEPS),
+        rule=sampling.rule,
+        seed=sampling.seed,
+        device=model.device,
+    )
+    figures.save_png(figures.process_picture(model.process, forward, back, title), Path(picture))
 
 
 def _images_in(path: Path) -> int:

@@ -15,7 +15,6 @@ comparison's description, which older comparisons keep.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -36,6 +35,7 @@ import numpy as np
 from PIL import Image
 
 from dvdp.errors import UserError
+from dvdp.files import locked
 from dvdp.training import ledger
 
 # Read by MLflow when it is imported and at every call. A call to a dead server fails in seconds rather than minutes.
@@ -45,6 +45,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import requests
+import yaml
 from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.numpy_dataset import from_numpy
@@ -56,10 +57,11 @@ logger = logging.getLogger("dvdp.tracking")
 
 #: Tags that runs are found by.
 TRAINING_HASH = "dvdp.training_hash"
+SAMPLING_HASH = "dvdp.sampling_hash"
 COMPARISON_HASH = "dvdp.comparison_hash"
 #: Tags that lead back to where a run, or a version of a model, comes from.
 GIT_COMMIT = "dvdp.git_commit"
-DVC_LOCK = "dvdp.dvc_lock"
+DVC_HASH = "dvdp.dvc_hash"
 DATASET_DIGEST = "dvdp.dataset_digest"
 PARAMS_DIGEST = "dvdp.params_digest"
 SETTING = "dvdp.setting"
@@ -115,7 +117,7 @@ def connect(project: Path | str = ".") -> MlflowClient:
         return MlflowClient(address)
     database.parent.mkdir(parents=True, exist_ok=True)
     address = f"sqlite:///{database}"
-    with _locked(address):
+    with locked(_lock_of(address)):
         return MlflowClient(address)
 
 
@@ -222,7 +224,7 @@ def open_run(client: MlflowClient, experiment: str, key: str, value: str, name: 
     Raises:
         UserError: the experiment was deleted in MLflow.
     """
-    with _locked(client.tracking_uri):
+    with locked(_lock_of(client.tracking_uri)):
         experiment_id = _experiment(client, experiment)
         # Should there be several, made from several machines at once, everybody takes the same.
         order = ["attributes.start_time ASC", "attributes.run_id ASC"]
@@ -252,12 +254,19 @@ def adopt(parent: TrackedRun, children: Mapping[str, TrackedRun], summary: str =
     parent.set_tags({mlflow_tags.MLFLOW_RUN_NOTE: note, "dvdp.children": runs})
 
 
-def provenance(project: Path | str = ".") -> dict[str, str]:
-    """Tags of the code and data that a run is made with, as far as there are any: git commit and ``dvc.lock``."""
-    tags = {}
+def provenance(project: Path | str = ".", store: Path | None = None) -> dict[str, str]:
+    """Tags of the code and data that a run is made with, as far as there are any: git commit and DVC's hash.
+
+    Args:
+        store: the prepared data set; ``dvc.lock`` names its hash.
+    """
+    tags: dict[str, str] = {}
     lock = Path(project) / "dvc.lock"
-    if lock.is_file():
-        tags[DVC_LOCK] = hashlib.sha256(lock.read_bytes()).hexdigest()
+    if store is not None and lock.is_file():
+        stages = yaml.safe_load(lock.read_text()).get("stages", {})
+        for out in (out for stage in stages.values() for out in stage.get("outs", [])):
+            if Path(out["path"]) == store and "md5" in out:
+                tags[DVC_HASH] = out["md5"]
     commit = _git(project, "rev-parse", "HEAD")
     if commit:
         dirty = _git(project, "status", "--porcelain", "--untracked-files=no")
@@ -445,15 +454,12 @@ def _experiment(client: MlflowClient, name: str) -> str:
     return str(found.experiment_id)
 
 
-@contextlib.contextmanager
-def _locked(address: str) -> Iterator[None]:
+def _lock_of(address: str) -> Path:
     """One process of this machine (and user) at a time creates things in a store."""
     database = _sqlite_file(address)
     name = hashlib.sha256(address.encode()).hexdigest()[:16]
     shared = Path(tempfile.gettempdir()) / f"dvdp-{os.getuid()}-{name}.lock"
-    with (database.with_name(f"{database.name}.lock") if database else shared).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return database.with_name(f"{database.name}.lock") if database else shared
 
 
 def _sqlite_file(address: str) -> Path | None:

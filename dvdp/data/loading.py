@@ -100,16 +100,6 @@ def training_batches(
     return iter(loader)
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 0 .. 255 -> float32 [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 0 .. 255, rounded; what lies outside is clipped. The inverse of :func:`to_float`."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
 class _Steps:
     """The (epoch, index) pairs of each step, for ever."""
 

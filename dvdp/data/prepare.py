@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from dvdp.config import DatasetParams
 from dvdp.data.sources import SOURCES, UnreadableImageError
 from dvdp.data.store import StoreMetadata, StoreWriter
 from dvdp.errors import UserError
-from dvdp.files import write_atomically
+from dvdp.files import locked, write_atomically
 
 #: Unreadable images that the report names; beyond, it only counts them.
 MOST_NAMES = 100
@@ -34,7 +31,12 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
         UserError: the source is missing or wrong, more than ``max_skipped`` of its images are unreadable, or another
             preparation of the same store is running.
     """
-    with _locked(out):
+    lock = out.with_name(f".{out.name}.lock")
+    with locked(lock, patience=0) as free:
+        if not free:
+            raise UserError(
+                f"data set: another preparation of '{out}' is running and holds '{lock}'; wait for it, or end it."
+            )
         source = SOURCES[params.source](params)
         # Seconds to import, so after the first mistakes are found.
         from dvdp.data.transforms import prepare_transform
@@ -100,18 +102,3 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
 def _write_report(path: Path | None, content: dict[str, Any]) -> None:
     if path:
         write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One preparation of a store at a time. The system drops the lock with the process, however that ends."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.with_name(f".{out.name}.lock")
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"data set: another preparation of '{out}' is running and holds '{path}'; wait for it, or end it."
-            ) from None
-        yield

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dvdp import bands
-from dvdp.data.loading import to_uint8
 from dvdp.files import write_atomically
+from dvdp.pixels import to_uint8
 from dvdp.process import Process
 from dvdp.randomness import generator
 from dvdp.sampling import Denoiser, Progress, sample

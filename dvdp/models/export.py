@@ -14,11 +14,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dvdp.config import Run
-from dvdp.data.loading import to_uint8
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.models.denoiser import NetworkDenoiser
 from dvdp.models.unet import UNet
+from dvdp.pixels import to_uint8
 from dvdp.process import Process
 from dvdp.sampling import Progress, sample
 

@@ -31,13 +31,20 @@ class Checkpoint(NamedTuple):
 
 def write(folder: Path, checkpoint: Checkpoint, training_hash: str, keep: int) -> Path:
     """Write ``<images>.safetensors`` and delete all but the newest ``keep``."""
-    path = folder / f"{checkpoint.images:012d}.safetensors"
+    for stranded in folder.glob(".*.part"):  # by a kill in the middle of writing
+        stranded.unlink()
+    file = path(folder, checkpoint.images)
     state = {"version": VERSION, "images": checkpoint.images, "hash": training_hash}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-    write_atomically(path, save(tensors, {FORMAT: json.dumps(state, sort_keys=True)}))
+    write_atomically(file, save(tensors, {FORMAT: json.dumps(state, sort_keys=True)}))
     for old in find(folder)[:-keep]:
         old.unlink()
-    return path
+    return file
+
+
+def path(folder: Path, images: int) -> Path:
+    """Where the checkpoint after so many images lies."""
+    return folder / f"{images:012d}.safetensors"
 
 
 def find(folder: Path) -> list[Path]:
@@ -45,29 +52,29 @@ def find(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.safetensors"))
 
 
-def read(path: Path, training_hash: str) -> Checkpoint:
+def read(file: Path, training_hash: str) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
         UserError: it is damaged, foreign, or of another configuration.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(
-            f"checkpoint: '{path}' is no whole safetensors file ({error}); delete it to go on from the one before."
+            f"checkpoint: '{file}' is no whole safetensors file ({error}); delete it to go on from the one before."
         ) from None
     state = json.loads(header.get(FORMAT, "{}"))
     if state.get("version") != VERSION:
         raise UserError(
-            f"checkpoint: '{path}' is a safetensors file of another kind or version, expected '{FORMAT}' version"
+            f"checkpoint: '{file}' is a safetensors file of another kind or version, expected '{FORMAT}' version"
             f" {VERSION}; delete it to go on from the one before."
         )
     if state["hash"] != training_hash:
         raise UserError(
-            f"checkpoint: '{path}' belongs to configuration {state['hash']}, expected {training_hash};"
+            f"checkpoint: '{file}' belongs to configuration {state['hash']}, expected {training_hash};"
             " resume with the params it was made with, or start in another folder."
         )
     return Checkpoint(state["images"], tensors)

@@ -7,13 +7,12 @@ is a function of (run seed, step, rank), so an interrupted run goes on as if not
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,12 +21,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dvdp.config import Run
-from dvdp.data.loading import Images, to_float, to_uint8, training_batches
+from dvdp.data.loading import Images, training_batches
 from dvdp.errors import UserError
-from dvdp.files import write_atomically
+from dvdp.files import locked, write_atomically
 from dvdp.models.denoiser import NetworkDenoiser, target
 from dvdp.models.export import load_model, save_model
 from dvdp.models.unet import UNet
+from dvdp.pixels import to_float, to_uint8
 from dvdp.process import Process
 from dvdp.randomness import derive_seed
 from dvdp.sampling import sample
@@ -41,6 +41,8 @@ Say = Callable[[str], None]
 Preview = Callable[[int, Tensor, Path], None]
 #: Seconds to wait for another process that trains the same run: one whose driver was killed is about to end.
 PATIENCE = 60.0
+#: In place of a number of images seen.
+FINISHED, BUSY = -1, -2
 
 
 def is_finished(folder: Path) -> bool:
@@ -77,46 +79,47 @@ def train(
         UserError: a checkpoint is damaged or of another configuration, the batch does not divide over ranks, the
             loss is no longer finite, or another process goes on training this run. All ranks raise it alike.
     """
-    device = torch.device(device)
-    with _alone(folder, device):
-        if is_finished(folder):
+    device, folder = torch.device(device), Path(folder)
+    with _alone(folder) as free:
+        # Rank 0 looks and tells the others: on a shared file system they may not see the same yet.
+        seen = _agree(_finished_or_seen(folder) if free else BUSY, device)
+        if seen == BUSY:
+            raise UserError(f"training: another process trains in '{folder}' and holds 'lock' there; wait, or end it.")
+        if seen == FINISHED:
             trained = load_model(folder / "weights.safetensors").description.get("training_hash")
             if trained != training_hash:
                 raise UserError(f"'{folder}' holds the finished run {trained}, expected {training_hash}.")
             return
-        Training(run, images, folder, training_hash, flip, device, preview, say).run_to_end(description or {})
+        training = Training(run, images, folder, training_hash, flip, device, preview, say)
+        training.run_to_end(seen, description or {})
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, device: torch.device) -> Iterator[None]:
-    """One group of ranks at a time in a folder. Rank 0 holds a lock, which the system drops with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    with path.open("a") as file:
-        free = _lock(file) if not dist.is_initialized() or dist.get_rank() == 0 else True
-        if dist.is_initialized():
-            # The other ranks look for checkpoints only after this.
-            answer = torch.tensor(int(free), device=device)
-            dist.broadcast(answer, src=0)
-            free = bool(answer)
-        if not free:
-            raise UserError(
-                f"training: another process trains in '{folder}' and holds '{path.name}' there; wait for it, or end it."
-            )
-        yield
+def _alone(folder: Path) -> Iterator[bool]:
+    """One group of ranks at a time in a folder: rank 0 holds its lock, or yields False."""
+    if _rank() != 0:
+        yield True
+        return
+    with locked(folder / "lock", PATIENCE) as free:
+        yield free
 
 
-def _lock(file: IO[str]) -> bool:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.2)
-        else:
-            return True
+def _finished_or_seen(folder: Path) -> int:
+    found = checkpoints.find(folder / "checkpoints")
+    return FINISHED if is_finished(folder) else int(found[-1].stem) if found else 0
+
+
+def _agree(number: int, device: torch.device) -> int:
+    """What rank 0 says."""
+    if not dist.is_initialized():
+        return number
+    told = torch.tensor(number, device=device)
+    dist.broadcast(told, src=0)
+    return int(told)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 class Training:
@@ -135,7 +138,7 @@ class Training:
     ) -> None:
         self.run, self.images, self.folder, self.hash = run, images, folder, training_hash
         self.flip, self.device, self.preview, self.say = flip, device, preview, say
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world_size = _rank(), dist.get_world_size() if dist.is_initialized() else 1
         self.process = Process(run.schedule())
         self.total = training_images(run)
 
@@ -150,14 +153,24 @@ class Training:
         )
         self.live: nn.Module = self.network
         if self.world_size > 1:
-            self.live = DistributedDataParallel(self.network, device_ids=[device] if device.type == "cuda" else None)
+            self.live = DistributedDataParallel(
+                self.network,
+                device_ids=[device] if device.type == "cuda" else None,
+                # Otherwise it regroups the gradients after its first step, and a resumed run adds in another order.
+                find_unused_parameters=True,
+            )
         # Sum of losses, sum of gradient norms and number of steps of each level since the last log.
         self.window = torch.zeros(3, self.process.levels + 1, dtype=torch.float64, device=device)
 
-    def run_to_end(self, description: Mapping[str, Any]) -> None:
-        """Train, log, checkpoint, preview; then write the weights."""
+    def run_to_end(self, seen: int, description: Mapping[str, Any]) -> None:
+        """Train, log, preview, checkpoint; then write the weights.
+
+        Args:
+            seen: images of the checkpoint to go on from; 0 to start.
+        """
         settings, folder = self.run.training, self.folder
-        seen = self._resume()
+        if seen:
+            self._resume(seen)
         if self.rank == 0:
             ledger.truncate(folder / "metrics.jsonl", seen)
             if seen == 0:
@@ -177,12 +190,12 @@ class Training:
                 rate = (seen - clocked) / (time.perf_counter() - clock)
                 self._log(seen, rate)
                 clock, clocked = time.perf_counter(), seen
-            if due(settings.checkpoint_images):
-                self._checkpoint(seen)
             if self.preview and self.rank == 0 and due(settings.preview_images):
                 paused = time.perf_counter()
                 self._preview(seen, self.preview)
                 clock += time.perf_counter() - paused
+            if due(settings.checkpoint_images):
+                self._checkpoint(seen)
         if self.rank == 0:
             weights = self.ema.network.state_dict()
             described = {
@@ -311,27 +324,28 @@ class Training:
                 self.run.training.keep_checkpoints,
             )
 
-    def _resume(self) -> int:
-        found = checkpoints.find(self.folder / "checkpoints")
-        if not found:
-            return 0
-        checkpoint = checkpoints.read(found[-1], self.hash)
+    def _resume(self, seen: int) -> None:
+        path = checkpoints.path(self.folder / "checkpoints", seen)
+        checkpoint = checkpoints.read(path, self.hash)
         checkpoints.unpack("model", self.network, checkpoint.tensors)
         checkpoints.unpack("ema", self.ema.network, checkpoint.tensors)
         checkpoints.unpack_optimizer(self.optimizer, checkpoint.tensors)
         if self.rank == 0:
             self.window.copy_(checkpoint.tensors["window"])
-            self.say(f"{self._name()}: going on after {checkpoint.images:,} of {self.total:,} images")
-        return checkpoint.images
+            self.say(f"{self._name()}: going on after {seen:,} of {self.total:,} images")
 
     def _preview(self, seen: int, show: Preview) -> None:
-        settings = self.run.training
+        settings, sampling = self.run.training, self.run.sampling
         samples = sample(
             self.process,
             NetworkDenoiser(self.ema.network, self.process, self.run.side, self.run.model.predicts),
             (settings.preview_count, 3, self.run.side, self.run.side),
             steps=settings.preview_steps,
-            seed=self.run.seed,
+            rule=sampling.rule,
+            eta=sampling.eta,
+            variance=sampling.variance,
+            clip=sampling.clip,
+            seed=sampling.seed,
             device=self.device,
         )
         show(seen, to_uint8(samples).cpu(), self.folder / "previews" / f"{seen:09d}.png")

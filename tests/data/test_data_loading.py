@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdp.data.loading import ArrayImages, to_float, to_uint8, training_batches
+from dvdp.data.loading import ArrayImages, training_batches
 from dvdp.data.store import ImageStore, StoreWriter
 from dvdp.errors import UserError
+from dvdp.pixels import to_float, to_uint8
 
 
 def numbered(count: int) -> ArrayImages:

@@ -199,8 +199,10 @@ def test_a_comparison_nests_its_runs_and_links_to_them(client: MlflowClient) -> 
 
 
 def test_provenance_names_commit_and_lock_as_far_as_there_are_any(tmp_path: Path) -> None:
-    assert provenance(tmp_path) == {}
-    (tmp_path / "dvc.lock").write_text("schema: '2.0'\n")
+    store = Path("data/digits/store")
+    assert provenance(tmp_path, store) == {}
+    lock = "stages: {prepare: {outs: [{path: data/digits/store, md5: %s.dir}]}}\n"
+    (tmp_path / "dvc.lock").write_text(lock % "abc")
 
     def git(*arguments: str) -> None:
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
@@ -209,13 +211,14 @@ def test_provenance_names_commit_and_lock_as_far_as_there_are_any(tmp_path: Path
     git("init")
     git("add", ".")
     git("commit", "-m", "first")
-    clean = provenance(tmp_path)
+    clean = provenance(tmp_path, store)
     assert len(clean[tracking.GIT_COMMIT]) == 40
-    assert len(clean[tracking.DVC_LOCK]) == 64
-    (tmp_path / "dvc.lock").write_text("schema: '2.1'\n")
-    changed = provenance(tmp_path)
+    assert clean[tracking.DVC_HASH] == "abc.dir"
+    assert tracking.DVC_HASH not in provenance(tmp_path, Path("data/other/store"))
+    (tmp_path / "dvc.lock").write_text(lock % "def")
+    changed = provenance(tmp_path, store)
     assert changed[tracking.GIT_COMMIT] == clean[tracking.GIT_COMMIT] + "-dirty"
-    assert changed[tracking.DVC_LOCK] != clean[tracking.DVC_LOCK]
+    assert changed[tracking.DVC_HASH] == "def.dir"
 
 
 # --- from the ledger to MLflow
