@@ -84,7 +84,8 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
             tracks is written: the data must be what ``dvc.lock`` names, and the report goes beside the runs.
 
     Returns:
-        A failed state that says which settings failed and why, if any did; they do not stop the others.
+        A failed state that says which settings failed and why, if any did (they do not stop the others), or that
+        MLflow was away.
     """
     params = read_params(params_file)
     if reports is None:
@@ -93,7 +94,7 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
     # The driver scores and draws beside running settings.
     torch.set_num_threads(params.cluster.threads)
     results: list[Result] = []
-    problems: dict[str, str] = {}
+    failures: dict[str, str] = {}
     with cluster(params.cluster) as slots:
         room = Room(slots)
         futures = {job.name: run_setting.submit(job, room) for job in jobs(params)}
@@ -105,17 +106,15 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
     for name, outcome in outcomes.items():
         if isinstance(outcome, Result):
             results.append(outcome)
-        problem = outcome.problem if isinstance(outcome, Result) else str(outcome)
-        if problem:
-            problems[name] = problem
+        else:
+            failures[name] = str(outcome)
+    away = [result.problem for result in results]
     if results:
         folder = Path(reports) if reports else params.cluster.storage / "reports" / _comparison_hash(results)
-        problem = compare_settings(results, problems, folder)
-        if problem:
-            problems["comparison"] = problem
-    if problems:
-        return Failed(message="; ".join(f"{name} failed: {problem}" for name, problem in problems.items()))
-    return None
+        away.append(compare_settings(results, failures, folder))
+    # All that MLflow has not got is told once.
+    problems = [f"{name} failed: {failure}" for name, failure in failures.items()] + [*filter(None, away)][-1:]
+    return Failed(message="; ".join(problems)) if problems else None
 
 
 @task(task_run_name="{job.name}", cache_policy=NO_CACHE)
@@ -188,14 +187,14 @@ def register(job: Job, record: ScoreRecord) -> None:
 
 
 @task(name="compare", cache_policy=NO_CACHE)
-def compare_settings(results: list[Result], problems: Mapping[str, str], folder: Path) -> str:
+def compare_settings(results: list[Result], failures: Mapping[str, str], folder: Path) -> str:
     """One table, one contact sheet, one page; the best model becomes the champion.
 
     Returns:
         Why MLflow does not have it, or the empty string.
     """
     rows = compare(results)
-    report = write_report(folder, rows, results, problems, _provenance(results))
+    report = write_report(folder, rows, results, failures, _provenance(results))
     headings, cells = table(rows, results[0].record.headline)
     lines = [as_text(headings, cells), *legend(rows, results[0].record), "", *_where_to_look(report)]
     get_run_logger().info("%s", "\n".join(["", *lines]))
