@@ -11,6 +11,8 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
+# Compiled modules halve the start of every process.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup repro test test-slow lint pins services services-down ui
 

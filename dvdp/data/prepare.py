@@ -90,7 +90,8 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
                 "resolution": metadata.resolution,
                 "encoding": metadata.encoding,
                 "digest": metadata.digest,
-                "labels": {label: labels[label] for label in metadata.labels},
+                # A list: DVC would make a column of each entry of a mapping.
+                "labels": [{"label": label, "images": labels[label]} for label in metadata.labels],
                 "unlabelled": labels[None],
                 "detail_deviations": metadata.detail_deviations,
                 "level_deviations": metadata.level_deviations,

@@ -70,7 +70,7 @@ def test_the_report_tells_what_was_found(tmp_path: Path) -> None:
     assert found["skipped"] == 2
     assert found["skipped_images"].keys() == {"cat/broken.png", "dog/short.png"}
     assert "truncated" in found["skipped_images"]["dog/short.png"]
-    assert found["labels"] == {"cat": 3, "dog": 3}
+    assert found["labels"] == [{"label": "cat", "images": 3}, {"label": "dog", "images": 3}]
     assert found["unlabelled"] == 0
     assert found["digest"] == metadata.digest
     assert found["resolution"] == 16

@@ -44,7 +44,7 @@ def test_cifar10_as_an_image_folder_runs_through_the_whole_pipeline(tmp_path: Pa
         here.run("dvdp", *stage)
     prepared = json.loads((here.folder / "data" / "cifar10-images" / "prepare.json").read_text())
     assert prepared["count"] == 10_000
-    assert set(prepared["labels"].values()) == {1000}
+    assert {entry["images"] for entry in prepared["labels"]} == {1000}
     metrics = json.loads((here.folder / "reports" / "metrics.json").read_text())
     assert set(metrics) == {setting["name"] for setting in preset["settings"]}
     assert all("fd_labels" in values and "fid" not in values for values in metrics.values())
