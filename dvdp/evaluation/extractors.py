@@ -19,11 +19,10 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dvdp import tensors
 from dvdp.data.loading import Images
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
@@ -32,7 +31,7 @@ from dvdp.randomness import derive_seed, generator
 Task = Literal["labels", "rotation"]
 
 #: Changes whenever the network or its preprocessing does: weights of another version are refused.
-ARCHITECTURE = "convnet-1"
+KIND = "dvdp extractor 1"
 FEATURES = 64
 FILE = "extractor.safetensors"
 BATCH = 64
@@ -59,7 +58,6 @@ class ExtractorInfo:
     seed: int
     accuracy: float = 0.0
     """Share of right answers on the held-out tenth."""
-    architecture: str = ARCHITECTURE
 
 
 @dataclass(frozen=True)
@@ -160,9 +158,7 @@ def train_extractor(images: Images, task: Task, epochs: int, digest: str, out: P
 
     info = ExtractorInfo(task, classes, side, digest, epochs, seed)
     info = replace(info, accuracy=_accuracy(network, images, held_out, task, seed))
-    # One key: safetensors writes several in no fixed order, and the file's SHA-256 is its identity.
-    header = {"extractor": json.dumps(asdict(info), sort_keys=True)}
-    content = save(network.state_dict(), header)
+    content = tensors.pack(KIND, asdict(info), network.state_dict())
     write_atomically(Path(out) / FILE, content)
     about = {**asdict(info), "sha256": hashlib.sha256(content).hexdigest()}
     write_atomically(Path(out) / "extractor.json", json.dumps(about, indent=2) + "\n")
@@ -209,27 +205,15 @@ def load_network(path: Path) -> tuple[FeatureNetwork, ExtractorInfo]:
     """A trained feature network in evaluation mode, from its weights file.
 
     Raises:
-        UserError: the file is missing, is no extractor, or is of another architecture.
+        UserError: the file is missing, damaged, no extractor, or of another version of the network.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"extractor: found no file '{path}', expected a feature network; run `dvdp extractor` first.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            info = ExtractorInfo(**json.loads((file.metadata() or {})["extractor"]))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError):
-        raise UserError(
-            f"extractor: found '{path}', which holds no feature network of ours, expected one written by"
-            " `dvdp extractor`; run it again."
-        ) from None
-    if info.architecture != ARCHITECTURE:
-        raise UserError(
-            f"extractor: found architecture {info.architecture} in '{path}', expected {ARCHITECTURE};"
-            " run `dvdp extractor` again."
-        )
+    about, weights = tensors.read(path, KIND, "extractor", "run `dvdp extractor` again")
+    info = ExtractorInfo(**about)
     network = FeatureNetwork(info.side, info.classes)
-    network.load_state_dict(state)
+    network.load_state_dict(weights)
     return network.eval(), info
 
 

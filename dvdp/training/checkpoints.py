@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from dvdp import tensors
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
 
-FORMAT = "dvdp checkpoint"
-VERSION = 1
+KIND = "dvdp checkpoint 1"
 
 
 class Checkpoint(NamedTuple):
@@ -34,9 +31,8 @@ def write(folder: Path, checkpoint: Checkpoint, training_hash: str, keep: int) -
     for stranded in folder.glob(".*.part"):  # by a kill in the middle of writing
         stranded.unlink()
     file = path(folder, checkpoint.images)
-    state = {"version": VERSION, "images": checkpoint.images, "hash": training_hash}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-    write_atomically(file, save(tensors, {FORMAT: json.dumps(state, sort_keys=True)}))
+    about = {"images": checkpoint.images, "hash": training_hash}
+    write_atomically(file, tensors.pack(KIND, about, checkpoint.tensors))
     for old in find(folder)[:-keep]:
         old.unlink()
     return file
@@ -58,26 +54,13 @@ def read(file: Path, training_hash: str) -> Checkpoint:
     Raises:
         UserError: it is damaged, foreign, or of another configuration.
     """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    about, state = tensors.read(file, KIND, "checkpoint", "delete it to go on from the one before")
+    if about["hash"] != training_hash:
         raise UserError(
-            f"checkpoint: '{file}' is no whole safetensors file ({error}); delete it to go on from the one before."
-        ) from None
-    state = json.loads(header.get(FORMAT, "{}"))
-    if state.get("version") != VERSION:
-        raise UserError(
-            f"checkpoint: '{file}' is a safetensors file of another kind or version, expected '{FORMAT}' version"
-            f" {VERSION}; delete it to go on from the one before."
-        )
-    if state["hash"] != training_hash:
-        raise UserError(
-            f"checkpoint: '{file}' belongs to configuration {state['hash']}, expected {training_hash};"
+            f"checkpoint: '{file}' belongs to configuration {about['hash']}, expected {training_hash};"
             " resume with the params it was made with, or start in another folder."
         )
-    return Checkpoint(state["images"], tensors)
+    return Checkpoint(about["images"], state)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -86,10 +69,10 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: Mapping[str, Tensor]) -> None:
     """The inverse of :func:`pack_optimizer`; learning rate and the like stay as they are."""
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in packed.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = tensor
@@ -101,7 +84,7 @@ def pack(prefix: str, module: nn.Module) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
 
 
-def unpack(prefix: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def unpack(prefix: str, module: nn.Module, packed: Mapping[str, Tensor]) -> None:
     """The inverse of :func:`pack`."""
     start = prefix + "."
-    module.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
+    module.load_state_dict({k.removeprefix(start): v for k, v in packed.items() if k.startswith(start)})

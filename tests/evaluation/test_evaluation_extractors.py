@@ -111,14 +111,14 @@ def test_a_missing_extractor_is_an_error(tmp_path: Path) -> None:
 def test_a_foreign_or_cut_file_is_an_error(extractor: Extractor, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(extractor.path.read_bytes()[:1000])
-    for name in ("foreign", "cut"):
-        with pytest.raises(UserError, match="holds no feature network of ours"):
+    for name, problem in (("foreign", "of another kind or version"), ("cut", "no whole safetensors file")):
+        with pytest.raises(UserError, match=problem):
             load_network(tmp_path / f"{name}.safetensors")
 
 
-def test_weights_of_another_architecture_are_refused(extractor: Extractor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extractors, "ARCHITECTURE", "convnet-2")
-    with pytest.raises(UserError, match=r"found architecture convnet-1.*expected convnet-2"):
+def test_weights_of_another_version_are_refused(extractor: Extractor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extractors, "KIND", "dvdp extractor 2")
+    with pytest.raises(UserError, match=r"another kind or version, expected 'dvdp extractor 2'.*run `dvdp extractor`"):
         load_network(extractor.path)
 
 
