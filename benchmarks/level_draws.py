@@ -81,7 +81,7 @@ def _measure(run: Run, store: ImageStore, kind: type[Training], work: Path, name
     folder = work / "draws" / f"{name}-{run.seed}"
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
-    kind(run, store, folder, name, False, torch.device("cpu"), None, print).run_to_end(0, {})
+    kind(run, store, folder, name, False, torch.device("cpu"), None, print).run_to_end(0)
     seconds = time.perf_counter() - start
     samples = folder / "samples"
     samples.mkdir()

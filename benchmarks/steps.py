@@ -23,9 +23,10 @@ from benchmarks.machine import machine
 from dvdp.config import parse_params
 from dvdp.data.loading import ArrayImages
 from dvdp.files import write_atomically
+from dvdp.grids import share_steps
 from dvdp.models.denoiser import NetworkDenoiser
 from dvdp.process import Process
-from dvdp.sampling import sample, share_steps
+from dvdp.sampling import sample
 from dvdp.schedule import Schedule
 from dvdp.training.budget import level_flops
 from dvdp.training.loop import Training

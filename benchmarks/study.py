@@ -74,7 +74,8 @@ def _result(params: Params, run: Run, store: ImageStore, work: Path) -> dict[str
     trained = training_hash(run, store.metadata.digest, params.dataset.flip, 1)
     folder = work / "runs" / trained
     start = time.perf_counter()
-    train(run, store, folder, trained, flip=params.dataset.flip)
+    deviations = store.metadata.band_deviations(len(run.turning_points))
+    train(run, store, folder, trained, flip=params.dataset.flip, description={"band_deviations": deviations})
     seconds = time.perf_counter() - start
     if not (folder / "seconds.json").exists():
         write_atomically(folder / "seconds.json", json.dumps(seconds))

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,7 +18,8 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from dvdp.errors import UserError, did_you_mean
-from dvdp.sampling import RULES, share_steps
+from dvdp.grids import SPACINGS, share_steps
+from dvdp.rules import RULES
 from dvdp.schedule import ATTENUATIONS, Schedule
 
 ProcessName = Literal["ddpm", "subspace", "dvdp"]
@@ -35,6 +36,11 @@ class Section:
         for name in names:
             if not getattr(self, name) >= bound:  # also not a number
                 raise UserError(f"{name}: found {getattr(self, name)}, expected at least {bound}")
+
+    def _one_of(self, known: Collection[str], name: str) -> None:
+        if getattr(self, name) not in known:
+            found = getattr(self, name)
+            raise UserError(f"{name}: found '{found}'{did_you_mean(found, known)}, expected one of {', '.join(known)}")
 
     def _plain_name(self, *names: str) -> None:
         for name in names:
@@ -89,11 +95,7 @@ class ProcessParams(Section):
         self._at_least(1, "timesteps")
         if not 0 < self.floor <= 1:
             raise UserError(f"floor: found {self.floor}, expected a number above 0 and at most 1")
-        if self.attenuation not in ATTENUATIONS:
-            raise UserError(
-                f"attenuation: found '{self.attenuation}'{did_you_mean(self.attenuation, ATTENUATIONS)},"
-                f" expected one of {', '.join(ATTENUATIONS)}"
-            )
+        self._one_of(ATTENUATIONS, "attenuation")
 
     def schedule(self, process: ProcessName, turning_points: tuple[int, ...]) -> Schedule:
         """The schedule of a setting."""
@@ -141,6 +143,8 @@ class ModelParams(Section):
     """Downsampling factors, within the network, of the stages that have self-attention."""
     head_channels: int = 32
     dropout: float = 0.0
+    networks: Literal["shared", "per_level"] = "shared"
+    """One network for all levels, or one for each, of this size each."""
 
     def __post_init__(self) -> None:
         self._at_least(1, "blocks", "head_channels")
@@ -188,6 +192,8 @@ class TrainingParams(Section):
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     warmup_images: int = 5_000
+    cooldown: float = 0.0
+    """Share of the images, the last ones, over which the learning rate falls linearly to 0."""
     clip_norm: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     ema_halflife_images: int = 20_000
@@ -208,6 +214,7 @@ class TrainingParams(Section):
         self._at_least(1, "images", "batch", "accumulation", "keep_checkpoints", "log_images", "checkpoint_images")
         self._at_least(1, "preview_count", "preview_steps", "ema_halflife_images")
         self._at_least(0, "weight_decay", "warmup_images", "preview_images", "loader_workers")
+        self._share("cooldown")
         for name in ("learning_rate", "clip_norm", "ema_ramp"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}: found {getattr(self, name)}, expected a number above 0")
@@ -243,16 +250,32 @@ class SamplingParams(Section):
     eta: float = 0.0
     variance: Literal["lower", "upper"] = "lower"
     clip: bool = True
+    spacing: str = "uniform"
+    """Of the timesteps within a level; see :mod:`dvdp.grids`."""
+    share: Literal["length", "cost"] | tuple[int, ...] = "length"
+    """Of the steps among levels: by their length, by what they cost, or as given, finest level first."""
+    lift: Literal["noise", "data"] = "noise"
+    """What a lift adds to the band that comes back: its noise alone, or with the variance of the data's band."""
     batch: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
         self._at_least(1, "count", "steps", "batch")
         self._share("eta")
-        if self.rule not in RULES:
-            raise UserError(
-                f"rule: found '{self.rule}'{did_you_mean(self.rule, RULES)}, expected one of {', '.join(RULES)}"
-            )
+        self._one_of(RULES, "rule")
+        self._one_of(SPACINGS, "spacing")
+
+    def options(self, steps: int | None = None) -> dict[str, Any]:
+        """Arguments of :func:`dvdp.sampling.sample`, but for ``lift``, which needs to know the data.
+
+        Args:
+            steps: in place of the section's; steps given level by level are then shared by length.
+        """
+        names = ("rule", "eta", "variance", "clip", "spacing", "share", "seed")
+        options = {"steps": self.steps, **{name: getattr(self, name) for name in names}}
+        if steps is None or steps == self.steps:
+            return options
+        return {**options, "steps": steps, "share": self.share if isinstance(self.share, str) else "length"}
 
 
 @dataclass(frozen=True)
@@ -381,14 +404,14 @@ class Run:
                 f" {schedule.levels} turning points"
             )
         self.model.check_side(self.side, schedule.levels)
-        for name, steps in (
-            ("sampling.steps", self.sampling.steps),
-            ("training.preview_steps", self.training.preview_steps),
+        for section, prefix, steps in (
+            ("sampling", "", self.sampling.steps),
+            ("training", "preview_", self.training.preview_steps),
         ):
             try:
-                share_steps(schedule, steps)
+                share_steps(schedule, steps, self.sampling.spacing, self.sampling.options(steps)["share"])
             except UserError as error:
-                raise UserError(f"{name}{str(error).removeprefix('steps')}") from None
+                raise UserError(f"{section}.{prefix}{error}") from None
 
     def describe(self) -> dict[str, Any]:
         """As plain JSON data; the inverse of :meth:`from_description`."""

@@ -17,7 +17,7 @@ TRAINING_SOURCES = (
     "bands.py", "schedule.py", "process.py", "randomness.py", "pixels.py", "models/unet.py", "models/denoiser.py",
     "training/levels.py", "training/ema.py", "training/loop.py", "data/transforms.py", "data/loading.py",
 )  # fmt: skip
-SAMPLING_SOURCES = ("sampling.py", "models/export.py")
+SAMPLING_SOURCES = ("grids.py", "rules.py", "sampling.py", "models/export.py")
 EVALUATION_SOURCES = ("evaluation/scores.py", "evaluation/fidelity.py", "evaluation/extractors.py")
 
 #: Keys of the training section that do not touch the weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -125,17 +126,21 @@ class Process:
         along = (noise_s.square() - deviation.square()).clamp(min=0).sqrt() / noise_t
         return StepCoefficients(x=along, x0=signal_s - along * signal_t, z=deviation)
 
-    def lift(self, x: Tensor, level: int, noise: Tensor) -> Tensor:
+    def lift(self, x: Tensor, level: int, noise: Tensor, data_deviation: float = 0.0) -> Tensor:
         """From a state of ``level`` at T_level to one of ``level - 1`` at the same time (11).
 
-        ``x^{k-1} = D^T x^k + noise[k-1, T_k] (z - D^T D z)``: the band that comes back is pure noise.
+        ``x^{k-1} = D^T x^k + d (z - D^T D z)`` with ``d = noise[k-1, T_k]``: the band that comes back is pure noise.
+        With a data deviation, ``d^2 = noise^2 + signal^2 data_deviation^2`` is the variance that the band has in the
+        forward process (eq. 9 of Jing et al., *Subspace Diffusion Generative Models*).
 
         Args:
             x: (B, C, h, w), the state at the level being left.
             noise: (B, C, 2h, 2w) standard normal.
+            data_deviation: of the band that comes back, per coefficient.
         """
         turning_point = self.schedule.turning_points[level - 1]
-        deviation = self.schedule.noise[level - 1, turning_point].item()
+        signal = self.schedule.signal[level - 1, turning_point].item()
+        deviation = math.hypot(self.schedule.noise[level - 1, turning_point].item(), signal * data_deviation)
         return bands.up(x) + deviation * bands.detail(noise)
 
     def _bands(self, t: Tensor, level: int) -> tuple[Tensor, Tensor]:

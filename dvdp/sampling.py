@@ -8,7 +8,6 @@ posterior and a test double are the same thing here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,15 +15,13 @@ import torch
 from torch import Tensor
 
 from dvdp import bands
-from dvdp.errors import UserError, did_you_mean
-from dvdp.process import Process, StepCoefficients, Variance
+from dvdp.errors import UserError
+from dvdp.grids import Share, step_grid
+from dvdp.process import Process, Variance
 from dvdp.randomness import ImageNoise
-from dvdp.schedule import Schedule
+from dvdp.rules import make_rule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-
-#: The step rules by name: ancestral sampling of DDPM, and DDIM.
-RULES = ("ddpm", "ddim")
 
 
 class Progress(NamedTuple):
@@ -45,40 +42,6 @@ class Progress(NamedTuple):
     """The clean image predicted from x_t, of the same level, in [-2^level, 2^level] if clipped."""
 
 
-def share_steps(schedule: Schedule, steps: int) -> list[int]:
-    """Network calls of each level, finest first: ``steps`` in all, by the levels' lengths, at least one each.
-
-    Raises:
-        UserError: fewer steps than levels, or more than timesteps.
-    """
-    lengths = [high - low for low, high in map(schedule.span, range(schedule.levels + 1))]
-    if not len(lengths) <= steps <= schedule.timesteps:
-        raise UserError(
-            f"steps: found {steps}, expected at least {len(lengths)} (one for each level)"
-            f" and at most {schedule.timesteps} (the timesteps of the process)."
-        )
-    ideal = [steps * length / schedule.timesteps for length in lengths]
-    shares = [max(1, int(share)) for share in ideal]
-    while sum(shares) != steps:
-        change = 1 if sum(shares) < steps else -1
-        # The level that is furthest from its ideal share in the needed direction, and can still move.
-        movable = [k for k, share in enumerate(shares) if 1 <= share + change <= lengths[k]]
-        shares[max(movable, key=lambda k: change * (ideal[k] - shares[k]))] += change
-    return shares
-
-
-def step_grid(schedule: Schedule, steps: int) -> list[tuple[int, list[int]]]:
-    """(level, falling timesteps) for each level in sampling order, uniform in t within a level.
-
-    The timesteps of level k run from T_{k+1} down to T_k, both included: every turning point is on the grid.
-    """
-    grid = []
-    for level, count in reversed(list(enumerate(share_steps(schedule, steps)))):
-        low, high = schedule.span(level)
-        grid.append((level, [high - ((high - low) * i + count // 2) // count for i in range(count + 1)]))
-    return grid
-
-
 def sample(
     process: Process,
     denoiser: Denoiser,
@@ -88,6 +51,9 @@ def sample(
     eta: float = 0.0,
     variance: Variance = "lower",
     clip: bool = True,
+    spacing: str = "uniform",
+    share: Share = "length",
+    lift_deviations: Sequence[float] | None = None,
     seed: int = 0,
     first: int = 0,
     device: torch.device | str = "cpu",
@@ -98,10 +64,15 @@ def sample(
 
     Args:
         shape: (n, C, H, W) of the result; n is the batch the denoiser is called with.
-        steps: the exact number of network calls, shared among levels by their length.
-        rule: ``"ddpm"`` (ancestral) or ``"ddim"`` (deterministic at every level unless ``eta`` is above 0).
+        steps: the exact number of network calls.
+        rule: ``"ddpm"`` (ancestral), ``"ddim"`` (deterministic at every level unless ``eta`` is above 0), or another of
+            :data:`dvdp.rules.RULES`.
         eta: of DDIM, 0 to 1; 1 has the variance of ancestral sampling.
         variance: of ancestral sampling, the ``"lower"`` or ``"upper"`` choice.
+        spacing: of the timesteps within a level; see :func:`dvdp.grids.step_grid`.
+        share: of the steps among levels; see :func:`dvdp.grids.share_steps`.
+        lift_deviations: of the data, for each of the K + 1 bands: what a lift adds then has the band's signal in its
+            variance, as Jing et al. do. See :meth:`dvdp.process.Process.lift`.
         clip: keep the predicted clean image in the pixel range of its level, [-2^k, 2^k].
         seed: with ``first``, names the images: image i draws all its noise from (seed, first + i).
         callback: called after each network call.
@@ -115,8 +86,13 @@ def sample(
     n, channels, height, width = shape
     process.check_side(height)
     process.check_side(width)
-    coefficients = _rule(process, rule, eta, variance)
-    grid = step_grid(process.schedule, steps)
+    tables = make_rule(rule, eta, variance)
+    grid = step_grid(process.schedule, steps, spacing, share)
+    lifted = [0.0] * (process.levels + 1) if lift_deviations is None else list(lift_deviations)
+    if len(lifted) != process.levels + 1:
+        raise UserError(
+            f"lift_deviations: found {len(lifted)} numbers, expected one for each of {process.levels + 1} bands."
+        )
     source = ImageNoise(seed, first, n, device)
 
     def normal(level: int) -> Tensor:
@@ -128,33 +104,27 @@ def sample(
         x = bands.scale(start, process.noise(process.schedule.timesteps, process.levels, start))
         for level, times in grid:
             if level < process.levels:
-                x = process.lift(x, level + 1, normal(level))
-            t_all, s_all = torch.tensor(times[:-1]), torch.tensor(times[1:])
-            step = StepCoefficients(*(c.to(device, dtype) for c in coefficients(t_all, s_all, level)))
-            noisy = (step.z.cpu() > 0).any(dim=1).tolist()
+                x = process.lift(x, level + 1, normal(level), lifted[level])
+            step = tables(process, times, level)
+            noisy = (step.z > 0).any(dim=1).tolist()
+            x_table, history, z_table = (table.to(device, dtype) for table in step[1:])
+            predictions: list[Tensor] = []
             for i, (t, s) in enumerate(pairwise(times)):
                 eps = denoiser(x, torch.full((n,), t, device=device)).to(dtype)
                 x0 = process.predict_clean(x, t, eps, level)
                 if clip:
                     x0 = x0.clamp(-(2.0**level), 2.0**level)
-                x = bands.scale(x, step.x[i]) + bands.scale(x0, step.x0[i])
+                if step.predicts == "noise":
+                    predictions.insert(0, process.predict_noise(x, t, x0, level) if clip else eps)
+                else:
+                    predictions.insert(0, x0)
+                x = bands.scale(x, x_table[i])
+                for weights, prediction in zip(history[:, i], predictions, strict=False):
+                    x = x + bands.scale(prediction, weights)
                 if noisy[i]:
-                    x = x + bands.scale(normal(level), step.z[i])
+                    x = x + bands.scale(normal(level), z_table[i])
+                del predictions[len(history) - 1 :]
                 call += 1
                 if callback:
                     callback(Progress(call, steps, level, t, s, x, x0))
     return x
-
-
-def _rule(
-    process: Process, rule: str, eta: float, variance: Variance
-) -> Callable[[Tensor, Tensor, int], StepCoefficients]:
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta: found {eta}, expected a number from 0 to 1.")
-    if variance not in ("lower", "upper"):
-        raise UserError(f"variance: found '{variance}', expected 'lower' or 'upper'.")
-    if rule == "ddpm":
-        return partial(process.posterior, variance=variance)
-    if rule == "ddim":
-        return partial(process.implicit, eta=eta)
-    raise UserError(f"rule: found '{rule}'{did_you_mean(rule, RULES)}, expected one of {', '.join(RULES)}.")

@@ -143,6 +143,8 @@ class Schedule:
 #: The fall of a band's signal from 1 to 0 as its part of the way to the turning point goes from 0 to 1.
 ATTENUATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "cosine": lambda part: torch.where(part < 1, (math.pi / 2 * part).cos(), 0.0),
+    "squared_cosine": lambda part: torch.where(part < 1, (math.pi / 2 * part).cos().square(), 0.0),
+    "circular": lambda part: (1 - part.square()).sqrt(),
     "linear": lambda part: 1 - part,
 }
 

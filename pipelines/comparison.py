@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dvdp.config import Run
 from dvdp.evaluation.scores import ScoreRecord, comparable
-from dvdp.sampling import share_steps
+from dvdp.grids import share_steps
 from dvdp.training import ledger
 from dvdp.training.budget import level_flops, network_flops, relative_flops, training_images
 from pipelines.stages import Job, seconds_per_sample
@@ -118,7 +118,7 @@ def _means(group: Sequence[Result]) -> tuple[float, float]:
 
 def sampling_bound(run: Run) -> float:
     """How much faster than DDPM at the same number of steps the FLOPs allow sampling to be."""
-    calls = share_steps(run.schedule(), run.sampling.steps)
+    calls = share_steps(run.schedule(), run.sampling.steps, run.sampling.spacing, run.sampling.share)
     cost = sum(count * flops for count, flops in zip(calls, level_flops(run), strict=True))
     return run.sampling.steps * network_flops(run.reference_model, run.side) / cost
 

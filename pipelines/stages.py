@@ -186,15 +186,17 @@ def train_job(job: Job, description: Mapping[str, str]) -> Path:
             print(f"{job.name}: waiting for another process that trains the same run ({lock})")
     with locked(lock):
         if not is_finished(job.folder):
+            store = ImageStore(Places.of(job.params).store)
+            deviations = store.metadata.band_deviations(len(job.run.turning_points))
             about = {"training_hash": job.training_hash, **description, "run": job.run.describe()}
             write_atomically(job.folder / "run.json", json.dumps(about, indent=2) + "\n")
             train_on_workers(
                 job.run,
-                Places.of(job.params).store,
+                store.path,
                 job.folder,
                 job.training_hash,
                 job.params.dataset.flip,
-                description,
+                {**description, "band_deviations": deviations},
                 job.params.cluster,
             )
     return job.weights
@@ -259,9 +261,8 @@ def draw_process_on_worker(weights: str, store: str, picture: str, title: str, p
         (3, model.side, model.side),
         times,
         # A picture needs no more, and full-size images take long.
-        steps=min(sampling.steps, PICTURE_STEPS),
-        rule=sampling.rule,
-        seed=sampling.seed,
+        **sampling.options(min(sampling.steps, PICTURE_STEPS)),
+        lift_deviations=model.lift_deviations,
         device=model.device,
     )
     figures.save_png(figures.process_picture(model.process, forward, back, title), Path(picture))
@@ -280,12 +281,8 @@ def score_job(job: Job) -> ScoreRecord:
         return ScoreRecord.from_json(path.read_text(), str(path))
     sampling = job.run.sampling
     about = {
-        "rule": sampling.rule,
-        "steps": sampling.steps,
-        "eta": sampling.eta,
-        "variance": sampling.variance,
-        "clip": sampling.clip,
-        "seed": sampling.seed,
+        **sampling.options(),
+        "lift": sampling.lift,
         "ema_halflife_images": job.run.training.ema_halflife_images,
         "ema_ramp": job.run.training.ema_ramp,
     }

@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -112,18 +112,19 @@ def generated_states(
     denoiser: Denoiser,
     shape: tuple[int, int, int],
     times: Sequence[int],
-    steps: int = 250,
-    rule: str = "ddpm",
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    **options: Any,
 ) -> list[State]:
-    """Image 0 of ``seed``, (C, H, W), as it was at the steps of the sampler nearest to ``times``."""
+    """One image (C, H, W) as it was at the steps of the sampler nearest to ``times``.
+
+    Args:
+        options: of :func:`dvdp.sampling.sample`.
+    """
     seen: list[State] = []
 
     def keep(progress: Progress) -> None:
         seen.append(State(progress.s, progress.level, progress.state[0].float().cpu()))
 
-    sample(process, denoiser, (1, *shape), steps, rule, seed=seed, device=device, callback=keep)
+    sample(process, denoiser, (1, *shape), callback=keep, **options)
     nearest = {}
     for t in times:
         # Within the level of t: beside a turning point the nearest step may have another side.

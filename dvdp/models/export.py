@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from dvdp import tensors
 from dvdp.config import Run
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.models.denoiser import NetworkDenoiser
-from dvdp.models.unet import UNet
+from dvdp.models.unet import build_network
 from dvdp.pixels import to_uint8
 from dvdp.process import Process
 from dvdp.sampling import Progress, sample
 
-FORMAT = "dvdp model"
-VERSION = 1
+KIND = "dvdp model 1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +38,11 @@ class TrainedModel:
     def side(self) -> int:
         """Side of the images, in pixels."""
         return self.run.side
+
+    @property
+    def lift_deviations(self) -> list[float] | None:
+        """What the run's ``sampling.lift`` asks of :func:`dvdp.sampling.sample`."""
+        return lift_deviations(self.run, self.description)
 
     def sample(
         self,
@@ -60,10 +62,10 @@ class TrainedModel:
 
         Whatever is None is as the run's ``sampling`` section says; see :func:`dvdp.sampling.sample`.
         """
-        given = {"seed": seed, "rule": rule, "steps": steps, "eta": eta, "variance": variance, "clip": clip}
-        defaults = self.run.sampling
-        options: dict[str, Any] = {k: getattr(defaults, k) if v is None else v for k, v in given.items()}
-        size = batch or defaults.batch
+        given = {"seed": seed, "rule": rule, "eta": eta, "variance": variance, "clip": clip}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        options = {**self.run.sampling.options(steps), **chosen}
+        size = batch or self.run.sampling.batch
         parts = [
             to_uint8(
                 sample(
@@ -73,6 +75,7 @@ class TrainedModel:
                     first=first + start,
                     device=self.device,
                     callback=callback,
+                    lift_deviations=self.lift_deviations,
                     **options,
                 )
             ).cpu()
@@ -81,12 +84,25 @@ class TrainedModel:
         return torch.cat(parts) if parts else torch.empty((0, 3, self.side, self.side), dtype=torch.uint8)
 
 
+def lift_deviations(run: Run, description: Mapping[str, Any]) -> list[float] | None:
+    """The data's band deviations where the run lifts with them, else None.
+
+    Raises:
+        UserError: they are needed, and the description has none.
+    """
+    if run.sampling.lift == "noise":
+        return None
+    if "band_deviations" not in description:
+        raise UserError(
+            "sampling.lift: found 'data' and no band deviations with the model, expected those that `dvdp prepare`"
+            " measures; prepare the data set and train with them, or use 'noise'."
+        )
+    return [float(value) for value in description["band_deviations"]]
+
+
 def save_model(path: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Write the model file atomically. ``description["run"]`` is :meth:`dvdp.config.Run.describe`'s."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    # One key: safetensors writes several in any order, and equal models should be equal files.
-    header = {FORMAT: json.dumps({"version": VERSION, "description": dict(description)}, sort_keys=True)}
-    write_atomically(path, save(tensors, header))
+    write_atomically(path, tensors.pack(KIND, description, weights))
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> TrainedModel:
@@ -98,24 +114,10 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> TrainedM
     path = Path(path)
     if not path.is_file():
         raise UserError(f"model: found no file '{path}', expected the weights.safetensors of a finished run.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(
-            f"model: '{path}' is no whole safetensors file ({error}); train or download it again."
-        ) from None
-    about = json.loads(header.get(FORMAT, "{}"))
-    if about.get("version") != VERSION:
-        raise UserError(
-            f"model: '{path}' is a safetensors file of another kind or version, expected '{FORMAT}' version {VERSION};"
-            " give the weights.safetensors of a run."
-        )
-    description = about["description"]
+    description, weights = tensors.read(path, KIND, "model", "give the weights.safetensors of a finished run")
     run = Run.from_description(description["run"])
     process = Process(run.schedule())
-    network = UNet(run.model, process.levels)
+    network = build_network(run.model, process.levels)
     network.load_state_dict(weights)
     network.to(device).eval()
     return TrainedModel(

@@ -81,6 +81,23 @@ class UNet(nn.Module):
         return self.head(h)
 
 
+class LevelNetworks(nn.Module):
+    """One UNet for each level, as subspace diffusion has it; a step trains the one of its level alone."""
+
+    def __init__(self, params: ModelParams, levels: int, channels: int = 3) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(UNet(params, 0, channels) for _ in range(levels + 1))
+
+    def forward(self, x: Tensor, t: Tensor, level: int) -> Tensor:
+        """As :meth:`UNet.forward`."""
+        return self.networks[level](x, t, 0)
+
+
+def build_network(params: ModelParams, levels: int) -> UNet | LevelNetworks:
+    """The network, or networks, of a process with so many turning points."""
+    return LevelNetworks(params, levels) if params.networks == "per_level" else UNet(params, levels)
+
+
 Resample = Literal["down", "up"] | None
 
 

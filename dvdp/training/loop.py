@@ -25,8 +25,8 @@ from dvdp.data.loading import Images, training_batches
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
 from dvdp.models.denoiser import NetworkDenoiser, target
-from dvdp.models.export import load_model, save_model
-from dvdp.models.unet import UNet
+from dvdp.models.export import lift_deviations, load_model, save_model
+from dvdp.models.unet import build_network
 from dvdp.pixels import to_float, to_uint8
 from dvdp.process import Process
 from dvdp.randomness import derive_seed
@@ -71,7 +71,8 @@ def train(
     Args:
         training_hash: of :func:`dvdp.identity.training_hash`; a checkpoint of another is refused.
         flip: mirror images at random.
-        description: goes into the header of the weights, beside the run.
+        description: goes into the header of the weights, beside the run. ``band_deviations`` of the data, finest band
+            first, are needed there where ``sampling.lift`` is "data".
         preview: turns samples from the EMA weights into a picture.
         say: prints a line.
 
@@ -90,8 +91,8 @@ def train(
             if trained != training_hash:
                 raise UserError(f"'{folder}' holds the finished run {trained}, expected {training_hash}.")
             return
-        training = Training(run, images, folder, training_hash, flip, device, preview, say)
-        training.run_to_end(seen, description or {})
+        training = Training(run, images, folder, training_hash, flip, device, preview, say, description)
+        training.run_to_end(seen)
 
 
 @contextlib.contextmanager
@@ -135,15 +136,23 @@ class Training:
         device: torch.device,
         preview: Preview | None,
         say: Say,
+        description: Mapping[str, Any] | None = None,
     ) -> None:
         self.run, self.images, self.folder, self.hash = run, images, folder, training_hash
         self.flip, self.device, self.preview, self.say = flip, device, preview, say
         self.rank, self.world_size = _rank(), dist.get_world_size() if dist.is_initialized() else 1
         self.process = Process(run.schedule())
         self.total = training_images(run)
+        self.description = {
+            **(description or {}),
+            "run": run.describe(),
+            "training_hash": training_hash,
+            "images": self.total,
+        }
+        self.lift_deviations = lift_deviations(run, self.description)
 
         torch.manual_seed(derive_seed(run.seed, "weights"))
-        self.network = UNet(run.model, self.process.levels).to(device)
+        self.network = build_network(run.model, self.process.levels).to(device)
         self.ema = EMA(self.network, run.training.ema_halflife_images, run.training.ema_ramp)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
@@ -162,7 +171,7 @@ class Training:
         # Sum of losses, sum of gradient norms and number of steps of each level since the last log.
         self.window = torch.zeros(3, self.process.levels + 1, dtype=torch.float64, device=device)
 
-    def run_to_end(self, seen: int, description: Mapping[str, Any]) -> None:
+    def run_to_end(self, seen: int) -> None:
         """Train, log, preview, checkpoint; then write the weights.
 
         Args:
@@ -197,14 +206,7 @@ class Training:
             if due(settings.checkpoint_images):
                 self._checkpoint(seen)
         if self.rank == 0:
-            weights = self.ema.network.state_dict()
-            described = {
-                **description,
-                "run": self.run.describe(),
-                "training_hash": self.hash,
-                "images": self.total,
-            }
-            save_model(folder / "weights.safetensors", weights, described)
+            save_model(folder / "weights.safetensors", self.ema.network.state_dict(), self.description)
         if self.world_size > 1:
             # No rank leaves before the result is there.
             dist.barrier()
@@ -222,12 +224,17 @@ class Training:
         )
 
     def _step(self, step: int, batch: Tensor) -> None:
-        settings = self.run.training
-        if settings.warmup_images:
-            warm = min(1.0, (step + 1) * settings.batch / settings.warmup_images)
-            self.optimizer.param_groups[0]["lr"] = settings.learning_rate * warm
+        self.optimizer.param_groups[0]["lr"] = self.run.training.learning_rate * self._warmth(step)
         torch.manual_seed(derive_seed(self.run.seed, "step", step, self.rank))
         self.update(level_of_step(self.process.schedule, self.run.seed, step), batch)
+
+    def _warmth(self, step: int) -> float:
+        """The share of the learning rate at a step: rises over the warm-up, falls over the cool-down."""
+        settings = self.run.training
+        before, after = step * settings.batch, (step + 1) * settings.batch
+        up = after / settings.warmup_images if settings.warmup_images else 1.0
+        down = (self.total - before) / (settings.cooldown * self.total) if settings.cooldown else 1.0
+        return min(1.0, up, down)
 
     def update(self, level: int, batch: Tensor) -> None:
         """One step of the optimiser on this rank's images, uint8 (b, 3, H, W), at a level; nothing is synchronised."""
@@ -335,18 +342,14 @@ class Training:
             self.say(f"{self._name()}: going on after {seen:,} of {self.total:,} images")
 
     def _preview(self, seen: int, show: Preview) -> None:
-        settings, sampling = self.run.training, self.run.sampling
+        settings = self.run.training
         samples = sample(
             self.process,
             NetworkDenoiser(self.ema.network, self.process, self.run.side, self.run.model.predicts),
             (settings.preview_count, 3, self.run.side, self.run.side),
-            steps=settings.preview_steps,
-            rule=sampling.rule,
-            eta=sampling.eta,
-            variance=sampling.variance,
-            clip=sampling.clip,
-            seed=sampling.seed,
+            lift_deviations=self.lift_deviations,
             device=self.device,
+            **self.run.sampling.options(settings.preview_steps),
         )
         show(seen, to_uint8(samples).cpu(), self.folder / "previews" / f"{seen:09d}.png")
 

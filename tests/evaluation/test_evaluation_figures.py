@@ -109,7 +109,7 @@ def test_states_are_those_of_the_process(clean: Tensor) -> None:
     diffused = diffused_states(process, clean, times)
     assert [state.t for state in diffused] == times
     assert torch.equal(diffused[0].x, clean)
-    generated = generated_states(process, knows(process, clean), (3, 32, 32), times, 100)  # type: ignore[arg-type]
+    generated = generated_states(process, knows(process, clean), (3, 32, 32), times, steps=100)  # type: ignore[arg-type]
     assert torch.allclose(generated[0].x, clean, atol=1e-4)
     for a, b in zip(diffused, generated, strict=True):
         assert a.x.shape == b.x.shape == (3, 32 >> a.level, 32 >> a.level)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dvdp import Schedule
+from dvdp.schedule import ATTENUATIONS
 
 #: The same few examples on every run.
 few = settings(max_examples=30, deadline=None, derandomize=True)
@@ -32,5 +33,5 @@ def schedules(draw: st.DrawFn, timesteps: st.SearchStrategy[int], max_levels: in
         return Schedule.ddpm(T, base, shift)
     if kind == "subspace":
         return Schedule.subspace(points, T, base, shift)
-    shape = draw(st.sampled_from(["cosine", "linear"]))
+    shape = draw(st.sampled_from(sorted(ATTENUATIONS)))
     return Schedule.dvdp(points, T, base, shift, shape, floor=draw(st.floats(0.005, 1)))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dvdp import Process, Schedule, sample
+from dvdp.grids import step_grid
 from dvdp.randomness import ImageNoise, derive_seed, generator
-from dvdp.sampling import Progress, step_grid
+from dvdp.sampling import Progress
 
 PROCESS = Process(Schedule.dvdp([300, 600]))
 SHAPE = (5, 3, 16, 16)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dvdp import Process, Schedule, sample
+from dvdp.grids import step_grid
 from dvdp.randomness import ImageNoise
-from dvdp.sampling import step_grid
 
 from .exact import EmpiricalDenoiser, GaussianDenoiser, digits, projectors, split
 
@@ -159,7 +159,12 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+FAST: dict[str, dict[str, Any]] = {
+    name: {"rule": name, "spacing": "quadratic"} for name in ("dpm++2m", "sde-dpm++2m", "deis2", "deis3")
+}
+
+
+@pytest.mark.parametrize("rule", [*RULES.values(), *FAST.values()], ids=[*RULES, *FAST])
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_samples_are_training_images_all_about_equally_often(schedule: Schedule, rule: dict[str, Any]) -> None:
     counts = chosen(Process(schedule), digits(50, 16), 500, steps=50, **rule)

@@ -15,7 +15,7 @@ from dvdp.models.export import load_model
 from dvdp.training import checkpoints, ledger
 from dvdp.training.budget import relative_flops, training_images
 from dvdp.training.ema import EMA
-from dvdp.training.loop import train
+from dvdp.training.loop import Training, train
 
 
 def tiny_run(**training: object) -> Run:
@@ -157,6 +157,58 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch(tmp_path: Path, 
     entries = ledger.read(tmp_path / "metrics.jsonl")
     assert entries[-1].images == 16
     assert 0.5 < entries[-1].metrics["loss"] < 2.0, "the loss of a step is the mean over its parts, not their sum"
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_over_the_cool_down(
+    tmp_path: Path, images: ArrayImages
+) -> None:
+    run = tiny_run(warmup_images=40, cooldown=0.5, learning_rate=1.0, log_images=8, preview_images=0)
+    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
+    rates = []
+    training.update = lambda level, batch: rates.append(training.optimizer.param_groups[0]["lr"])  # type: ignore[method-assign]
+    for step in range(20):
+        training._step(step, torch.zeros(0))
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:10] == [1.0] * 5
+    assert rates[10:] == pytest.approx([1 - i / 10 for i in range(10)])
+
+
+def test_one_network_a_level_trains_the_one_of_its_level_alone_and_resumes_to_the_bit(
+    tmp_path: Path, images: ArrayImages
+) -> None:
+    run = tiny_run(preview_images=0)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, networks="per_level"))
+    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
+    before = {name: tensor.clone() for name, tensor in training.network.state_dict().items()}
+    training.update(1, torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8))
+    moved = {
+        name.split(".")[1] for name, tensor in training.network.state_dict().items() if (tensor != before[name]).any()
+    }
+    assert moved == {"1"}
+
+    train(run, images, tmp_path / "whole", "abc", say=quiet)
+    with pytest.raises(InterruptedHere):
+        train(run, images, tmp_path / "broken", "abc", say=stop_after(72))
+    train(run, images, tmp_path / "broken", "abc", say=quiet)
+    whole, broken = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert load_model(tmp_path / "whole" / "weights.safetensors").sample(2, steps=3).shape == (2, 3, 16, 16)
+
+
+def test_a_lift_with_the_datas_variance_needs_its_deviations_with_the_model(
+    tmp_path: Path, images: ArrayImages
+) -> None:
+    run = tiny_run(images=16)
+    run = dataclasses.replace(run, sampling=dataclasses.replace(run.sampling, lift="data"))
+    with pytest.raises(UserError, match=r"sampling\.lift: found 'data' and no band deviations"):
+        train(run, images, tmp_path, "abc", say=quiet)
+    deviations = [0.1, 0.2, 0.9]
+    train(run, images, tmp_path, "abc", say=quiet, description={"band_deviations": deviations})
+    model = load_model(tmp_path / "weights.safetensors")
+    assert model.lift_deviations == deviations
+    found = model.sample(2)
+    plain = dataclasses.replace(model, run=tiny_run(images=16)).sample(2)
+    assert not torch.equal(found, plain), "the lift adds more"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(tmp_path: Path, images: ArrayImages) -> None:
