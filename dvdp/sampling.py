@@ -54,6 +54,7 @@ def sample(
     spacing: str = "uniform",
     share: Share = "length",
     lift_deviations: Sequence[float] | None = None,
+    start: tuple[Tensor, int] | None = None,
     seed: int = 0,
     first: int = 0,
     device: torch.device | str = "cpu",
@@ -73,6 +74,9 @@ def sample(
         share: of the steps among levels; see :func:`dvdp.grids.share_steps`.
         lift_deviations: of the data, for each of the K + 1 bands: what a lift adds then has the band's signal in its
             variance, as Jing et al. do. See :meth:`dvdp.process.Process.lift`.
+        start: a state (n, C, h, w) and the turning point that it is at, in place of noise at T: of the level above
+            the turning point, which is then lifted, or of the level below, as a lift would have left it. ``steps`` is
+            the number of calls from T; those of the levels that are left out are not made.
         clip: keep the predicted clean image in the pixel range of its level, [-2^k, 2^k].
         seed: with ``first``, names the images: image i draws all its noise from (seed, first + i).
         callback: called after each network call.
@@ -100,10 +104,15 @@ def sample(
 
     call = 0
     with torch.no_grad():
-        start = normal(process.levels)
-        x = bands.scale(start, process.noise(process.schedule.timesteps, process.levels, start))
+        if start is None:
+            x = normal(process.levels)
+            x = bands.scale(x, process.noise(process.schedule.timesteps, process.levels, x))
+        else:
+            x = start[0].to(device, dtype)
+            grid = [part for part in grid if part[0] <= _level_to_enter(process, (height, width), x, start[1])]
+            steps = sum(len(times) - 1 for _, times in grid)
         for level, times in grid:
-            if level < process.levels:
+            if x.shape[-1] < width >> level:
                 x = process.lift(x, level + 1, normal(level), lifted[level])
             step = tables(process, times, level)
             noisy = (step.z > 0).any(dim=1).tolist()
@@ -128,3 +137,15 @@ def sample(
                 if callback:
                     callback(Progress(call, steps, level, t, s, x, x0))
     return x
+
+
+def _level_to_enter(process: Process, size: tuple[int, int], x: Tensor, t: int) -> int:
+    """The first level that a state at a turning point goes through."""
+    for below, turning_point in enumerate(process.schedule.turning_points):
+        for level in (below, below + 1):
+            if t == turning_point and x.shape[-2:] == (size[0] >> level, size[1] >> level):
+                return below
+    raise UserError(
+        f"start: found a state of {tuple(x.shape[-2:])} px at t = {t}, expected one at a turning point,"
+        f" {list(process.schedule.turning_points)}, of the level above it or below it."
+    )

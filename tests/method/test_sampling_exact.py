@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdp import Process, Schedule, sample
+from dvdp import Process, Schedule, UserError, sample
 from dvdp.grids import step_grid
 from dvdp.randomness import ImageNoise
+from dvdp.sampling import Progress
 
 from .exact import EmpiricalDenoiser, GaussianDenoiser, digits, projectors, split
 
@@ -269,3 +270,36 @@ def test_textbook_ddpm_and_ddim_sample_the_same_images() -> None:
                     x = x + variance.sqrt() * source.normal(shape[1:], torch.float64)
         found = sample(process, lambda x, t: bent(x, t) / 1.5, shape, rule=rule, **how)
         torch.testing.assert_close(found, x, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rule", ["ddim", "dpm++2m"])
+def test_sampling_goes_on_from_a_state_at_a_turning_point(rule: str) -> None:
+    """Deterministic rules end where the whole way ends, from the states before and after a lift."""
+    process, shape = Process(Schedule.dvdp([300, 600])), (2, 3, 8, 8)
+    how: dict[str, Any] = {"steps": 20, "rule": rule, "dtype": torch.float64}
+    seen: dict[tuple[int, int], Tensor] = {}
+    whole = sample(process, bent, shape, callback=lambda p: seen.update({(p.level, p.s): p.state}), **how)
+
+    source = ImageNoise(0, 0, 2)
+    source.normal((3, 2, 2), torch.float64)
+    lifted = process.lift(seen[2, 600], 2, source.normal((3, 4, 4), torch.float64))
+    second = source.normal((3, 8, 8), torch.float64)
+    calls: list[Progress] = []
+    middle = sample(process, bent, shape, start=(lifted, 600), callback=calls.append, **how)
+    assert [(p.call, p.calls) for p in calls] == [(i, 12) for i in range(1, 13)]
+    torch.testing.assert_close(calls[5].state, seen[1, 300])
+    # The draws of its own lift are the first of every image: other noise than on the whole way.
+    assert not torch.equal(middle, whole)
+    end = sample(process, bent, shape, start=(process.lift(seen[1, 300], 1, second), 300), **how)
+    torch.testing.assert_close(end, whole)
+
+    before = sample(process, bent, shape, start=(seen[1, 300], 300), **how)
+    first = ImageNoise(0, 0, 2).normal((3, 8, 8), torch.float64)
+    after = sample(process, bent, shape, start=(process.lift(seen[1, 300], 1, first), 300), **how)
+    torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize(("side", "t"), [(8, 600), (2, 300), (4, 500), (4, 1000)])
+def test_a_state_that_is_at_no_turning_point_is_refused(side: int, t: int) -> None:
+    with pytest.raises(UserError, match=r"start: found a state of .* expected one at a turning point, \[300, 600\]"):
+        sample(Process(Schedule.dvdp([300, 600])), bent, (1, 3, 8, 8), 20, start=(torch.zeros(1, 3, side, side), t))
