@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 
 from dvdp.config import Params, read_params
 from dvdp.errors import UserError
@@ -25,8 +28,15 @@ ENVIRONMENT = {
 }
 
 
+INTERRUPTED = "dvdp: interrupted; what is finished is kept, and the same command goes on from there."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if all went well, 2 for a mistake in what we were given, 1 for a failed experiment."""
+    """Run a command.
+
+    Returns:
+        0 if all went well, 1 for a failed experiment, 2 for a mistake in what we were given, 130 after Ctrl-C.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     for name, value in ENVIRONMENT.items():
@@ -38,6 +48,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"dvdp: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        return 130
+
+
+def _end_soon_after_interrupt(seconds: float) -> None:
+    """Let Ctrl-C end this process after so many seconds, if it has not ended by itself.
+
+    A temporary Prefect server hears Ctrl-C too, and Prefect tries for minutes to tell it what happened.
+    """
+
+    def leave() -> None:
+        print(INTERRUPTED, file=sys.stderr, flush=True)
+        os._exit(130)
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        timer = threading.Timer(seconds, leave)
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupted)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,12 +91,21 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "Train settings, going on where they stopped."),
         ("sample", _sample, "Draw the images of trained settings that scores need."),
         ("evaluate", _evaluate, "Score the images of settings."),
+        ("audit", _audit, "Say which level, lift or the solver costs trained settings their score."),
     ):
         sub = add(name, command, help_)
         sub.add_argument("--setting", metavar="NAME", help="one setting; default: all")
         sub.add_argument("--seed", type=int, help="one seed; default: all")
         if name == "train":
             sub.add_argument("--resume", action="store_true", help="fail unless there is a checkpoint to go on from")
+        if name == "audit":
+            sub.add_argument("--images", type=int, metavar="N", help="behind every score; default: evaluation.samples")
+            sub.add_argument(
+                "--solver-steps",
+                type=int,
+                metavar="N",
+                help="ancestral steps the solver is compared with; default: sampling.steps, and at least 250",
+            )
 
     experiment = add("experiment", _experiment, "Train, sample, score, register and compare every setting.")
     experiment.add_argument(
@@ -163,6 +204,24 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"{job.name}: {metrics}")
 
 
+def _audit(options: argparse.Namespace) -> None:
+    from pipelines.audit import audit_jobs, plan, summary, track
+    from pipelines.tracking import TrackingAway
+
+    _, chosen = _chosen(options)
+    audits = [plan(job, options.images, options.solver_steps) for job in chosen]
+    away = ""
+    for audit, result in zip(audits, audit_jobs(audits), strict=True):
+        print(f"{summary(result, audit.job.name)}\n\nChart: {audit.chart}\n")
+        try:
+            track(audit, result)
+        except TrackingAway as problem:
+            away = str(problem)
+    # What MLflow has not got is told once.
+    if away:
+        print(f"dvdp: {away}", file=sys.stderr)
+
+
 def _chosen(options: argparse.Namespace) -> tuple[Params, list]:
     from pipelines.stages import jobs
 
@@ -199,6 +258,7 @@ def _experiment(options: argparse.Namespace) -> int:
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     from pipelines.experiment import experiment
 
+    _end_soon_after_interrupt(15)
     state = experiment(params_file=options.params, reports=options.reports, return_state=True)
     if state.is_completed():
         return 0

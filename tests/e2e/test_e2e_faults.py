@@ -60,6 +60,33 @@ def test_an_experiment_whose_driver_is_killed_goes_on_when_run_again(
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
+def test_an_interrupted_experiment_ends_soon_and_goes_on_where_it_stopped(
+    project: MakeProject, undisturbed: Project
+) -> None:
+    here = project(seeds=[0, 1])
+    calm = undisturbed.runs()["ddpm"]
+    stopped = here.folder / "runs" / calm.name
+    process = here.start("dvdp", "experiment", "--reports", "reports")
+    wait_until(lambda: list(stopped.glob("checkpoints/*.safetensors")), process)
+    training = workers(process)
+    # As a terminal does on Ctrl-C: to the whole group.
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(60)
+    printed = here.finish(process, status=130)
+    assert printed.splitlines()[-1].startswith("dvdp: interrupted; what is finished is kept")
+    _, alive = psutil.wait_procs(training, timeout=30)
+    assert not alive
+    assert len(list(here.folder.glob("runs/*/run.json"))) <= 2, "no further setting began"
+    assert not list(here.folder.glob("runs/*/weights.safetensors")), "interrupted in the middle"
+
+    command = ("dvdp", "train", "--setting", "ddpm", "--seed", "0", "--resume")
+    assert "going on after" in here.finish(here.start(*command))
+    assert_same_weights(calm, stopped)
+    assert losses(calm) == losses(stopped)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
 def test_two_ranks_go_on_exactly_after_a_killed_driver_and_a_killed_rank(project: MakeProject) -> None:
     changes = {"cluster": {"num_workers": 2}, "training": {"precision": "bf16", "accumulation": 2}}
     calm, here = project(**changes), project(**changes)
