@@ -193,6 +193,7 @@ def curves(
     xlabel: str,
     ylabel: str,
     logy: bool = False,
+    logx: bool = False,
 ) -> Path:
     """Draw {label: [(x, y), ..]} into a PNG file; points that are not finite are left out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -220,6 +221,8 @@ def curves(
         )
     if logy:
         axes.set_yscale("log")
+    if logx:
+        axes.set_xscale("log")
     if largest >= 10_000:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_title(title, loc="left", fontsize=13)

@@ -1,0 +1,126 @@
+"""What few steps cost: scores of trained settings under every rule, beside those of the many steps of the study.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.few_steps --params benchmarks/study_digits.yaml --work /tmp/study \\
+        --settings ddpm dvdp-300-600 --out few_steps.json
+
+Reads the networks that benchmarks/study.py trained, in its ``--work`` folder. Samples are kept, so it may be stopped
+and started again. What is written holds, for every rule, the score at few steps over that of the study's own sampling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.machine import machine
+from benchmarks.study import prepared
+from dvdp.config import Params, Run, SamplingParams, read_params
+from dvdp.data.store import ImageStore
+from dvdp.errors import UserError
+from dvdp.evaluation.extractors import load_extractor
+from dvdp.evaluation.scores import score
+from dvdp.files import write_atomically
+from dvdp.identity import sampling_hash, training_hash
+from dvdp.models.export import load_model
+
+#: Ways to spend few steps: (rule, spacing, lift).
+WAYS = (
+    ("ddpm", "uniform", "noise"),
+    ("ddpm", "quadratic", "noise"),
+    ("ddim", "uniform", "noise"),
+    ("ddim", "quadratic", "noise"),
+    ("dpm++2m", "quadratic", "noise"),
+    ("dpm++2m", "quadratic", "data"),
+    ("sde-dpm++2m", "quadratic", "noise"),
+    ("deis3", "quadratic", "noise"),
+)
+
+
+def main() -> None:
+    """Sample and score, one setting, seed and way after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", required=True)
+    parser.add_argument("--work", type=Path, required=True, help="of benchmarks/study.py")
+    parser.add_argument("--settings", nargs="+", required=True)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    params = read_params(options.params)
+    store = prepared(params, options.work / params.dataset.name, None)
+    rows: list[dict[str, object]] = []
+    for seed in params.seeds:
+        for setting in (s for s in params.settings if s.name in options.settings):
+            run = params.run(setting, seed)
+            folder = options.work / "runs" / training_hash(run, store.metadata.digest, params.dataset.flip, 1)
+            if not (folder / "weights.safetensors").exists():
+                continue
+            many = _score(params, store, options.work, folder, run.sampling)
+            rows.append(_row(run, run.sampling, many, many))
+            for rule, spacing, lift in WAYS:
+                way = replace(run.sampling, steps=options.steps, rule=rule, spacing=spacing, lift=lift)  # type: ignore[arg-type]
+                if lift == "data" and not run.turning_points:
+                    continue
+                rows.append(_row(run, way, _score(params, store, options.work, folder, way), many))
+                print(json.dumps(rows[-1]), flush=True)
+                content = {"machine": machine(), "metric": _metric(params), "summary": _summary(rows), "runs": rows}
+                write_atomically(options.out, json.dumps(content, indent=2) + "\n")
+    if not rows:
+        raise UserError(f"--work: found no trained run in '{options.work}', expected those of benchmarks/study.py.")
+
+
+def _metric(params: Params) -> str:
+    return f"fd_{params.evaluation.extractor}"
+
+
+def _score(params: Params, store: ImageStore, work: Path, folder: Path, sampling: SamplingParams) -> float:
+    model = load_model(folder / "weights.safetensors")
+    model = replace(model, run=replace(model.run, sampling=sampling))
+    samples = folder / "samples" / sampling_hash(model.run, folder.name)
+    if not (samples / "00000000.npy").exists():
+        content = io.BytesIO()
+        np.save(content, model.sample(sampling.count).numpy())
+        write_atomically(samples / "00000000.npy", content.getvalue())
+    data = work / params.dataset.name
+    extractor = load_extractor(data / "extractor")
+    record = score(samples, data / "reference", extractor, params.evaluation.samples, params.evaluation.kid_subset)
+    return record.metrics[_metric(params)]
+
+
+def _row(run: Run, way: SamplingParams, found: float, many: float) -> dict[str, object]:
+    return {
+        "setting": run.setting,
+        "seed": run.seed,
+        "steps": way.steps,
+        "rule": way.rule,
+        "spacing": way.spacing,
+        "lift": way.lift,
+        "score": round(found, 4),
+        "over_many_steps": round(found / many, 4),
+    }
+
+
+def _summary(rows: list[dict[str, object]]) -> dict[str, dict[str, float]]:
+    """Means over seeds, by setting and way."""
+    grouped: dict[str, list[dict[str, object]]] = {}
+    for row in rows:
+        name = f"{row['setting']}, {row['steps']} x {row['rule']}, {row['spacing']}, lift {row['lift']}"
+        grouped.setdefault(name, []).append(row)
+    return {
+        name: {
+            key: round(statistics.mean(float(str(r[key])) for r in group), 4) for key in ("score", "over_many_steps")
+        }
+        | {"seeds": len(group)}
+        for name, group in grouped.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
