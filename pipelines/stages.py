@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dvdp.config import ClusterParams, Params, Run
+from dvdp.config import ClusterParams, Params, Run, SamplingParams
 from dvdp.data.prepare import prepare
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
@@ -211,17 +211,19 @@ def sample_job(job: Job) -> Path:
     shards = [(first, min(SHARD_IMAGES, count - first)) for first in range(0, count, SHARD_IMAGES)]
     missing = [(first, size) for first, size in shards if _images_in(job.samples / f"{first:08d}.npy") < size]
     places = str(job.weights.resolve()), str(job.samples.resolve())
-    work = [(*places, first, size, job.params.cluster) for first, size in missing]
+    work = [(*places, first, size, job.run.sampling, job.params.cluster) for first, size in missing]
     done = on_workers(job.params.cluster, sample_shard, work)
     for _ in tqdm(done, desc=f"sample {job.name}", unit="shard", total=len(work), mininterval=1, disable=not work):
         pass
     return job.samples
 
 
-def sample_shard(weights: str, folder: str, first: int, count: int, params: ClusterParams) -> None:
+def sample_shard(
+    weights: str, folder: str, first: int, count: int, sampling: SamplingParams, params: ClusterParams
+) -> None:
     """Draw images number ``first`` on, into one file."""
     torch.set_num_threads(params.threads)
-    model = load_model(weights, "cuda" if params.gpu else "cpu")
+    model = load_model(weights, "cuda" if params.gpu else "cpu", sampling)
     start = time.perf_counter()
     images = model.sample(count, first=first).numpy()
     path = Path(folder) / f"{first:08d}.npy"
@@ -242,19 +244,21 @@ def draw_process(job: Job) -> Path:
     picture = job.folder / "pictures" / f"process-{job.sampling_hash}.png"
     if not picture.exists():
         store = Places.of(job.params).store
-        arguments = (str(job.weights.resolve()), str(store.resolve()), str(picture.resolve()), job.name)
-        list(on_workers(job.params.cluster, draw_process_on_worker, [(*arguments, job.params.cluster)]))
+        paths = (str(path.resolve()) for path in (job.weights, store, picture))
+        arguments = (*paths, job.name, job.run.sampling, job.params.cluster)
+        list(on_workers(job.params.cluster, draw_process_on_worker, [arguments]))
     return picture
 
 
-def draw_process_on_worker(weights: str, store: str, picture: str, title: str, params: ClusterParams) -> None:
+def draw_process_on_worker(
+    weights: str, store: str, picture: str, title: str, sampling: SamplingParams, params: ClusterParams
+) -> None:
     """The work of :func:`draw_process`."""
     torch.set_num_threads(params.threads)
-    model = load_model(weights, "cuda" if params.gpu else "cpu")
+    model = load_model(weights, "cuda" if params.gpu else "cpu", sampling)
     image, _ = ImageStore(Path(store))[0]
     times = figures.picture_times(model.process)
     forward = figures.diffused_states(model.process, to_float(torch.from_numpy(image)), times)
-    sampling = model.run.sampling
     back = figures.generated_states(
         model.process,
         model.denoiser,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dvdp import tensors
-from dvdp.config import Run
+from dvdp.config import Run, SamplingParams
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.models.denoiser import NetworkDenoiser
@@ -105,8 +105,13 @@ def save_model(path: Path, weights: Mapping[str, Tensor], description: Mapping[s
     write_atomically(path, tensors.pack(KIND, description, weights))
 
 
-def load_model(path: Path | str, device: torch.device | str = "cpu") -> TrainedModel:
-    """Read a model file.
+def load_model(
+    path: Path | str, device: torch.device | str = "cpu", sampling: SamplingParams | None = None
+) -> TrainedModel:
+    """Read the model file.
+
+    Args:
+        sampling: in place of the one that the params had when the model was trained.
 
     Raises:
         UserError: the file is missing or is no model file of ours.
@@ -116,6 +121,8 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> TrainedM
         raise UserError(f"model: found no file '{path}', expected the weights.safetensors of a finished run.")
     description, weights = tensors.read(path, KIND, "model", "give the weights.safetensors of a finished run")
     run = Run.from_description(description["run"])
+    if sampling is not None:
+        run = replace(run, sampling=sampling)
     process = Process(run.schedule())
     network = build_network(run.model, process.levels)
     network.load_state_dict(weights)
