@@ -25,12 +25,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Failed, State
 from prefect.tasks import exponential_backoff
 
-from dvdp.config import Params, read_params
+from dvdp.config import read_params
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.evaluation.scores import ScoreRecord
-from dvdp.identity import training_identity
-from dvdp.models.export import load_model
 from dvdp.training.budget import training_images
 from dvdp.training.loop import is_finished
 from pipelines import registry, tracking
@@ -39,6 +37,7 @@ from pipelines.comparison import Result, Row, as_text, best, compare, legend, ta
 from pipelines.places import Places
 from pipelines.report import Report, draw_samples, write_report
 from pipelines.stages import Job, check_scorable, draw_process, jobs, sample_job, score_job, train_job
+from pipelines.tracked import description, model_name, tracked
 from pipelines.unchanged import check_data_is_locked
 
 
@@ -176,13 +175,13 @@ def register(job: Job, record: ScoreRecord) -> None:
     client = tracking.connect()
     with tracking.LedgerSync(client, job.folder, lambda: tracked(job)), tracking.reaching(client, job.folder):
         run = tracked(job)
-        run.set_metrics(record.metrics, step=_images(job))
+        run.set_metrics(record.metrics, step=training_images(job.run))
         run.log_json("score.json", json.loads(record.to_json()))
         run.log_file(job.folder / "estimate.json")
         run.log_json("params.json", json.loads(json.dumps(dataclasses.asdict(job.params), default=str)))
         run.log_file(draw_samples(job, job.folder / "pictures" / f"samples-{job.sampling_hash}.png"), "pictures")
         run.log_file(draw_process(job), "pictures")
-        registry.register(run, _model_name(job.params), job.weights, description(job), record, _images(job))
+        registry.register(run, model_name(job.params), job.weights, description(job), record, training_images(job.run))
         run.set_status("FINISHED")
 
 
@@ -232,49 +231,8 @@ def _compare_in_mlflow(results: list[Result], rows: list[Row], report: Report) -
         parent.log_file(report.page)
         parent.set_tags({"dvdp.best_setting": best(rows).setting, **tracking.provenance(store=Places.of(params).store)})
         tracking.adopt(parent, {result.job.name: tracked(result.job) for result in results}, report.text)
-        get_run_logger().info("%s", registry.promote(client, _model_name(params)).text)
+        get_run_logger().info("%s", registry.promote(client, model_name(params)).text)
         parent.set_status("FINISHED")
-
-
-def tracked(job: Job) -> tracking.TrackedRun:
-    """The job's run in MLflow, with all that is known before training.
-
-    A run is one way of sampling from one training: what is trained once and sampled twice makes two.
-    """
-    params = job.params
-    run = tracking.open_run(
-        tracking.connect(), params.tracking.experiment, tracking.SAMPLING_HASH, job.sampling_hash, job.name
-    )
-    store = ImageStore(Places.of(params).store)
-    run.log_params({**training_identity(job.run), "flip": params.dataset.flip})
-    run.log_dataset(params.dataset.name, job.dataset_digest, store.images(range(min(16, len(store)))))
-    run.set_tags(description(job))
-    return run
-
-
-def description(job: Job) -> dict[str, str]:
-    """What leads back from a trained run to where it comes from: as it was when the run was trained."""
-    if is_finished(job.folder):
-        known = load_model(job.weights).description
-        return {name: value for name, value in known.items() if name.startswith("dvdp.")}
-    return {
-        tracking.TRAINING_HASH: job.training_hash,
-        tracking.DATASET_DIGEST: job.dataset_digest,
-        tracking.SETTING: job.run.setting,
-        tracking.SEED: str(job.run.seed),
-        tracking.TURNING_POINTS: json.dumps(job.run.turning_points),
-        tracking.PARAMS_DIGEST: hashlib.sha256(json.dumps(job.run.describe(), sort_keys=True).encode()).hexdigest(),
-        "dvdp.dataset": job.params.dataset.name,
-        **tracking.provenance(store=Places.of(job.params).store),
-    }
-
-
-def _model_name(params: Params) -> str:
-    return f"{params.tracking.model}-{params.dataset.name}"
-
-
-def _images(job: Job) -> int:
-    return training_images(job.run)
 
 
 def _comparison_hash(results: list[Result]) -> str:
