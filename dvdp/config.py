@@ -112,14 +112,25 @@ class SettingParams(Section):
 
     name: str
     process: ProcessName
-    turning_points: tuple[int, ...] = ()
+    turning_points: tuple[int, ...] | Literal["auto"] = ()
+    """``"auto"``: what :mod:`pipelines.plan` chooses once the data set is known."""
+    tolerance: float | None = None
+    """Of ``auto``: the error that turning points may add to DDPM's, see :attr:`dvdp.planning.Plan.excess`."""
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Other values for this setting alone: {section: {key: value}}, of process, model, training and sampling."""
 
     def __post_init__(self) -> None:
         self._plain_name("name")
         if self.process == "ddpm" and self.turning_points:
-            raise UserError(f"turning_points: found {list(self.turning_points)}, expected none for process ddpm")
+            found = self.turning_points if isinstance(self.turning_points, str) else list(self.turning_points)
+            raise UserError(f"turning_points: found {found}, expected none for process ddpm")
+        if (self.tolerance is not None) != isinstance(self.turning_points, str):
+            raise UserError(
+                f"tolerance: found {'nothing' if self.tolerance is None else self.tolerance}, expected a number, such"
+                " as 0.01, beside 'turning_points: auto' and only there"
+            )
+        if self.tolerance is not None:
+            self._at_least(0, "tolerance")
         for section in self.overrides:
             if section not in OVERRIDABLE:
                 raise UserError(
@@ -337,11 +348,12 @@ class Params(Section):
             )
 
     def runs(self) -> list[Run]:
-        """One run for each setting and seed, checked as a whole."""
-        return [self.run(setting, seed) for setting in self.settings for seed in self.seeds]
+        """One run for each setting and seed, checked as a whole; none yet where the turning points are ``auto``."""
+        runs = [(setting, self.run(setting, seed)) for setting in self.settings for seed in self.seeds]
+        return [run for setting, run in runs if not isinstance(setting.turning_points, str)]
 
     def run(self, setting: SettingParams, seed: int) -> Run:
-        """One setting with its overrides.
+        """One setting with its overrides; turning points that are ``auto`` are left out.
 
         Raises:
             UserError: what the setting asks for does not fit together (turning points, sides, steps).
@@ -359,7 +371,7 @@ class Params(Section):
                 setting=setting.name,
                 seed=seed,
                 kind=setting.process,
-                turning_points=setting.turning_points,
+                turning_points=() if isinstance(setting.turning_points, str) else setting.turning_points,
                 side=self.dataset.resolution,
                 reference_model=self.model,
                 **sections,
@@ -489,8 +501,8 @@ def _validate(kind: type, tree: Any, prefix: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(dict(tree))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = [part for part in first["loc"] if part != kind.__name__]
+        first, *others = error.errors()
+        where = _keys(first["loc"], kind)
         key = ".".join(str(part) for part in ([prefix] if prefix else []) + where)
         found, problem = first["input"], first["type"]
         if problem in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -503,8 +515,15 @@ def _validate(kind: type, tree: Any, prefix: str) -> Any:
             raise UserError(f"{key}: found nothing, expected a value") from None
         if problem in ("dataclass_type", "dict_type", "model_type"):
             raise UserError(f"{key}: found {found!r}, expected keys with values") from None
-        expected = first["msg"].removeprefix("Input should be ")
+        # Where several kinds of values are allowed there is an error for each.
+        texts = [first["msg"], *(other["msg"] for other in others if _keys(other["loc"], kind) == where)]
+        expected = " or ".join(text.removeprefix("Input should be ") for text in texts)
         raise UserError(f"{key}: found {found!r}, expected {expected}") from None
+
+
+def _keys(location: tuple[int | str, ...], kind: type) -> list[int | str]:
+    """The keys of the tree in where pydantic found an error: without the class, and the kinds of value it tried."""
+    return [part for part in location if part != kind.__name__ and not re.match(r"(tuple|literal)\[", str(part))]
 
 
 def _known_keys(kind: type, path: list[Any]) -> list[str]:

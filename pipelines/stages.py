@@ -1,6 +1,7 @@
 """The steps of the pipeline as plain functions: every one can be run again alone and finds what is done already.
 
-They know Ray (through :mod:`pipelines.cluster`) but neither Prefect nor MLflow.
+They know Ray (through :mod:`pipelines.cluster`) but neither Prefect nor MLflow, where only turning points that are
+``auto`` are looked up (by :mod:`pipelines.plan`).
 """
 
 from __future__ import annotations
@@ -138,9 +139,11 @@ class Job:
 def jobs(params: Params) -> list[Job]:
     """Every setting with every seed, on the prepared data set.
 
+    Turning points that are ``auto`` are chosen here, for the jobs and their params.
+
     Raises:
         UserError: the data set is not prepared, or was prepared with another resolution; a batch does not divide
-            over the ranks.
+            over the ranks; turning points cannot be chosen.
     """
     store = ImageStore(Places.of(params).store)
     if store.metadata.resolution != params.dataset.resolution:
@@ -148,6 +151,11 @@ def jobs(params: Params) -> list[Job]:
             f"dataset.resolution: found {params.dataset.resolution}, expected {store.metadata.resolution} as in"
             f" {Places.of(params).store}; prepare the data set again."
         )
+    if any(isinstance(setting.turning_points, str) for setting in params.settings):
+        # Looks into MLflow, unlike everything else here, and is not needed otherwise.
+        from pipelines.plan import choose_turning_points
+
+        params = choose_turning_points(params, store.metadata)
     runs, ranks = params.runs(), params.cluster.num_workers
     for run in runs:
         if run.training.batch % ranks:

@@ -1,0 +1,173 @@
+"""What MLflow knows of settings that were trained, and what that says of others."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dvdp.config import Params, ProcessName, Run
+from dvdp.errors import UserError
+from dvdp.evaluation.scores import ScoreRecord, comparable
+from dvdp.identity import training_identity
+from dvdp.planning import Plan
+
+#: Settings that a fit needs.
+FEWEST = 8
+#: Nats below which lifts lose nothing that could matter.
+_NOTHING = 1e-3
+#: Runs of a data set that are looked at, the newest first.
+_MOST = 5000
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A setting that was trained and scored, over its seeds."""
+
+    kind: ProcessName
+    turning_points: tuple[int, ...]
+    scores: tuple[float, ...]
+    """Of the headline metric, one a seed; lower is better."""
+    record: ScoreRecord
+    """Of one seed, for the terms that all the scores were made on."""
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return statistics.mean(self.scores)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds; 0 for one."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
+
+
+def trained_settings(params: Params, run: Run, digest: str) -> list[Trained]:
+    """Settings in MLflow that were trained like ``run`` but for kind, turning points and seed.
+
+    Where they were scored on different terms (extractor, samples, rule, steps), on those that most settings share.
+
+    Args:
+        digest: of the data set.
+
+    Raises:
+        UserError: MLflow does not answer.
+    """
+    # Without an address it is a file here, which only looking for trained settings need not create.
+    if not (os.environ.get("MLFLOW_TRACKING_URI") or Path("mlflow.db").is_file()):
+        return []
+    groups: list[list[tuple[Run, ScoreRecord]]] = []
+    for alike, record in _scored_runs(params, run, digest):
+        group = next((group for group in groups if not comparable(group[0][1], record)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append((alike, record))
+    settings: dict[tuple[ProcessName, tuple[int, ...]], dict[int, ScoreRecord]] = {}
+    for alike, record in max(groups, key=_count_settings, default=[]):
+        # The newest come first.
+        settings.setdefault((alike.kind, alike.turning_points), {}).setdefault(alike.seed, record)
+    return [
+        Trained(kind, points, tuple(r.metrics[r.headline] for r in seeds.values()), next(iter(seeds.values())))
+        for (kind, points), seeds in sorted(settings.items(), key=lambda item: (item[0][0], item[0][1]))
+    ]
+
+
+def _count_settings(group: Sequence[tuple[Run, ScoreRecord]]) -> int:
+    return len({(run.kind, run.turning_points) for run, _ in group})
+
+
+def _scored_runs(params: Params, run: Run, digest: str) -> Iterator[tuple[Run, ScoreRecord]]:
+    """Finished runs like ``run`` on the data set, with their scores, the newest first."""
+    # Seconds to import.
+    from pipelines import tracking
+
+    try:
+        client = tracking.connect()
+        with tracking.reaching(client, params.cluster.storage), tempfile.TemporaryDirectory() as folder:
+            experiment = client.get_experiment_by_name(params.tracking.experiment)
+            places = [experiment.experiment_id] if experiment else []
+            wanted = f"tags.`{tracking.DATASET_DIGEST}` = '{digest}' and attributes.status = 'FINISHED'"
+            for entry in client.search_runs(places, wanted, max_results=_MOST) if places else []:
+                alike = _alike(run, entry.data.params)
+                if alike is None:
+                    continue
+                identity = {**training_identity(alike), "flip": params.dataset.flip}
+                name = "score.json"
+                if tracking.flatten(identity) != entry.data.params or not any(
+                    artifact.path == name for artifact in client.list_artifacts(entry.info.run_id)
+                ):
+                    continue
+                text = Path(client.download_artifacts(entry.info.run_id, name, folder)).read_text()
+                with contextlib.suppress(UserError):  # of another release
+                    yield alike, ScoreRecord.from_json(text)
+    except tracking.TrackingAway:
+        raise UserError(
+            "MLFLOW_TRACKING_URI: found no answer from MLflow there, which knows the trained settings, expected a"
+            " server that runs; start it, or unset the variable to plan without."
+        ) from None
+
+
+def _alike(run: Run, logged: dict[str, str]) -> Run | None:
+    """The run with the kind, turning points and seed of another, unless they do not fit it."""
+    try:
+        kind: Any = logged["kind"]
+        alike = replace(
+            run, kind=kind, turning_points=tuple(json.loads(logged["turning_points"])), seed=int(logged["seed"])
+        )
+        alike.check()
+    except (KeyError, ValueError):  # also a UserError
+        return None
+    return alike
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A small model of the scores of trained settings."""
+
+    expected: Callable[[Plan], float | None]
+    """The score of a plan once it is trained; None for one that is unlike all those that were."""
+    rank_correlation: float
+    """Spearman's, of the scores with those that models fitted without each setting expect of it."""
+
+
+def fit(plans: Sequence[Plan], scores: Sequence[float]) -> Fit:
+    """A ridge regression of the log score on three numbers of a plan; see :func:`_features`."""
+    left_out = [
+        _regression([*plans[:i], *plans[i + 1 :]], [*scores[:i], *scores[i + 1 :]])(plan)
+        for i, plan in enumerate(plans)
+    ]
+    ranks = [np.argsort(np.argsort(values)) for values in (left_out, scores)]
+    seen, regression = np.array([_features(plan) for plan in plans]), _regression(plans, scores)
+    low, high = seen.min(axis=0), seen.max(axis=0)
+
+    def expected(plan: Plan) -> float | None:
+        features = _features(plan)
+        return regression(plan) if (low <= features).all() and (features <= high).all() else None
+
+    return Fit(expected, float(np.corrcoef(ranks[0], ranks[1])[0, 1]))
+
+
+def _regression(plans: Sequence[Plan], scores: Sequence[float]) -> Callable[[Plan], float]:
+    """With a penalty of 1 on the weights of the standardised features."""
+    features = np.array([_features(plan) for plan in plans])
+    # What hardly differs among the settings cannot say much of others.
+    centre, scale = features.mean(axis=0), np.maximum(features.std(axis=0), 0.1)
+    rows, target = (features - centre) / scale, np.log(scores)
+    weights = np.linalg.solve(rows.T @ rows + np.eye(rows.shape[1]), rows.T @ (target - target.mean()))
+    return lambda plan: math.exp(target.mean() + weights @ ((_features(plan) - centre) / scale))
+
+
+def _features(plan: Plan) -> NDArray[np.float64]:
+    """How seldom level 0 is trained (the log of its share), how many lifts there are, and the log of what they lose."""
+    lost = math.log10(sum(plan.lift_losses) + _NOTHING)
+    return np.array([math.log(plan.shares[0]), len(plan.turning_points), lost])
