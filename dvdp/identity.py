@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ TRAINING_SOURCES = (
 )  # fmt: skip
 SAMPLING_SOURCES = ("grids.py", "rules.py", "sampling.py", "models/export.py")
 EVALUATION_SOURCES = ("evaluation/scores.py", "evaluation/fidelity.py", "evaluation/extractors.py")
+AUDIT_SOURCES = ("evaluation/audit.py",)
 
 #: Keys of the training section that do not touch the weights.
 OPERATIONAL = {
@@ -69,6 +71,17 @@ def evaluation_hash(evaluation: EvaluationParams, sampled: str, reference_digest
             "sources": _sources(EVALUATION_SOURCES),
         }
     )
+
+
+def audit_draws_hash(sampled: str) -> str:
+    """Names what an audit draws in the manner of a sampling hash: images from every start, and states."""
+    return _digest({"sampling": sampled, "sources": _sources(AUDIT_SOURCES)})
+
+
+def audit_hash(drawn: str, images: int, solver: Mapping[str, Any] | None, reference_digest: str) -> str:
+    """Names an audit: so many of those images against a reference, and the sampling the solver is compared with."""
+    content = {"draws": drawn, "images": images, "solver": solver, "reference": reference_digest}
+    return _digest({**content, "sources": _sources(EVALUATION_SOURCES)})
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -107,6 +107,25 @@ def _parser() -> argparse.ArgumentParser:
                 help="ancestral steps the solver is compared with; default: sampling.steps, and at least 250",
             )
 
+    plan = add("plan", _plan, "Say what turning points cost and lose, before any training, and choose some.")
+    plan.add_argument("--steps", type=int, metavar="N", help="network calls an image; default: sampling.steps")
+    plan.add_argument("--rule", help="default: sampling.rule")
+    plan.add_argument(
+        "--tolerance", type=float, default=0.01, metavar="X", help="error added to DDPM's, at most; default: 0.01"
+    )
+    plan.add_argument(
+        "--levels", type=int, metavar="K", help="turning points, at most; default: what side and network allow"
+    )
+    plan.add_argument(
+        "--seconds",
+        type=float,
+        nargs="+",
+        metavar="S",
+        help="of the network at each level, finest first (benchmarks/steps.py measures them); default: counted FLOPs",
+    )
+    plan.add_argument("--fisher", metavar="WEIGHTS", help="print this network's orthogonal Fisher divergences as well")
+    plan.add_argument("--out", default="plan.png", metavar="FILE", help="the picture, a .png; default: plan.png")
+
     experiment = add("experiment", _experiment, "Train, sample, score, register and compare every setting.")
     experiment.add_argument(
         "--reports",
@@ -136,6 +155,9 @@ def _check(options: argparse.Namespace) -> None:
             f"{run.setting} seed {run.seed}: {images:,} training images, {3 * images * mean_flops(run):.2e} FLOPs,"
             f" {1 / relative_flops(run):.2f}x cheaper an image than DDPM"
         )
+    for setting in params.settings:
+        if isinstance(setting.turning_points, str):
+            print(f"{setting.name}: its turning points are chosen once the data set is prepared, see `dvdp plan`")
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -237,6 +259,20 @@ def _chosen(options: argparse.Namespace) -> tuple[Params, list]:
             f"--setting, --seed: found no such run, expected a setting of {names} and a seed of {list(params.seeds)}."
         )
     return params, chosen
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from pipelines.plan import Question, plan, print_divergences
+
+    params, out = read_params(options.params), Path(options.out)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out: found '{out}', expected a name that ends in .png.")
+    seconds = tuple(options.seconds) if options.seconds else None
+    question = Question(options.steps, options.rule, options.tolerance, options.levels, seconds)
+    plan(params, question, out)
+    if options.fisher:
+        print()
+        print_divergences(params, Path(options.fisher))
 
 
 def _experiment(options: argparse.Namespace) -> int:

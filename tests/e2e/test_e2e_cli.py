@@ -64,7 +64,7 @@ def answer(
         del os.environ[name]
 
 
-COMMANDS = ("check", "prepare", "extractor", "reference", "train", "sample", "evaluate", "experiment")
+COMMANDS = ("check", "prepare", "extractor", "reference", "train", "sample", "evaluate", "audit", "plan", "experiment")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
