@@ -20,6 +20,7 @@ from dvdp.training import ledger
 from pipelines.comparison import Result, Row, as_csv, as_markdown, legend, table
 from pipelines.places import Places
 from pipelines.stages import Job, draw_process
+from pipelines.sweeps import draw_sweeps, known_settings
 
 SHEET_IMAGES = 12
 
@@ -77,6 +78,7 @@ def write_report(
     sheet = figures.contact_sheet({r.job.name: _samples(r.job, SHEET_IMAGES) for r in results}, columns=SHEET_IMAGES)
     figures.save_png(sheet, report.contact_sheet)
     curves = _draw_curves(plots, rows, results)
+    sweeps = draw_sweeps(report.pictures, known_settings(results), results[0].job.run)
     grids, processes = [], []
     for r in results:
         path = draw_samples(r.job, report.pictures / f"samples_{r.job.name}.png")
@@ -97,6 +99,7 @@ def write_report(
         failures=failures,
         contact_sheet=_inline(report.contact_sheet),
         curves=[{"picture": _inline(path), "caption": caption} for path, caption in curves],
+        sweeps=[{"picture": _inline(path), "caption": caption} for path, caption in sweeps],
         grids=grids,
         processes=processes,
         anchors=_anchors(params.dataset.name, Places.of(params).reference, record.metrics),

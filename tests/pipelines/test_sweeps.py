@@ -1,0 +1,48 @@
+"""Pictures of scores over turning points, from settings that were trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from dvdp.config import ProcessName, Run, parse_params
+from dvdp.evaluation.scores import ScoreRecord
+from pipelines.planned import Trained
+from pipelines.sweeps import draw_sweeps
+
+
+def a_run() -> Run:
+    return parse_params({"settings": [{"name": "ddpm", "process": "ddpm"}]}).runs()[0]
+
+
+def trained(kind: ProcessName, points: tuple[int, ...], *scores: float) -> Trained:
+    record = ScoreRecord({"fd_labels": scores[0]}, "labels", "0" * 64, 256, 1000, "1" * 64, "none", 32, 100, "library")
+    return Trained(kind, points, scores, record)
+
+
+def names(drawn: list[tuple[Path, str]]) -> list[str]:
+    for path, _ in drawn:
+        Image.open(path).verify()
+    return [path.name for path, _ in drawn]
+
+
+DDPM = trained("ddpm", (), 4.1, 3.9, 4.0)
+
+
+def test_both_processes_over_the_first_turning_point(tmp_path: Path) -> None:
+    settings = [DDPM]
+    for T, one, other in ((50, 4.4, 12.0), (200, 4.0, 6.0), (600, 3.8, 3.9)):
+        settings += [trained("dvdp", (T,), one, one + 0.3), trained("subspace", (T,), other, other + 0.2)]
+    assert names(draw_sweeps(tmp_path, settings, a_run())) == ["first_turning_point.png"]
+
+
+def test_scores_and_speed_ups_over_the_number_of_turning_points(tmp_path: Path) -> None:
+    settings = [DDPM, trained("dvdp", (600,), 3.9, 4.0), trained("dvdp", (300, 600), 3.2)]
+    assert names(draw_sweeps(tmp_path, settings, a_run())) == ["turning_points.png"]
+
+
+def test_nothing_is_drawn_of_settings_that_show_no_course(tmp_path: Path) -> None:
+    assert draw_sweeps(tmp_path, [], a_run()) == []
+    assert draw_sweeps(tmp_path, [DDPM, trained("dvdp", (600,), 3.9)], a_run()) == []
+    assert list(tmp_path.iterdir()) == []
