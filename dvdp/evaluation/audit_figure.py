@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvdp.evaluation.audit import FREE, REAL, SOLVER, Audit
-from dvdp.files import write_atomically
+from dvdp.evaluation.figures import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +30,6 @@ def draw_audit(audit: Audit, path: Path, title: str) -> Path:
     Args:
         title: names the model.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -47,10 +45,7 @@ def draw_audit(audit: Audit, path: Path, title: str) -> Path:
     else:
         left = figure.subplots()
     _waterfall(left, audit)
-    content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
-    write_atomically(path, content.getvalue())
-    return path
+    return save_figure(figure, path)
 
 
 def _waterfall(axes: Axes, audit: Audit) -> None:

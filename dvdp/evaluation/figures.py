@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from dvdp.pixels import to_uint8
 from dvdp.process import Process
 from dvdp.randomness import generator
 from dvdp.sampling import Denoiser, Progress, sample
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Of text and marks.
 INK, SOFT, ACCENT, PAPER = (34, 34, 34), (120, 120, 120), (178, 58, 72), (255, 255, 255)
@@ -196,7 +199,6 @@ def curves(
     logx: bool = False,
 ) -> Path:
     """Draw {label: [(x, y), ..]} into a PNG file; points that are not finite are left out."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -234,6 +236,13 @@ def curves(
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     elif lines:
         axes.legend(frameon=False)
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a matplotlib figure as PNG, atomically and the same on every run; needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     content = io.BytesIO()
     FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
     write_atomically(path, content.getvalue())

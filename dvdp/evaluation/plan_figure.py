@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dvdp.files import write_atomically
+from dvdp.evaluation.figures import save_figure
 from dvdp.planning import Plan
 
 #: By the number of turning points, from none; Okabe and Ito's colours, told apart by everybody.
@@ -80,10 +79,7 @@ def draw_plan(
         handle.set_alpha(1)
     canvas.draw()
     _label(axes, canvas, chosen, [plan for marked in marks.values() for plan in marked])
-    content = io.BytesIO()
-    canvas.print_png(content, metadata={"Software": None})
-    write_atomically(path, content.getvalue())
-    return path
+    return save_figure(figure, path)
 
 
 def _places(plans: Sequence[Plan]) -> tuple[list[float], list[float]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dvdp.files import write_atomically
+from dvdp.evaluation.figures import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +50,7 @@ def draw_over_first_turning_point(
         axes.axhspan(ddpm.mean - ddpm.spread, ddpm.mean + ddpm.spread, color=GREY, alpha=0.15, linewidth=0)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_over_levels(path: Path, scores: Sequence[Scored], speedups: Sequence[Scored], metric: str) -> Path:
@@ -81,7 +80,7 @@ def draw_over_levels(path: Path, scores: Sequence[Scored], speedups: Sequence[Sc
     right.spines["top"].set_visible(False)
     handles = [part for each in (axes, right) for part in each.get_legend_handles_labels()[0]]
     axes.legend(handles, ["score", "speed-up"], frameon=False, loc="lower right")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -95,12 +94,3 @@ def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
-    write_atomically(path, content.getvalue())
-    return path
