@@ -376,6 +376,11 @@ class Params(Section):
                 reference_model=self.model,
                 **sections,
             )
+            if isinstance(setting.turning_points, str) and not isinstance(run.sampling.share, str):
+                raise UserError(
+                    f"sampling.share: found {list(run.sampling.share)} beside 'turning_points: auto', expected 'length'"
+                    " or 'cost', as the number of levels is not known yet"
+                )
             run.check()
             if self.evaluation.samples > run.sampling.count:
                 raise UserError(

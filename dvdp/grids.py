@@ -70,7 +70,8 @@ def share_steps(schedule: Schedule, steps: int, spacing: str = "uniform", share:
     coordinate = SPACINGS[spacing](schedule).tolist()
     lengths = [coordinate[high] - coordinate[max(low, _start(coordinate))] for low, high in spans]
     weights = [max(length, 0.0) * (2**level if share == "cost" else 1) for level, length in enumerate(lengths)]
-    ideal = [steps * weight / sum(weights) for weight in weights]
+    # A process of one timestep has no length where t = 0 has no coordinate.
+    ideal = [steps * weight / (sum(weights) or 1.0) for weight in weights]
     shares = [min(most, max(1, int(part))) for part, most in zip(ideal, timesteps, strict=True)]
     while sum(shares) != steps:
         change = 1 if sum(shares) < steps else -1

@@ -227,7 +227,8 @@ def _score(audit: AuditJob, start: str, extractor: Extractor, metric: str) -> Sc
             title = f"score {audit.job.name} {start}"
             return measure(images, cache, extractor, subset, gpu, title)[metric]
 
-        found = auditing.score_images(SampleShards(audit.folder(start)), audit.images, headline)
+        shards = [audit.folder(start) / f"{first:08d}.npy" for first in range(0, audit.images, SHARD_IMAGES)]
+        found = auditing.score_images(SampleShards(shards), audit.images, headline)
         write_atomically(path, json.dumps(dataclasses.asdict(found)))
     known = json.loads(path.read_text())
     return Score(known["value"], tuple(known["halves"]))
@@ -244,7 +245,7 @@ def _subject(audit: AuditJob) -> Subject:
 def _states(audit: AuditJob) -> dict[int, States]:
     """Of free-running images, by k."""
     parts: dict[int, list[States]] = {}
-    for path in sorted(audit.folder(FREE).glob("*.safetensors")):
+    for path in (audit.folder(FREE) / f"{first:08d}.safetensors" for first in range(0, audit.images, SHARD_IMAGES)):
         _, kept = tensors.read(path, KIND, "audit", "delete it with its .npy and audit again")
         for k in range(1, len(audit.job.run.turning_points) + 1):
             parts.setdefault(k, []).append(States(*(kept[f"{k}.{name}"] for name in States._fields)))

@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Remarks on a score are in its record, and shown with it.
     warnings.filterwarnings("ignore", category=UserWarning, module="pipelines")
     try:
+        if options.command in (_train, _sample, _evaluate, _audit, _plan, _experiment):
+            _use_services()
         return options.command(options) or 0
     except UserError as error:
         print(f"dvdp: {error}", file=sys.stderr)
@@ -51,6 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
         return 130
+
+
+def _use_services() -> None:
+    """Let MLflow and Prefect be those of this project folder, where they are up and no others are named."""
+    from pipelines.services import services_environment
+
+    for name, value in services_environment(Path()).items():
+        os.environ.setdefault(name, value)
 
 
 def _end_soon_after_interrupt(seconds: float) -> None:
@@ -278,7 +288,6 @@ def _plan(options: argparse.Namespace) -> None:
 def _experiment(options: argparse.Namespace) -> int:
     from pipelines.cluster import check_address
     from pipelines.places import Places
-    from pipelines.services import services_environment
     from pipelines.stages import check_scorable, jobs
     from pipelines.unchanged import check_data_is_locked
 
@@ -289,8 +298,6 @@ def _experiment(options: argparse.Namespace) -> int:
     if options.reports is None:
         check_data_is_locked(Places.of(params).store)
     check_address()
-    for name, value in services_environment(Path()).items():
-        os.environ.setdefault(name, value)
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     from pipelines.experiment import experiment
 

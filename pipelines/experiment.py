@@ -37,7 +37,7 @@ from pipelines.comparison import Result, Row, as_text, best, compare, legend, ta
 from pipelines.places import Places
 from pipelines.report import Report, draw_samples, write_report
 from pipelines.stages import Job, check_scorable, draw_process, jobs, sample_job, score_job, train_job
-from pipelines.tracked import description, model_name, tracked
+from pipelines.tracked import description, model_file, model_name, tracked
 from pipelines.unchanged import check_data_is_locked
 
 
@@ -181,7 +181,9 @@ def register(job: Job, record: ScoreRecord) -> None:
         run.log_json("params.json", json.loads(json.dumps(dataclasses.asdict(job.params), default=str)))
         run.log_file(draw_samples(job, job.folder / "pictures" / f"samples-{job.sampling_hash}.png"), "pictures")
         run.log_file(draw_process(job), "pictures")
-        registry.register(run, model_name(job.params), job.weights, description(job), record, training_images(job.run))
+        registry.register(
+            run, model_name(job.params), model_file(job), description(job), record, training_images(job.run)
+        )
         run.set_status("FINISHED")
 
 

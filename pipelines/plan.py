@@ -311,8 +311,9 @@ def _print_trained(trained: Sequence[Trained], model: Fit | None) -> None:
         ]
         print(as_text(["process", "turning points", "seeds", "mean", "spread"], cells) + "\n")
     if model is None:
+        count = sum(entry.kind != "subspace" for entry in trained)
         print(
-            f"Found {len(trained)} settings in MLflow that were trained with this network and training; an expected"
+            f"Found {count} settings in MLflow that were trained with this network and training; an expected"
             f" score needs {FEWEST}."
         )
     else:
@@ -330,14 +331,21 @@ def _choice(params: Params, setting: SettingParams, metadata: StoreMetadata) -> 
     """Turning points of a setting that says ``auto``: those chosen before, or chosen now."""
     run = params.run(setting, params.seeds[0])
     about = {
-        **{name: value for name, value in run.describe().items() if name not in ("setting", "seed", "training")},
+        # All that a plan depends on, and nothing else: drawing more samples must not choose anew.
+        **{name: run.describe()[name] for name in ("kind", "side", "process", "model", "reference_model")},
+        "sampling": {
+            k: v for k, v in run.describe()["sampling"].items() if k not in ("count", "batch", "seed", "clip")
+        },
         "tolerance": setting.tolerance,
         "data": metadata.digest,
     }
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     path = params.cluster.storage / "plans" / f"{name}.json"
     if not path.exists():
-        chosen, why = _choose(params, setting, run, metadata)
+        try:
+            chosen, why = _choose(params, setting, run, metadata)
+        except UserError as error:
+            raise UserError(f"settings.{setting.name}: {error}") from None
         content = {"turning_points": chosen.turning_points, "why": why, "for": about}
         write_atomically(path, json.dumps(content, indent=2) + "\n")
     kept = json.loads(path.read_text())

@@ -52,13 +52,13 @@ class Trained:
         return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
 
 
-def trained_settings(params: Params, run: Run, digest: str) -> list[Trained]:
+def trained_settings(params: Params, run: Run, digest: str, terms: ScoreRecord | None = None) -> list[Trained]:
     """Settings in MLflow that were trained like ``run`` but for kind, turning points and seed.
-
-    Where they were scored on different terms (extractor, samples, rule, steps), on those that most settings share.
 
     Args:
         digest: of the data set.
+        terms: on which they must have been scored (extractor, samples, rule, steps); by default those that most
+            settings share.
 
     Raises:
         UserError: MLflow does not answer.
@@ -68,6 +68,8 @@ def trained_settings(params: Params, run: Run, digest: str) -> list[Trained]:
         return []
     groups: list[list[tuple[Run, ScoreRecord]]] = []
     for alike, record in _scored_runs(params, run, digest):
+        if terms is not None and comparable(terms, record):
+            continue
         group = next((group for group in groups if not comparable(group[0][1], record)), None)
         if group is None:
             groups.append(group := [])

@@ -246,9 +246,11 @@ def _create_version(run: TrackedRun, name: str, model: LoggedModel, tags: Mappin
 
 
 def _weights_digest(weights: Path) -> str:
-    """Of the tensors alone: the same weights saved again may be another file."""
-    state = load_model(weights).denoiser.network.state_dict()
-    digest = hashlib.sha256()
+    """Of the tensors, and of the default way of sampling: what is trained once may be sampled in several."""
+    model = load_model(weights)
+    state = model.denoiser.network.state_dict()
+    told = {**model.run.sampling.options(), "lift": model.run.sampling.lift}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().tobytes())

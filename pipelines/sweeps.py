@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dvdp.config import Run
 from dvdp.errors import UserError
+from dvdp.evaluation.scores import comparable
 from dvdp.evaluation.sweep_figures import Scored, draw_over_first_turning_point, draw_over_levels
 from dvdp.training.budget import relative_flops
 from pipelines.comparison import Result
@@ -20,7 +21,8 @@ def known_settings(results: Sequence[Result]) -> list[Trained]:
     Alike is all but process, turning points and seed. Where MLflow is away, the results alone.
     """
     first = results[0].job
-    alike = [r for r in results if _as(r.job.run, first.run) == first.run]
+    terms = results[0].record
+    alike = [r for r in results if _as(r.job.run, first.run) == first.run and not comparable(terms, r.record)]
     found: dict[tuple[str, tuple[int, ...]], Trained] = {}
     for result in alike:
         run, score = result.job.run, result.record.metrics[result.record.headline]
@@ -28,7 +30,7 @@ def known_settings(results: Sequence[Result]) -> list[Trained]:
         scores = (*known.scores, score) if known else (score,)
         found[run.kind, run.turning_points] = Trained(run.kind, run.turning_points, scores, result.record)
     try:
-        elsewhere = trained_settings(first.params, first.run, first.dataset_digest)
+        elsewhere = trained_settings(first.params, first.run, first.dataset_digest, terms)
     except UserError:
         elsewhere = []
     for setting in elsewhere:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
+from pathlib import Path
 
 from dvdp.config import Params
 from dvdp.data.store import ImageStore
 from dvdp.identity import training_identity
-from dvdp.models.export import load_model
+from dvdp.models.export import load_model, save_model
 from dvdp.training.loop import is_finished
 from pipelines import tracking
 from pipelines.places import Places
@@ -33,19 +35,33 @@ def tracked(job: Job) -> tracking.TrackedRun:
 
 def description(job: Job) -> dict[str, str]:
     """What leads back from a trained run to where it comes from: as it was when the run was trained."""
+    digest = hashlib.sha256(json.dumps(job.run.describe(), sort_keys=True).encode()).hexdigest()
     if is_finished(job.folder):
         known = load_model(job.weights).description
-        return {name: value for name, value in known.items() if name.startswith("dvdp.")}
+        told = {name: value for name, value in known.items() if name.startswith("dvdp.")}
+        # Another setting may have trained what this one samples in its own way.
+        return {**told, tracking.SETTING: job.run.setting, tracking.PARAMS_DIGEST: digest}
     return {
         tracking.TRAINING_HASH: job.training_hash,
         tracking.DATASET_DIGEST: job.dataset_digest,
         tracking.SETTING: job.run.setting,
         tracking.SEED: str(job.run.seed),
         tracking.TURNING_POINTS: json.dumps(job.run.turning_points),
-        tracking.PARAMS_DIGEST: hashlib.sha256(json.dumps(job.run.describe(), sort_keys=True).encode()).hexdigest(),
+        tracking.PARAMS_DIGEST: digest,
         "dvdp.dataset": job.params.dataset.name,
         **tracking.provenance(store=Places.of(job.params).store),
     }
+
+
+def model_file(job: Job) -> Path:
+    """The trained model with the job's own way of sampling as its default."""
+    model = load_model(job.weights)
+    if model.run.sampling == job.run.sampling:
+        return job.weights
+    path = job.folder / "models" / job.sampling_hash / job.weights.name
+    about = {**model.description, **description(job), "run": replace(model.run, sampling=job.run.sampling).describe()}
+    save_model(path, model.denoiser.network.state_dict(), about)
+    return path
 
 
 def model_name(params: Params) -> str:

@@ -34,6 +34,8 @@ ANCHOR_IMAGES = 5_000
 #: Precision and recall look at the third neighbour beside the image itself.
 FEWEST = 4
 
+#: What records from before these could be chosen were made with.
+_EARLIER = {"spacing": "uniform", "share": "length", "lift": "noise"}
 #: What a sampling mapping says that two comparable scores may differ in.
 _INCIDENTAL = ("seed", "batch", "count", "first")
 
@@ -135,7 +137,8 @@ def comparable(a: ScoreRecord, b: ScoreRecord) -> list[str]:
     if a.metrics.keys() != b.metrics.keys():
         different.append("metrics")
     keys = sorted((a.sampling.keys() | b.sampling.keys()) - set(_INCIDENTAL))
-    return different + [f"sampling.{key}" for key in keys if a.sampling.get(key) != b.sampling.get(key)]
+    first, second = ({**_EARLIER, **record.sampling} if record.sampling else {} for record in (a, b))
+    return different + [f"sampling.{key}" for key in keys if first.get(key) != second.get(key)]
 
 
 @dataclass(frozen=True)

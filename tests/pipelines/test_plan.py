@@ -203,9 +203,9 @@ def train(
         entry.set_status(status)
 
 
-def known() -> list[Trained]:
+def known(terms: ScoreRecord | None = None) -> list[Trained]:
     params = read_params()
-    return trained_settings(params, params.runs()[0], ImageStore("data/stripes/store").metadata.digest)
+    return trained_settings(params, params.runs()[0], ImageStore("data/stripes/store").metadata.digest, terms)
 
 
 def test_only_settings_trained_alike_and_scored_on_the_same_terms_are_taken(project: Path) -> None:
@@ -223,6 +223,8 @@ def test_only_settings_trained_alike_and_scored_on_the_same_terms_are_taken(proj
     ]
     assert (found[0].mean, found[1].spread) == (6, 0)
     assert found[0].spread == pytest.approx(2**0.5)
+    (other,) = known(dataclasses.replace(SCORE, sampling={"rule": "ddim", "steps": 50}))
+    assert other.turning_points == (450,)
 
 
 SWEEP = ((), (200,), (300,), (400,), (500,), (600,), (700,), (300, 600), (250, 500))

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -20,7 +21,7 @@ from tracking_store import empty_store, free_port, kill, mlflow_server, small_mo
 
 from dvdp.errors import UserError
 from dvdp.evaluation.scores import ScoreRecord
-from dvdp.models.export import load_model
+from dvdp.models.export import load_model, save_model
 from pipelines.registry import CHAMPION, Promotion, promote, register, requirements
 from pipelines.services import healthy
 from pipelines.tracking import SEED, TRAINING_HASH, TrackedRun, connect, open_run
@@ -88,6 +89,16 @@ def test_other_weights_of_the_same_training_are_another_version(client: MlflowCl
     assert registered(client, tmp_path, 0) == 1
     run = open_run(client, "digits", TRAINING_HASH, "hash0", "seed 0")
     weights = small_model(tmp_path / "other.safetensors", seed=1)
+    assert int(register(run, NAME, weights, {TRAINING_HASH: "hash0"}).version) == 2
+
+
+def test_another_way_of_sampling_the_same_weights_is_another_version(client: MlflowClient, tmp_path: Path) -> None:
+    assert registered(client, tmp_path, 0) == 1
+    run = open_run(client, "digits", TRAINING_HASH, "hash0", "seed 0, otherwise")
+    model = load_model(tmp_path / "weights-0.safetensors")
+    other = replace(model.run, sampling=replace(model.run.sampling, steps=model.run.sampling.steps + 1))
+    weights = tmp_path / "otherwise.safetensors"
+    save_model(weights, model.denoiser.network.state_dict(), {**model.description, "run": other.describe()})
     assert int(register(run, NAME, weights, {TRAINING_HASH: "hash0"}).version) == 2
 
 
