@@ -318,7 +318,7 @@ def test_auto_that_nothing_meets_is_one_sentence() -> None:
 def test_auto_says_when_mlflow_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     write_params(settings=[AUTO])
-    with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: found no answer from MLflow there"):
+    with pytest.raises(UserError, match=r"^settings\.chosen: MLFLOW_TRACKING_URI: found no answer from MLflow there"):
         jobs(read_params())
 
 

@@ -1,0 +1,87 @@
+"""Which level costs the settings of a study their score; see dvdp/evaluation/audit.py.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.study_audit --params benchmarks/study_digits.yaml --work /tmp/study \\
+        --settings dvdp-600 --out audit.json
+
+Reads the networks that benchmarks/study.py trained, in its ``--work`` folder, and audits each as the study samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from benchmarks.machine import machine
+from benchmarks.study import prepared
+from dvdp.config import read_params
+from dvdp.evaluation.audit import Audit, audit
+from dvdp.evaluation.extractors import load_extractor
+from dvdp.evaluation.fidelity import measure
+from dvdp.evaluation.scores import read_reference
+from dvdp.files import write_atomically
+from dvdp.identity import training_hash
+from dvdp.models.export import load_model
+
+
+def main() -> None:
+    """Audit one setting and seed after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", required=True)
+    parser.add_argument("--work", type=Path, required=True, help="of benchmarks/study.py")
+    parser.add_argument("--settings", nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    params = read_params(options.params)
+    store = prepared(params, options.work / params.dataset.name, None)
+    data = options.work / params.dataset.name
+    extractor, reference = load_extractor(data / "extractor"), read_reference(data / "reference")
+    metric, half = f"fd_{params.evaluation.extractor}", params.evaluation.samples // 2
+
+    def score(images: Dataset) -> float:
+        subset = min(params.evaluation.kid_subset, half)
+        return measure(images, (data / "reference", reference.cache_name), extractor, subset, False)[metric]
+
+    rows: list[dict[str, object]] = []
+    for seed in params.seeds:
+        for setting in (s for s in params.settings if s.name in options.settings):
+            run = params.run(setting, seed)
+            folder = options.work / "runs" / training_hash(run, store.metadata.digest, params.dataset.flip, 1)
+            model = load_model(folder / "weights.safetensors", sampling=run.sampling)
+            kept = folder / "audit.json"
+            if not kept.exists():
+                found = audit(model.process, model.denoiser, store, score, params.evaluation.samples,
+                              run.sampling.options(), batch=run.sampling.batch, metric=metric)  # fmt: skip
+                write_atomically(kept, found.to_json())
+            found = Audit.from_json(kept.read_text(), str(kept))
+            rows.append({
+                "setting": run.setting,
+                "seed": run.seed,
+                "scores": {start: round(s.value, 4) for start, s in found.scores.items()},
+                "costs": {part: round(cost, 4) for part, cost in found.attribution.costs.items()},
+                "error": round(found.attribution.error, 4),
+                "bands": {str(s.turning_point): [round(a / b, 4) for a, b in zip(s.generated, s.true, strict=True)]
+                          for s in found.states},
+            })  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
+            content = {"machine": machine(), "metric": metric, "means": _means(rows), "runs": rows}
+            write_atomically(options.out, json.dumps(content, indent=2) + "\n")
+
+
+def _means(rows: list[dict[str, object]]) -> dict[str, dict[str, float]]:
+    """Of the costs over seeds, by setting."""
+    means: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(str(row["setting"]) for row in rows):
+        costs = [row["costs"] for row in rows if row["setting"] == name]
+        parts = [cost for cost in costs if isinstance(cost, dict)]
+        means[name] = {part: round(statistics.mean(cost[part] for cost in parts), 4) for part in parts[0]}
+    return means
+
+
+if __name__ == "__main__":
+    main()
