@@ -10,25 +10,19 @@ and started again. What is written holds, for every rule, the score at few steps
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks.machine import machine
-from benchmarks.study import prepared
+from benchmarks.study import prepared, sampled_metrics
 from dvdp.config import Params, Run, SamplingParams, read_params
-from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
-from dvdp.evaluation.extractors import load_extractor
-from dvdp.evaluation.scores import score
 from dvdp.files import write_atomically
 from dvdp.identity import sampling_hash, training_hash
-from dvdp.models.export import load_model
 
 #: Ways to spend few steps: (rule, spacing, lift).
 WAYS = (
@@ -62,13 +56,13 @@ def main() -> None:
             folder = options.work / "runs" / training_hash(run, store.metadata.digest, params.dataset.flip, 1)
             if not (folder / "weights.safetensors").exists():
                 continue
-            many = _score(params, store, options.work, folder, run.sampling)
+            many = _score(params, run, run.sampling, options.work, folder)
             rows.append(_row(run, run.sampling, many, many))
             for rule, spacing, lift in WAYS:
                 way = replace(run.sampling, steps=options.steps, rule=rule, spacing=spacing, lift=lift)  # type: ignore[arg-type]
                 if lift == "data" and not run.turning_points:
                     continue
-                rows.append(_row(run, way, _score(params, store, options.work, folder, way), many))
+                rows.append(_row(run, way, _score(params, run, way, options.work, folder), many))
                 print(json.dumps(rows[-1]), flush=True)
                 content = {"machine": machine(), "metric": _metric(params), "summary": _summary(rows), "runs": rows}
                 write_atomically(options.out, json.dumps(content, indent=2) + "\n")
@@ -80,18 +74,9 @@ def _metric(params: Params) -> str:
     return f"fd_{params.evaluation.extractor}"
 
 
-def _score(params: Params, store: ImageStore, work: Path, folder: Path, sampling: SamplingParams) -> float:
-    model = load_model(folder / "weights.safetensors")
-    model = replace(model, run=replace(model.run, sampling=sampling))
-    samples = folder / "samples" / sampling_hash(model.run, folder.name)
-    if not (samples / "00000000.npy").exists():
-        content = io.BytesIO()
-        np.save(content, model.sample(sampling.count).numpy())
-        write_atomically(samples / "00000000.npy", content.getvalue())
-    data = work / params.dataset.name
-    extractor = load_extractor(data / "extractor")
-    record = score(samples, data / "reference", extractor, params.evaluation.samples, params.evaluation.kid_subset)
-    return record.metrics[_metric(params)]
+def _score(params: Params, run: Run, sampling: SamplingParams, work: Path, folder: Path) -> float:
+    samples = folder / "samples" / sampling_hash(replace(run, sampling=sampling), folder.name)
+    return sampled_metrics(params, sampling, folder / "weights.safetensors", samples, work)[_metric(params)]
 
 
 def _row(run: Run, way: SamplingParams, found: float, many: float) -> dict[str, object]:

@@ -15,18 +15,14 @@ import shutil
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import machine
-from benchmarks.study import prepared
-from dvdp.config import Run, read_params
+from benchmarks.study import prepared, sampled_metrics
+from dvdp.config import Params, Run, read_params
 from dvdp.data.store import ImageStore
-from dvdp.evaluation.extractors import load_extractor
-from dvdp.evaluation.scores import score
 from dvdp.files import write_atomically
-from dvdp.models.export import load_model
 from dvdp.training.loop import Training
 
 
@@ -72,23 +68,21 @@ def main() -> None:
     for seed in options.seeds:
         run = params.run(setting, seed)
         for name, kind in (("whole", Training), ("split", Split)):
-            results.append({"draw": name, "seed": seed, **_measure(run, store, kind, options.work, name)})
+            results.append({"draw": name, "seed": seed, **_measure(params, run, store, kind, options.work, name)})
             print(json.dumps(results[-1]), flush=True)
             write_atomically(options.out, json.dumps({"machine": machine(), "runs": results}, indent=2) + "\n")
 
 
-def _measure(run: Run, store: ImageStore, kind: type[Training], work: Path, name: str) -> dict[str, float]:
+def _measure(
+    params: Params, run: Run, store: ImageStore, kind: type[Training], work: Path, name: str
+) -> dict[str, float]:
     folder = work / "draws" / f"{name}-{run.seed}"
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
     kind(run, store, folder, name, False, torch.device("cpu"), None, print).run_to_end(0)
     seconds = time.perf_counter() - start
-    samples = folder / "samples"
-    samples.mkdir()
-    np.save(samples / "00000000.npy", load_model(folder / "weights.safetensors").sample(run.sampling.count).numpy())
-    data = work / store.metadata.name
-    record = score(samples, data / "reference", load_extractor(data / "extractor"))
-    return {"training_seconds": round(seconds, 1), **{k: round(v, 4) for k, v in record.metrics.items()}}
+    metrics = sampled_metrics(params, run.sampling, folder / "weights.safetensors", folder / "samples", work)
+    return {"training_seconds": round(seconds, 1), **{k: round(v, 4) for k, v in metrics.items()}}
 
 
 if __name__ == "__main__":

@@ -12,23 +12,21 @@ a study that is cut short compares all settings.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks.machine import machine
-from dvdp.config import Params, Run, read_params
+from dvdp.config import Params, Run, SamplingParams, read_params
 from dvdp.data.prepare import prepare
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.evaluation.extractors import load_extractor, train_extractor
-from dvdp.evaluation.scores import make_reference, read_reference, score
+from dvdp.evaluation.scores import make_reference, read_reference, score, write_shard
 from dvdp.files import write_atomically
 from dvdp.identity import sampling_hash, training_hash
 from dvdp.models.export import load_model
@@ -80,28 +78,32 @@ def _result(params: Params, run: Run, store: ImageStore, work: Path) -> dict[str
     if not (folder / "seconds.json").exists():
         write_atomically(folder / "seconds.json", json.dumps(seconds))
     samples = folder / "samples" / sampling_hash(run, trained)
-    if not (samples / "00000000.npy").exists():
-        start = time.perf_counter()
-        images = load_model(folder / "weights.safetensors").sample(run.sampling.count).numpy()
-        samples.mkdir(parents=True, exist_ok=True)
-        write_atomically(samples / "seconds.json", json.dumps(time.perf_counter() - start))
-        content = io.BytesIO()
-        np.save(content, images)
-        write_atomically(samples / "00000000.npy", content.getvalue())
-    data = work / params.dataset.name
-    extractor = load_extractor(data / "extractor")
-    record = score(samples, data / "reference", extractor, params.evaluation.samples, params.evaluation.kid_subset)
+    metrics = sampled_metrics(params, run.sampling, folder / "weights.safetensors", samples, work)
     result = {
         "setting": run.setting,
         "seed": run.seed,
         "images": training_images(run),
         "training_seconds": round(json.loads((folder / "seconds.json").read_text()), 1),
         "sampling_seconds": round(json.loads((samples / "seconds.json").read_text()), 1),
-        "samples": str(samples.relative_to(work)),
-        **{name: round(value, 4) for name, value in record.metrics.items()},
+        **{name: round(value, 4) for name, value in metrics.items()},
     }
     print(json.dumps(result), flush=True)
     return result
+
+
+def sampled_metrics(
+    params: Params, sampling: SamplingParams, weights: Path, samples: Path, work: Path
+) -> dict[str, float]:
+    """Scores of a model sampled in some way; images that are in the folder ``samples`` already are kept."""
+    if not (samples / "00000000.npy").exists():
+        start = time.perf_counter()
+        images = load_model(weights, sampling=sampling).sample(sampling.count)
+        write_atomically(samples / "seconds.json", json.dumps(time.perf_counter() - start))
+        write_shard(samples / "00000000.npy", images)
+    data = work / params.dataset.name
+    extractor = load_extractor(data / "extractor")
+    evaluation = params.evaluation
+    return score(samples, data / "reference", extractor, evaluation.samples, evaluation.kid_subset).metrics
 
 
 def _summary(params: Params, results: list[dict[str, object]], work: Path) -> dict[str, object]:

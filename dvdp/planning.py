@@ -89,8 +89,6 @@ class Plan:
     """Network calls of each level, finest first."""
     band_errors: tuple[float, ...]
     """Generated over true deviation of each band of the data, less 1, finest first."""
-    band_excess: tuple[float, ...]
-    """How much further each band is from the truth (in absolute value) than DDPM's at the same rule and steps."""
     error: float
     """:func:`overall_error` of the bands."""
     excess: float
@@ -160,7 +158,6 @@ class Planner:
             shares=tuple(schedule.shares()),
             calls=calls,
             band_errors=tuple(errors),
-            band_excess=tuple(abs(e) - abs(base) for e, base in zip(errors, self._ddpm, strict=True)),
             error=error,
             excess=error - overall_error(self._ddpm, run.side),
             lift_losses=tuple(lift_losses(schedule, self._data, run.side)),

@@ -7,7 +7,6 @@ from every start, in shards, and the states of free-running ones) whatever a sto
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from dvdp.evaluation import audit as auditing
 from dvdp.evaluation.audit import FREE, REAL, SOLVER, Audit, Score, States, Subject
 from dvdp.evaluation.audit_figure import draw_audit
 from dvdp.evaluation.extractors import Extractor
-from dvdp.evaluation.scores import Reference, SampleShards, read_reference
+from dvdp.evaluation.scores import Reference, SampleShards, read_reference, write_shard
 from dvdp.files import write_atomically
 from dvdp.grids import share_steps
 from dvdp.identity import audit_draws_hash, audit_hash
@@ -155,10 +154,8 @@ def draw_part(
     if start == FREE:
         named = {f"{k}.{name}": value for k, kept in states.items() for name, value in kept._asdict().items()}
         write_atomically(path.with_suffix(".safetensors"), tensors.pack(KIND, {"count": count}, named))
-    content = io.BytesIO()
-    np.save(content, images.numpy())
     # Last: a shard that is there is complete.
-    write_atomically(path, content.getvalue())
+    write_shard(path, images)
     return count
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from sklearn.linear_model import Ridge
 
 from dvdp.config import Params, ProcessName, Run
 from dvdp.errors import UserError
@@ -148,7 +150,6 @@ def fit(plans: Sequence[Plan], scores: Sequence[float]) -> Fit:
         _regression([*plans[:i], *plans[i + 1 :]], [*scores[:i], *scores[i + 1 :]])(plan)
         for i, plan in enumerate(plans)
     ]
-    ranks = [np.argsort(np.argsort(values)) for values in (left_out, scores)]
     seen, regression = np.array([_features(plan) for plan in plans]), _regression(plans, scores)
     low, high = seen.min(axis=0), seen.max(axis=0)
 
@@ -156,7 +157,7 @@ def fit(plans: Sequence[Plan], scores: Sequence[float]) -> Fit:
         features = _features(plan)
         return regression(plan) if (low <= features).all() and (features <= high).all() else None
 
-    return Fit(expected, float(np.corrcoef(ranks[0], ranks[1])[0, 1]))
+    return Fit(expected, float(spearmanr(left_out, scores).statistic))
 
 
 def _regression(plans: Sequence[Plan], scores: Sequence[float]) -> Callable[[Plan], float]:
@@ -164,9 +165,8 @@ def _regression(plans: Sequence[Plan], scores: Sequence[float]) -> Callable[[Pla
     features = np.array([_features(plan) for plan in plans])
     # What hardly differs among the settings cannot say much of others.
     centre, scale = features.mean(axis=0), np.maximum(features.std(axis=0), 0.1)
-    rows, target = (features - centre) / scale, np.log(scores)
-    weights = np.linalg.solve(rows.T @ rows + np.eye(rows.shape[1]), rows.T @ (target - target.mean()))
-    return lambda plan: math.exp(target.mean() + weights @ ((_features(plan) - centre) / scale))
+    ridge = Ridge(alpha=1.0).fit((features - centre) / scale, np.log(scores))
+    return lambda plan: math.exp(ridge.predict([(_features(plan) - centre) / scale])[0])
 
 
 def _features(plan: Plan) -> NDArray[np.float64]:

@@ -6,7 +6,6 @@ They know Ray (through :mod:`pipelines.cluster`) but neither Prefect nor MLflow,
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.evaluation import figures
 from dvdp.evaluation.extractors import Extractor, inception_extractor, load_extractor, train_extractor
-from dvdp.evaluation.scores import ScoreRecord, make_reference, read_reference, score
+from dvdp.evaluation.scores import ScoreRecord, make_reference, read_reference, score, write_shard
 from dvdp.files import locked, write_atomically
 from dvdp.identity import evaluation_hash, sampling_hash, training_hash
 from dvdp.models.export import load_model
@@ -233,12 +232,10 @@ def sample_shard(
     torch.set_num_threads(params.threads)
     model = load_model(weights, "cuda" if params.gpu else "cpu", sampling)
     start = time.perf_counter()
-    images = model.sample(count, first=first).numpy()
+    images = model.sample(count, first=first)
     path = Path(folder) / f"{first:08d}.npy"
     write_atomically(path.with_suffix(".seconds"), str(time.perf_counter() - start))
-    content = io.BytesIO()
-    np.save(content, images)
-    write_atomically(path, content.getvalue())
+    write_shard(path, images)
 
 
 def seconds_per_sample(job: Job) -> float:

@@ -368,6 +368,9 @@ def join(parts: Sequence[States]) -> States:
 
 def compare_states(subject: Subject, k: int, generated: States) -> StateComparison:
     """Generated states just before the lift at T_k beside as many true ones."""
+    # torch-fidelity, which other parts of an audit do without.
+    from dvdp.evaluation.fidelity import frechet
+
     count = len(generated.energies)
     true = join(
         [
@@ -398,16 +401,6 @@ def compare_states(subject: Subject, k: int, generated: States) -> StateComparis
         distance=sum(frechet(a, b) for a, b in pairs) / len(pairs),
         distance_floor=frechet(*theirs),
     )
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance between the normal distributions that fit two sets of features, (n, f) and (m, f)."""
-    covariances = [torch.cov(part.T) for part in (a, b)]
-    values, vectors = torch.linalg.eigh(covariances[0])
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
-    apart = (a.mean(0) - b.mean(0)).square().sum()
-    return max(0.0, (apart + covariances[0].trace() + covariances[1].trace() - 2 * cross).item())
 
 
 def score_images(images: Dataset | Tensor, count: int, score: Callable[[Dataset], float]) -> Score:

@@ -9,6 +9,7 @@ import torch
 import torch_fidelity
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from tqdm import tqdm
 
@@ -138,9 +139,15 @@ def measure(
     )
     names = metric_names(extractor.name)
     result = {ours: float(found[theirs]) for theirs, ours in names.items()}
-    frechet = names[torch_fidelity.KEY_METRIC_FID]
+    distance = names[torch_fidelity.KEY_METRIC_FID]
     # The distance of a set to itself may come out as -4e-15.
-    return {**result, frechet: max(0.0, result[frechet])}
+    return {**result, distance: max(0.0, result[distance])}
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Frechet distance between the normal distributions that fit two sets of features, (n, f) and (m, f)."""
+    statistics = [fid_features_to_statistics(features) for features in (a, b)]
+    return max(0.0, fid_statistics_to_metric(*statistics, verbose=False)[torch_fidelity.KEY_METRIC_FID])
 
 
 def _calculate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import tempfile
 import warnings
@@ -38,6 +39,13 @@ FEWEST = 4
 _EARLIER = {"spacing": "uniform", "share": "length", "lift": "noise"}
 #: What a sampling mapping says that two comparable scores may differ in.
 _INCIDENTAL = ("seed", "batch", "count", "first")
+
+
+def write_shard(path: Path, images: Tensor) -> None:
+    """Write generated images, uint8 (n, 3, side, side), as a file of :class:`SampleShards`, atomically."""
+    content = io.BytesIO()
+    np.save(content, images.cpu().numpy())
+    write_atomically(path, content.getvalue())
 
 
 class SampleShards(Dataset):

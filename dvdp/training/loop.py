@@ -224,17 +224,17 @@ class Training:
         )
 
     def _step(self, step: int, batch: Tensor) -> None:
-        self.optimizer.param_groups[0]["lr"] = self.run.training.learning_rate * self._warmth(step)
+        self.optimizer.param_groups[0]["lr"] = self._learning_rate(step)
         torch.manual_seed(derive_seed(self.run.seed, "step", step, self.rank))
         self.update(level_of_step(self.process.schedule, self.run.seed, step), batch)
 
-    def _warmth(self, step: int) -> float:
-        """The share of the learning rate at a step: rises over the warm-up, falls over the cool-down."""
+    def _learning_rate(self, step: int) -> float:
+        """Of a step: rises over the warm-up, falls over the cool-down."""
         settings = self.run.training
         before, after = step * settings.batch, (step + 1) * settings.batch
         up = after / settings.warmup_images if settings.warmup_images else 1.0
         down = (self.total - before) / (settings.cooldown * self.total) if settings.cooldown else 1.0
-        return min(1.0, up, down)
+        return settings.learning_rate * min(1.0, up, down)
 
     def update(self, level: int, batch: Tensor) -> None:
         """One step of the optimiser on this rank's images, uint8 (b, 3, H, W), at a level; nothing is synchronised."""

@@ -25,13 +25,13 @@ from dvdp.evaluation.audit import (
     audit,
     describe,
     draw,
-    frechet,
     real_images,
     solver_sampling,
     starts,
     true_states,
 )
 from dvdp.evaluation.audit_figure import draw_audit
+from dvdp.evaluation.fidelity import frechet
 from dvdp.pixels import to_float, to_uint8
 from dvdp.randomness import generator
 from dvdp.sampling import Denoiser

@@ -90,7 +90,7 @@ def test_costs_relate_to_ddpm_with_the_model_without_overrides() -> None:
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_no_turning_points_are_ddpm(rule: str) -> None:
     plan = Planner(run_of(rule=rule), DATA, [300, 600]).plan(())
-    assert (plan.excess, set(plan.band_excess), plan.lift_losses) == (0, {0.0}, ())
+    assert (plan.excess, plan.lift_losses) == (0, ())
     assert (plan.training_speedup, plan.sampling_speedup) == (1, 1)
     assert plan.error > 0
 

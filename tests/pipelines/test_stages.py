@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dvdp.config import Run, parse_params
+from dvdp.config import Params, Run, parse_params
 from dvdp.models.export import load_model, save_model
 from dvdp.models.unet import build_network
-from pipelines.stages import sample_shard
+from pipelines.stages import Job, sample_shard
+from pipelines.tracked import model_file
+from pipelines.tracking import SETTING
 
 
-def a_run() -> Run:
+def params(storage: Path = Path("runs")) -> Params:
     tree = {
+        "cluster": {"storage": str(storage)},
         "dataset": {"resolution": 16},
         "settings": [{"name": "small", "process": "dvdp", "turning_points": [500]}],
         "model": {"channels": 4, "multipliers": [1, 2], "attention": [2], "head_channels": 8},
@@ -23,16 +26,21 @@ def a_run() -> Run:
         "evaluation": {"samples": 4, "kid_subset": 2},
         "training": {"preview_steps": 2},
     }
-    return parse_params(tree).runs()[0]
+    return parse_params(tree)
 
 
-def test_samples_are_drawn_as_the_params_say_now_not_as_they_said_when_the_model_was_trained(tmp_path: Path) -> None:
-    run = a_run()
+def trained(run: Run, weights: Path) -> Path:
     torch.manual_seed(0)
     network = build_network(run.model, 1)
     torch.nn.init.normal_(network.head[-1].weight)  # type: ignore[union-attr]
-    weights = tmp_path / "weights.safetensors"
-    save_model(weights, network.state_dict(), {"run": run.describe(), "band_deviations": [0.2, 0.9]})
+    about = {"run": run.describe(), "band_deviations": [0.2, 0.9], SETTING: run.setting}
+    save_model(weights, network.state_dict(), about)
+    return weights
+
+
+def test_samples_are_drawn_as_the_params_say_now_not_as_they_said_when_the_model_was_trained(tmp_path: Path) -> None:
+    (run,) = params().runs()
+    weights = trained(run, tmp_path / "weights.safetensors")
     for name, changed in {
         "same": run.sampling,
         "steps": replace(run.sampling, steps=6),
@@ -40,8 +48,23 @@ def test_samples_are_drawn_as_the_params_say_now_not_as_they_said_when_the_model
         "lift": replace(run.sampling, lift="data"),
         "spacing": replace(run.sampling, spacing="quadratic"),
     }.items():
-        sample_shard(str(weights), str(tmp_path / name), 2, 3, changed, parse_params({}).cluster)
+        sample_shard(str(weights), str(tmp_path / name), 2, 3, changed, params().cluster)
         found = np.load(tmp_path / name / "00000002.npy")
         expected = load_model(weights, sampling=changed).sample(3, first=2).numpy()
         np.testing.assert_array_equal(found, expected)
         assert (name == "same") == np.array_equal(found, np.load(tmp_path / "same" / "00000002.npy"))
+
+
+def test_a_registered_model_samples_by_default_as_its_own_setting_does(tmp_path: Path) -> None:
+    """Two settings may share a training and differ in how they sample; each registers a model of its own."""
+    (run,) = params(tmp_path).runs()
+    one = Job(params(tmp_path), run, "digest")
+    other = Job(one.params, replace(run, setting="otherwise", sampling=replace(run.sampling, steps=6)), "digest")
+    assert one.weights == other.weights
+    trained(run, one.weights)
+    assert model_file(one) == one.weights
+    model = load_model(model_file(other))
+    assert model.run.sampling.steps == 6
+    assert model.description[SETTING] == "otherwise"
+    assert model.lift_deviations is None
+    np.testing.assert_array_equal(model.sample(2), load_model(one.weights).sample(2, steps=6))
