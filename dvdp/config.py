@@ -24,6 +24,7 @@ from dvdp.schedule import ATTENUATIONS, Schedule
 
 ProcessName = Literal["ddpm", "subspace", "dvdp"]
 Target = Literal["noise", "velocity", "clean"]
+LevelDraw = Literal["all", "one"]
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,8 @@ class TrainingParams(Section):
     """Images a step, over all ranks and accumulated parts."""
     accumulation: int = 1
     """Parts of a batch that go through the network one after the other."""
+    levels: LevelDraw = "all"
+    """Of a step: all of them, each with its share of the batch, or one, with the whole batch."""
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     warmup_images: int = 5_000

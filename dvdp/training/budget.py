@@ -68,12 +68,13 @@ class Estimate:
         )
 
 
-def estimate(run: Run, network: nn.Module, step: Callable[[nn.Module, int], object], device: torch.device) -> Estimate:
-    """Time a step at each level.
+def estimate(run: Run, network: nn.Module, step: Callable[[nn.Module, int], int], device: torch.device) -> Estimate:
+    """Time what a step does at each level.
 
     Args:
         network: copied; the copy is trained a little and thrown away.
-        step: runs one whole batch of a level forward and backward through the network it is given.
+        step: runs the images that a step has of a level forward and backward through the network it is given; returns
+            how many, over all ranks.
     """
     trial = copy.deepcopy(network)
     seconds = []
@@ -81,9 +82,9 @@ def estimate(run: Run, network: nn.Module, step: Callable[[nn.Module, int], obje
         step(trial, level)
         _wait(device)
         start = time.perf_counter()
-        step(trial, level)
+        count = step(trial, level)
         _wait(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append((time.perf_counter() - start) / count)
     images = training_images(run)
     mean = sum(share * s for share, s in zip(run.schedule().shares(), seconds, strict=True))
     # Adam's two moments and the average come on top of what the trial held.
@@ -91,7 +92,7 @@ def estimate(run: Run, network: nn.Module, step: Callable[[nn.Module, int], obje
     return Estimate(
         images=images,
         flops=3 * images * mean_flops(run),
-        seconds=images / run.training.batch * mean,
+        seconds=images * mean,
         memory_bytes=peak_memory(device) + state,
     )
 

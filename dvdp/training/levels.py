@@ -1,8 +1,7 @@
-"""Which level a training step is drawn from.
+"""How a training step spreads its images over the levels.
 
-All images of a step share a level, and all ranks do the same one: drawn independently, the slowest rank would set
-the pace. Within each aligned block of 100 steps the levels' shares are exact (to one step), in an order shuffled by
-(seed, block), so that t is uniform over 1 .. T as eq. 12 asks.
+Either way t is uniform over 1 .. T in the long run, as eq. 12 asks, and all ranks do the same: drawn independently, the
+slowest rank would set the pace.
 """
 
 from __future__ import annotations
@@ -11,26 +10,42 @@ from functools import lru_cache
 
 import torch
 
+from dvdp.config import LevelDraw
 from dvdp.randomness import derive_seed, generator
 from dvdp.schedule import Schedule
 
+#: Steps over which "one" meets the levels' shares.
 BLOCK = 100
 
 
-def level_of_step(schedule: Schedule, seed: int, step: int) -> int:
-    """The level that every rank trains at ``step`` (from 0)."""
+def level_counts(schedule: Schedule, draw: LevelDraw, seed: int, step: int, images: int) -> list[int]:
+    """Images of each level, finest first, among the ``images`` that a rank sees at ``step`` (from 0).
+
+    With "all" a count is its level's share of the images, rounded up or down and right on average: the images' places
+    lie evenly over the range of t, from an offset drawn from (seed, step). With "one" all images are of one level, its
+    share exact (to one step) over each aligned block of 100 steps, in an order drawn from (seed, block).
+    """
+    if draw == "all":
+        offset = derive_seed(seed, "levels", step) / 2**63
+        return _at(schedule, torch.arange(images) + offset, images).bincount(minlength=_levels(schedule)).tolist()
     block, place = divmod(step, BLOCK)
-    return _block(schedule.turning_points, schedule.timesteps, seed, block)[place]
+    level = _block(schedule, seed, block)[place]
+    return [images if k == level else 0 for k in range(_levels(schedule))]
 
 
 @lru_cache(maxsize=2)
-def _block(turning_points: tuple[int, ...], timesteps: int, seed: int, block: int) -> list[int]:
-    """Levels of the block's steps: a stratified draw of t/T, one from each hundredth of the range.
-
-    The common offset of the strata differs from block to block, so that shares which are no hundredths are met in
-    the long run.
-    """
-    order = torch.randperm(BLOCK, generator=generator(seed, "levels", block))
+def _block(schedule: Schedule, seed: int, block: int) -> list[int]:
+    # The offset differs from block to block, so that shares which are no hundredths are met in the long run.
     offset = derive_seed(seed, "level offset", block) / 2**63
-    bounds = torch.tensor(turning_points, dtype=torch.float64) * BLOCK / timesteps
-    return torch.bucketize(order.double() + offset, bounds, right=True).tolist()
+    order = torch.randperm(BLOCK, generator=generator(seed, "levels", block))
+    return _at(schedule, order + offset, BLOCK).tolist()
+
+
+def _at(schedule: Schedule, places: torch.Tensor, end: int) -> torch.Tensor:
+    """Levels at places between 0 and ``end``, which stand for 0 and T."""
+    bounds = torch.tensor(schedule.turning_points, dtype=torch.float64) * end / schedule.timesteps
+    return torch.bucketize(places.double(), bounds, right=True)
+
+
+def _levels(schedule: Schedule) -> int:
+    return len(schedule.turning_points) + 1

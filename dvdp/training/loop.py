@@ -1,4 +1,4 @@
-"""The training loop: one level a step, progress counted in images, resumed to the bit.
+"""The training loop: progress counted in images, resumed to the bit.
 
 Runs in any process, alone or as one rank of an initialised ``torch.distributed`` group. Everything random in a step
 is a function of (run seed, step, rank), so an interrupted run goes on as if nothing had happened.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from dvdp.sampling import sample
 from dvdp.training import checkpoints, ledger
 from dvdp.training.budget import estimate, mean_flops, peak_memory, training_images
 from dvdp.training.ema import EMA
-from dvdp.training.levels import level_of_step
+from dvdp.training.levels import level_counts
 
 Say = Callable[[str], None]
 #: Shows previews: (images seen, samples as uint8 (n, 3, H, W), file to write).
@@ -168,8 +168,8 @@ class Training:
                 # Otherwise it regroups the gradients after its first step, and a resumed run adds in another order.
                 find_unused_parameters=True,
             )
-        # Sum of losses, sum of gradient norms and number of steps of each level since the last log.
-        self.window = torch.zeros(3, self.process.levels + 1, dtype=torch.float64, device=device)
+        # Since the last log: the losses of each level's images and, last, the gradient norms; their sums and numbers.
+        self.window = torch.zeros(2, self.process.levels + 2, dtype=torch.float64, device=device)
 
     def run_to_end(self, seen: int) -> None:
         """Train, log, preview, checkpoint; then write the weights.
@@ -226,7 +226,8 @@ class Training:
     def _step(self, step: int, batch: Tensor) -> None:
         self.optimizer.param_groups[0]["lr"] = self._learning_rate(step)
         torch.manual_seed(derive_seed(self.run.seed, "step", step, self.rank))
-        self.update(level_of_step(self.process.schedule, self.run.seed, step), batch)
+        counts = level_counts(self.process.schedule, self.run.training.levels, self.run.seed, step, images=len(batch))
+        self.update(batch, counts)
 
     def _learning_rate(self, step: int) -> float:
         """Of a step: rises over the warm-up, falls over the cool-down."""
@@ -236,46 +237,67 @@ class Training:
         down = (self.total - before) / (settings.cooldown * self.total) if settings.cooldown else 1.0
         return settings.learning_rate * min(1.0, up, down)
 
-    def update(self, level: int, batch: Tensor) -> None:
-        """One step of the optimiser on this rank's images, uint8 (b, 3, H, W), at a level; nothing is synchronised."""
+    def update(self, batch: Tensor, counts: Sequence[int]) -> None:
+        """One step of the optimiser; nothing is synchronised.
+
+        Args:
+            batch: this rank's images, uint8 (b, 3, H, W).
+            counts: how many of them to take for each level, finest first.
+        """
         self.optimizer.zero_grad()
-        loss = self._backward(self.live, level, batch)
+        self._backward(self.live, batch, counts)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.run.training.clip_norm)
         self.optimizer.step()
-        self.window[:, level] += torch.stack([loss, norm.detach(), torch.ones_like(loss)])
+        self.window[:, -1] += torch.stack([norm.detach(), torch.ones_like(norm)])
 
-    def _backward(self, network: nn.Module, level: int, batch: Tensor) -> Tensor:
-        """Forward and backward of a batch (uint8) at a level; the mean loss, float64, without synchronising."""
-        parts = batch.to(self.device, non_blocking=True).chunk(self.run.training.accumulation)
-        low, high = self.process.schedule.span(level)
-        bf16 = self.run.training.precision == "bf16"
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i, part in enumerate(parts):
-            x0 = to_float(part)
-            t = torch.randint(low + 1, high + 1, (len(x0),), device=self.device)
-            side = self.run.side >> level
-            noise = torch.randn((*x0.shape[:2], side, side), device=self.device)
-            x = self.process.diffuse(x0, t, noise)
-            wanted = target(self.process, self.run.model.predicts, level, t, x0, noise)
+    def _backward(self, network: nn.Module, batch: Tensor, counts: Sequence[int]) -> None:
+        """Gradients of the mean loss of a batch."""
+        batch = batch.to(self.device, non_blocking=True)
+        parts = [
+            (level, part)
+            for level, images in enumerate(batch.split(list(counts)))
+            for part in images.chunk(self.run.training.accumulation)
+            if len(part)
+        ]
+        for i, (level, part) in enumerate(parts):
             # Ranks exchange gradients once a step, after the last part.
             quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if isinstance(network, DistributedDataParallel) and i < len(parts) - 1:
                 quiet = network.no_sync()
             with quiet:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                    output = network(x, t, level)
-                loss = F.mse_loss(output.float(), wanted) * (len(part) / len(batch))
-                loss.backward()
-            total += loss.detach()
-        return total
+                loss = self._loss(network, level, part)
+                (loss * (len(part) / len(batch))).backward()
+            self.window[0, level] += loss.detach() * len(part)
+            self.window[1, level] += len(part)
+
+    def _loss(self, network: nn.Module, level: int, images: Tensor) -> Tensor:
+        """Mean loss of images, uint8 (b, 3, H, W), at timesteps drawn from a level."""
+        x0 = to_float(images)
+        low, high = self.process.schedule.span(level)
+        # One timestep from each of equal strata of the level: less noise in the loss (Kingma et al. 2021, app. I.1).
+        strata = torch.arange(len(x0), device=self.device) + torch.rand((), dtype=torch.float64, device=self.device)
+        t = (low + 1 + strata / len(x0) * (high - low)).long().clamp(max=high)
+        side = self.run.side >> level
+        noise = torch.randn((*x0.shape[:2], side, side), device=self.device)
+        x = self.process.diffuse(x0, t, noise)
+        wanted = target(self.process, self.run.model.predicts, level, t, x0, noise)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.training.precision == "bf16"):
+            output = network(x, t, level)
+        return F.mse_loss(output.float(), wanted)
 
     def _estimate(self) -> None:
-        def try_step(network: nn.Module, level: int) -> None:
-            side = self.run.side
-            size = self.run.training.batch // self.world_size
-            self._backward(network, level, torch.zeros((size, 3, side, side), dtype=torch.uint8))
+        settings, side = self.run.training, self.run.side
+        shares = self.process.schedule.shares()
 
-        expected = estimate(self.run, self.network, try_step, self.device)
+        def try_level(network: nn.Module, level: int) -> int:
+            size = settings.batch // self.world_size
+            count = max(1, round(shares[level] * size)) if settings.levels == "all" else size
+            counts = [count if k == level else 0 for k in range(len(shares))]
+            self._backward(network, torch.zeros((count, 3, side, side), dtype=torch.uint8), counts)
+            return count * self.world_size
+
+        expected = estimate(self.run, self.network, try_level, self.device)
+        self.window.zero_()
         write_atomically(self.folder / "estimate.json", json.dumps(asdict(expected), indent=2) + "\n")
         self.say(f"{self._name()}: {expected.sentence()}")
 
@@ -284,17 +306,17 @@ class Training:
         if self.world_size > 1:
             dist.all_reduce(window)
         self.window.zero_()
-        losses, norms, counts = window.cpu()
+        sums, counts = window.cpu()
         metrics: dict[str, float] = {}
         weighted = 0.0
         shares = self.process.schedule.shares()
-        present = [level for level, count in enumerate(counts.tolist()) if count]
+        present = [level for level in range(self.process.levels + 1) if counts[level]]
         for level in present:
-            metrics[f"loss/level_{level}"] = (losses[level] / counts[level]).item()
+            metrics[f"loss/level_{level}"] = (sums[level] / counts[level]).item()
             weighted += shares[level] * metrics[f"loss/level_{level}"]
         metrics["loss"] = weighted / sum(shares[level] for level in present)
-        metrics["gradient_norm"] = (norms.sum() / counts.sum()).item()
-        if not torch.isfinite(losses).all():
+        metrics["gradient_norm"] = (sums[-1] / counts[-1]).item()
+        if not torch.isfinite(sums[:-1]).all():
             raise UserError(
                 f"loss: found {metrics['loss']} after {seen:,} images of {self._name()}, expected a finite number;"
                 " lower training.learning_rate or clip_norm, or use fp32."

@@ -1,18 +1,46 @@
-"""Which level a step trains."""
+"""Which levels a step trains."""
 
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvdp import Schedule
-from dvdp.training.levels import BLOCK, level_of_step
+from dvdp.training.levels import BLOCK, level_counts
+
+
+def level_of_step(schedule: Schedule, seed: int, step: int) -> int:
+    counts = level_counts(schedule, "one", seed, step, 8)
+    assert sorted(counts) == [0] * (len(counts) - 1) + [8]
+    return counts.index(8)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.sets(st.integers(1, 999), max_size=4), st.integers(0, 5), st.integers(0, 10_000), st.integers(1, 40))
+def test_every_level_gets_its_share_of_a_batch_rounded_up_or_down(
+    points: set[int], seed: int, step: int, images: int
+) -> None:
+    schedule = Schedule.dvdp(sorted(points))
+    counts = level_counts(schedule, "all", seed, step, images)
+    assert sum(counts) == images
+    for count, share in zip(counts, schedule.shares(), strict=True):
+        assert abs(count - share * images) < 1 + 1e-9
+    assert counts == level_counts(Schedule.dvdp(sorted(points)), "all", seed, step, images), "of seed and step alone"
+
+
+@pytest.mark.parametrize("images", [1, 7, 32])
+def test_shares_of_batches_are_right_on_average(images: int) -> None:
+    schedule = Schedule.dvdp([15, 333, 601])
+    steps = 4000
+    total = torch.tensor([level_counts(schedule, "all", 0, step, images) for step in range(steps)]).sum(0)
+    assert (total / (steps * images)).tolist() == pytest.approx(schedule.shares(), abs=0.02 / images**0.5)
 
 
 @pytest.mark.parametrize("points", [[], [600], [300, 600], [250, 500, 750]])
 @pytest.mark.parametrize("block", [0, 1, 7])
-def test_every_aligned_block_of_steps_holds_exact_shares(points: list[int], block: int) -> None:
+def test_every_aligned_block_of_one_level_steps_holds_exact_shares(points: list[int], block: int) -> None:
     schedule = Schedule.dvdp(points)
     steps = range(block * BLOCK, (block + 1) * BLOCK)
     counts = Counter(level_of_step(schedule, 3, step) for step in steps)
@@ -29,9 +57,8 @@ def test_shares_that_are_no_hundredths_are_met_in_the_long_run() -> None:
 
 @settings(deadline=None, derandomize=True, max_examples=25)
 @given(st.integers(0, 10_000), st.integers(0, 5), st.integers(1, 999))
-def test_the_level_of_a_step_is_a_function_of_seed_and_step(step: int, seed: int, point: int) -> None:
-    schedule = Schedule.dvdp([point])
-    assert level_of_step(schedule, seed, step) == level_of_step(Schedule.dvdp([point]), seed, step)
+def test_the_one_level_of_a_step_is_a_function_of_seed_and_step(step: int, seed: int, point: int) -> None:
+    assert level_of_step(Schedule.dvdp([point]), seed, step) == level_of_step(Schedule.dvdp([point]), seed, step)
 
 
 def test_the_order_within_a_block_differs_between_blocks_and_seeds() -> None:

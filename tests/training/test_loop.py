@@ -150,13 +150,41 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, images: ArrayImages) -> N
         train(tiny_run(), images, tmp_path, "abc", say=quiet)
 
 
-def test_accumulated_parts_give_the_gradient_of_the_whole_batch(tmp_path: Path, images: ArrayImages) -> None:
-    # Without dropout, and with noise drawn part by part, only the draws differ: compare what a step is made of.
-    run = tiny_run(images=16, batch=8, accumulation=4, checkpoint_images=8)
-    train(run, images, tmp_path, "abc", say=quiet)
-    entries = ledger.read(tmp_path / "metrics.jsonl")
-    assert entries[-1].images == 16
-    assert 0.5 < entries[-1].metrics["loss"] < 2.0, "the loss of a step is the mean over its parts, not their sum"
+@pytest.mark.parametrize("counts", [[8, 0, 0], [3, 2, 3], [0, 1, 7]])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_step_follows_the_gradient_of_the_mean_loss_over_its_images(
+    tmp_path: Path, images: ArrayImages, counts: list[int], accumulation: int
+) -> None:
+    run = tiny_run(accumulation=accumulation)
+    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
+    # A loss that tells images and levels apart, without a draw: its gradient is the mean of its parts'.
+    weights = next(training.network.parameters())
+    batch = torch.arange(8, dtype=torch.uint8).reshape(8, 1, 1, 1).expand(8, 3, 16, 16)
+
+    def loss(network: torch.nn.Module, level: int, part: torch.Tensor) -> torch.Tensor:
+        return (weights.sum() * 10**level * part.double().mean(dim=(1, 2, 3))).mean()
+
+    training._loss = loss  # type: ignore[method-assign]
+    training._backward(training.network, batch, counts)
+    levels = np.repeat([0, 1, 2], counts)
+    expected = np.mean([10.0**level * i for i, level in enumerate(levels)])
+    torch.testing.assert_close(weights.grad, torch.full_like(weights, expected), rtol=1e-5, atol=0)
+    assert training.window[1, :3].tolist() == counts
+
+
+def test_timesteps_of_a_batch_are_one_from_each_of_equal_parts_of_the_level(
+    tmp_path: Path, images: ArrayImages
+) -> None:
+    training = Training(tiny_run(), images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
+    seen: list[torch.Tensor] = []
+    training.network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
+    for step in range(200):
+        torch.manual_seed(step)
+        training._loss(training.network, 1, torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
+    t = torch.stack(seen)  # (200, 4), of 301 .. 600
+    assert [(part.min(), part.max()) for part in t.T] == [(301 + 75 * i, 375 + 75 * i) for i in range(4)]
+    assert t.float().mean().item() == pytest.approx(450.5, abs=5)
+    torch.testing.assert_close(t[:, 1:] - t[:, :-1], torch.full((200, 3), 75))
 
 
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_over_the_cool_down(
@@ -165,9 +193,9 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_over_the_cool_down(
     run = tiny_run(warmup_images=40, cooldown=0.5, learning_rate=1.0, log_images=8, preview_images=0)
     training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
     rates = []
-    training.update = lambda level, batch: rates.append(training.optimizer.param_groups[0]["lr"])  # type: ignore[method-assign]
+    training.update = lambda batch, counts: rates.append(training.optimizer.param_groups[0]["lr"])  # type: ignore[method-assign]
     for step in range(20):
-        training._step(step, torch.zeros(0))
+        training._step(step, torch.zeros(8))
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:10] == [1.0] * 5
     assert rates[10:] == pytest.approx([1 - i / 10 for i in range(10)])
@@ -180,7 +208,7 @@ def test_one_network_a_level_trains_the_one_of_its_level_alone_and_resumes_to_th
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, networks="per_level"))
     training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
     before = {name: tensor.clone() for name, tensor in training.network.state_dict().items()}
-    training.update(1, torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8))
+    training.update(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), [0, 8, 0])
     moved = {
         name.split(".")[1] for name, tensor in training.network.state_dict().items() if (tensor != before[name]).any()
     }
