@@ -140,7 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     experiment.add_argument(
         "--reports",
         metavar="FOLDER",
-        help="where the report goes; without it, data must be as in dvc.lock and the report goes beside the runs",
+        help="where the report goes; without it, data must be as in dvc.lock, not prepared by hand, and the report goes"
+        " beside the runs",
     )
 
     draw = commands.add_parser("draw", help="Draw images from a weights file as one picture.", allow_abbrev=False)

@@ -10,7 +10,10 @@ from dvdp.errors import UserError
 def check_data_is_locked(store: Path, project: Path = Path()) -> None:
     """Raise UserError unless the prepared data set is the one that ``dvc.lock`` names."""
     if not (project / "dvc.lock").is_file():
-        raise UserError("dvc.lock: found no such file, expected the data set that a `dvc repro` has prepared.")
+        raise UserError(
+            "dvc.lock: found no such file, expected the data set that a `dvc repro` has prepared; run that, or name the"
+            " folder of the report with --reports."
+        )
     from dvc.repo import Repo
 
     with Repo(str(project)) as repo:
