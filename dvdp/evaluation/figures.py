@@ -202,7 +202,10 @@ def curves(
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    # A legend of many lines stands beside the axes, in columns that the figure makes room for.
+    columns = math.ceil(len(lines) / 18) if len(lines) > 6 else 0
+    longest = max(map(len, lines), default=0)
+    figure = Figure(figsize=(8 + columns * (0.7 + 0.08 * longest), 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     # Okabe and Ito's colours, told apart by everybody; more lines than colours differ in their dashes.
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -232,8 +235,8 @@ def curves(
     axes.set_ylabel(ylabel)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 6:
-        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    if columns:
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), ncols=columns)
     elif lines:
         axes.legend(frameon=False)
     return save_figure(figure, path)

@@ -156,8 +156,10 @@ def test_curves_repeat_and_leave_out_what_is_not_finite(tmp_path: Path) -> None:
         assert edges_are_white(picture.convert("RGB"), 2)
 
 
-def test_many_curves_are_told_apart_and_whole(tmp_path: Path) -> None:
-    lines = {f"setting-{i} with a long name": [(0.0, i), (1.0, i + 1)] for i in range(12)}
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [12, 51])
+def test_many_curves_are_told_apart_and_whole(tmp_path: Path, count: int) -> None:
+    lines = {f"setting-{i} with a long name": [(0.0, i), (1.0, i + 1)] for i in range(count)}
     with Image.open(curves(tmp_path / "many.png", lines, "Many", "x", "y")) as picture:
         assert edges_are_white(picture.convert("RGB"), 2)
 
