@@ -96,9 +96,12 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
     failures: dict[str, str] = {}
     with cluster(params.cluster) as slots:
         room = Room(slots)
-        futures = {job.name: run_setting.submit(job, room) for job in jobs(params)}
+        listed = jobs(params)
+        # The longest first, so that none runs on alone: equal FLOPs take longer on many small images.
+        longest_first = sorted(listed, key=lambda job: -training_images(job.run))
+        futures = {job.name: run_setting.submit(job, room) for job in longest_first}
         try:
-            outcomes = {name: future.result(raise_on_failure=False) for name, future in futures.items()}
+            outcomes = {job.name: futures[job.name].result(raise_on_failure=False) for job in listed}
         except BaseException:
             room.close()
             raise
