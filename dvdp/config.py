@@ -62,9 +62,10 @@ class DatasetParams(Section):
 
     name: str = "digits"
     """Names the registered models and the reports."""
-    source: Literal["digits", "image_folder", "cifar10"] = "digits"
+    source: str = "digits"
+    """One of :data:`dvdp.data.sources.SOURCES`."""
     path: Path | None = None
-    """Folder, tar or archive of the source; ``digits`` needs none."""
+    """Folder or archive of the source, which says whether it needs one."""
     resolution: int = 32
     """Side of the square images, in pixels."""
     encoding: Literal["raw", "png"] = "raw"
@@ -77,8 +78,12 @@ class DatasetParams(Section):
         self._at_least(4, "resolution")
         self._share("max_skipped")
         self._plain_name("name")
-        if self.source == "image_folder" and self.path is None:
-            raise UserError("path: found nothing, expected the folder or tar of images that image_folder reads")
+        from dvdp.data.sources import SOURCES  # Here, as sources are made from these params.
+
+        self._one_of(SOURCES, "source")
+        needs = SOURCES[self.source].needs
+        if needs and self.path is None:
+            raise UserError(f"path: found nothing, expected {needs}")
 
 
 @dataclass(frozen=True)

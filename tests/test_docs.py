@@ -4,9 +4,13 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dvdp.config import Params, SettingParams, read_params
+from dvdp.config import DatasetParams, Params, SettingParams, read_params
+from dvdp.data.prepare import prepare
+from dvdp.data.sources import SOURCES
+from dvdp.errors import UserError
 
 PROJECT = Path(__file__).parents[1]
 
@@ -45,3 +49,31 @@ def test_links_between_documents_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_source_is_documented() -> None:
+    documented = (PROJECT / "docs/data.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", documented, re.MULTILINE) == list(SOURCES)
+    row = next(line for line in (PROJECT / "docs/params.md").read_text().splitlines() if line.startswith("| `source`"))
+    assert all(f"`{name}`" in row for name in SOURCES)
+
+
+def test_the_new_source_that_the_docs_show_can_be_prepared(tmp_path: Path) -> None:
+    module, line = re.findall(r"```python\n(.*?)```", (PROJECT / "docs/data.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(module, names)
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images)
+    SOURCES.update(eval(f"{{{line}}}", names))
+    try:
+        params = DatasetParams(source="arrays", path=tmp_path / "images.npz", resolution=8)
+        assert prepare(params, tmp_path / "store").count == 5
+        np.testing.assert_array_equal([item.load() for item in SOURCES["arrays"](params)], images)
+        with pytest.raises(UserError, match=r"cannot read .*, expected an \.npz file"):
+            SOURCES["arrays"](DatasetParams(source="arrays", path=tmp_path / "gone.npz"))
+        with pytest.raises(UserError, match=r"path: found nothing, expected an \.npz file"):
+            DatasetParams(source="arrays")
+    finally:
+        del SOURCES["arrays"]
+    with pytest.raises(UserError, match="source: found 'arrays', expected one of digits, image_folder"):
+        DatasetParams(source="arrays")

@@ -3,57 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import tarfile
 import threading
 import tracemalloc
+import zipfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from data_support import add_link, encoded, encrypt, make_tar, make_tree, make_zip, png
 from PIL import Image
 
 from dvdp.config import DatasetParams
 from dvdp.data.sources import CIFAR10_LABELS, SOURCES, Cifar10, Source, UnreadableImageError, decode
 from dvdp.errors import UserError
 
-
-def png(value: int = 0, size: tuple[int, int] = (5, 4)) -> bytes:
-    return encoded(Image.new("RGB", size, (value, 0, 255 - value)))
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def make_tree(root: Path, names: list[str]) -> Path:
-    """Each image's red is its place in the list."""
-    for i, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(png(i))
-    return root
-
-
-def make_tar(path: Path, files: Mapping[str, bytes | None], mode: str = "w") -> Path:
-    """None makes a folder."""
-    with tarfile.open(path, mode) as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            if content is None:
-                member.type = tarfile.DIRTYPE
-                archive.addfile(member)
-            else:
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    return path
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
 def names(folder: Path) -> list[str]:
@@ -138,9 +108,10 @@ def test_a_label_is_the_folder_that_holds_the_image(
     tree = folder(make_tree(tmp_path / "tree", names))
     assert [item.label for item in tree] == expected
     assert tree.labels == tuple(sorted({label for label in expected if label}))
-    archive = folder(make_tar(tmp_path / "x.tar", {name: png() for name in names}))
-    assert [item.label for item in archive] == expected
-    assert archive.labels == tree.labels
+    files = {name: png() for name in names}
+    for archive in (folder(make_tar(tmp_path / "x.tar", files)), folder(make_zip(tmp_path / "x.zip", files))):
+        assert [item.label for item in archive] == expected
+        assert archive.labels == tree.labels
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -268,6 +239,72 @@ def test_the_first_images_of_a_real_tar_are_photographs() -> None:
         assert item.name.startswith(f"flowers256/{item.label}/image_")
 
 
+# Zips
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_zip_is_streamed_in_its_own_order(tmp_path: Path, kind: int) -> None:
+    files = {"set": None, "set/dog/b.png": png(7), "set/cat": None, "set/cat/a.png": png(8), "set/dog/a.png": png(9)}
+    source = folder(make_zip(tmp_path / "x.zip", files, kind))
+    assert source.count == 3
+    assert source.labels == ("cat", "dog")
+    assert names_and_labels(source) == [("set/dog/b.png", "dog"), ("set/cat/a.png", "cat"), ("set/dog/a.png", "dog")]
+    assert [int(item.load()[0, 0, 0]) for item in source] == [7, 8, 9]
+    assert names(tmp_path) == ["x.zip"]
+
+
+def test_members_of_a_zip_that_are_links_or_hidden_or_point_outside_are_left_out(tmp_path: Path) -> None:
+    outside = {"../evil.png": png(), "cat/../../evil.png": png(), "/etc/evil.png": png()}
+    hidden = {"__MACOSX/cat/._a.png": b"a resource fork", ".cache/x.png": png()}
+    others = {"cat/folder.png": None, "README.md": b"hello"}
+    path = make_zip(tmp_path / "x.zip", {"./cat/a.png": png(), **outside, **hidden, **others})
+    add_link(path, "dog/link.png", "/etc/passwd")
+    assert names_and_labels(folder(path)) == [("cat/a.png", None)]
+    assert "no images" in fails(make_zip(tmp_path / "outside.zip", outside))
+
+
+def test_a_path_may_go_on_inside_a_zip(tmp_path: Path) -> None:
+    files = {"set/test/cat/a.png": png(), "set/train/cat/b.png": png(), "set/train/dog/c.png": png()}
+    path = make_zip(tmp_path / "x.zip", files)
+    assert names_and_labels(folder(path / "set" / "train")) == [("cat/b.png", "cat"), ("dog/c.png", "dog")]
+    assert "no images" in fails(path / "set" / "valid")
+
+
+def test_a_zip_that_is_cut_short_empty_or_encrypted_is_named(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "x.zip", {f"{i}.png": encoded(NOISE) for i in range(5)})
+    whole = path.read_bytes()
+    for length in (len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:length])
+        assert "damaged" in fails(path)
+    assert "no images" in fails(make_zip(tmp_path / "empty.zip", {}))
+    path.write_bytes(whole)
+    encrypt(path)
+    assert "is encrypted ('0.png'), expected an archive without a password" in fails(path)
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_damage_to_any_part_of_a_zip_is_named(tmp_path: Path, kind: int) -> None:
+    path = make_zip(tmp_path / "x.zip", {"a/x.png": png(1)}, kind)
+    whole = path.read_bytes()
+    told = []
+    for place in range(4, len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            load_all(folder(path))
+        except UserError as error:
+            told.append(str(error))
+        except UnreadableImageError:
+            pass
+    assert len(told) > len(whole) / 3
+    assert all(text.startswith("dataset.path: ") and "\n" not in text for text in told)
+
+
+def test_a_tar_that_ends_with_a_zip_is_a_tar(tmp_path: Path) -> None:
+    inner = make_zip(tmp_path / "x.zip", {"inner.png": png()})
+    path = make_tar(tmp_path / "x.tar", {"outer.png": png(), "x.zip": inner.read_bytes()})
+    assert names_and_labels(folder(path)) == [("outer.png", None)]
+
+
 # What image files hold
 
 
@@ -317,9 +354,6 @@ def test_a_single_pixel_and_an_animation_are_images() -> None:
     assert decode(png(9, size=(1, 1))).tolist() == [[[9, 0, 246]]]
     frames = [Image.new("L", (4, 4), value) for value in (50, 100)]
     assert (decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == 50).all()
-
-
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(

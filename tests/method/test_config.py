@@ -61,6 +61,8 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
     "tiny images": ({"dataset": {"resolution": 2}}, ["dataset.resolution: found 2"]),
     "odd name": ({"dataset": {"name": "a/b"}}, ["dataset.name: found 'a/b'"]),
     "folder missing": ({"dataset": {"source": "image_folder"}}, ["dataset.path: found nothing"]),
+    "zip missing": ({"dataset": {"source": "celeba"}}, ["dataset.path: found nothing", "img_align_celeba.zip"]),
+    "unknown source": ({"dataset": {"source": "celebs"}}, ["dataset.source: found 'celebs'", "did you mean 'celeba'?"]),
     "no timesteps": ({"process": {"timesteps": 0}}, ["process.timesteps: found 0"]),
     "floor of 0": ({"process": {"floor": 0}} | setting(), ["floor: found 0.0"]),
     "dropout above 1": ({"model": {"dropout": 2}}, ["model.dropout: found 2.0"]),

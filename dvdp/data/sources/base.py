@@ -1,0 +1,97 @@
+"""What a source is, and image files as pixels."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dvdp.config import DatasetParams
+
+Pixels = NDArray[np.uint8]
+
+
+class UnreadableImageError(Exception):
+    """This one image cannot be read; the text says why."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a source."""
+
+    name: str
+    """Its path within the source, or its number."""
+    label: str | None
+    load: Callable[[], Pixels]
+    """Gives uint8 (h, w, 3), or raises UnreadableImageError. To be called before going on to the next item."""
+
+
+class Source(Protocol):
+    """Images and what is known before reading them."""
+
+    needs: str | None
+    """What ``dataset.path`` must name, in words; None if it may be left out."""
+    count: int
+    labels: tuple[str, ...]
+    """Names of the classes, sorted; empty if there are none."""
+
+    def __init__(self, params: DatasetParams) -> None: ...
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+
+def decode(content: bytes) -> Pixels:
+    """An image file as uint8 (h, w, 3) RGB, turned as its EXIF says.
+
+    Grey is repeated, 16 bits are scaled to 8, transparent pixels are laid over white, and of an animation the first
+    frame is taken.
+
+    Raises:
+        UnreadableImageError: it cannot be decoded, or its pixels have no agreed range (32-bit).
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode == "F":
+                raise UnreadableImageError("floating-point pixels")
+            if image.mode.startswith("I"):
+                grey = np.asarray(image).astype(np.int64)
+                if grey.min() < 0 or grey.max() > 65535:
+                    raise UnreadableImageError("32-bit pixels")
+                return np.repeat(np.round(grey / 257).astype(np.uint8)[:, :, None], 3, axis=2)
+            if image.has_transparency_data:
+                rgba = image.convert("RGBA")
+                rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+            else:
+                rgb = image.convert("RGB")
+            return np.asarray(rgb)
+    except UnreadableImageError:
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableImageError("no image in a known format") from None
+    except Exception as error:  # Pillow's decoders raise whatever they trip over.
+        raise UnreadableImageError(" ".join(f"{type(error).__name__}: {error}".split())) from None
+
+
+def read_and_decode(read: Callable[[], bytes]) -> Pixels:
+    """:func:`decode` of a file; raises UnreadableImageError also where it cannot be read."""
+    try:
+        content = read()
+    except OSError as error:
+        raise UnreadableImageError(error.strerror or type(error).__name__) from None
+    return decode(content)
+
+
+def of_size(image: Pixels, *sizes: tuple[int, int]) -> Pixels:
+    """The image, if it is of one of these sizes (width, height); else raises UnreadableImageError."""
+    height, width = image.shape[:2]
+    if (width, height) not in sizes:
+        expected = " or ".join(f"{w}x{h}" for w, h in sizes)
+        raise UnreadableImageError(f"{width}x{height} px, expected {expected}")
+    return image

@@ -1,0 +1,47 @@
+"""CelebA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from dvdp.config import DatasetParams
+from dvdp.data.sources.base import Item, Pixels, of_size, read_and_decode
+from dvdp.data.sources.files import Reader, counted, image_files
+
+CELEBA_COUNT = 202_599
+_SIZE = (178, 218)
+_CROP = 148
+_LEFT, _TOP = ((side - _CROP) // 2 for side in _SIZE)
+
+
+class CelebA:
+    """The aligned faces of CelebA, from the zip of its owners or a folder of it: the middle 148x148 of 178x218 px.
+
+    The crop is x from 15 to 163 and y from 35 to 183. An image of another size is unreadable. There are no labels.
+
+    Args:
+        count: expected number of images, over all three splits.
+
+    Raises:
+        UserError: the path is missing, or is no such folder or archive, or does not hold exactly ``count`` images.
+    """
+
+    needs: str | None = "img_align_celeba.zip, or a folder of it"
+    labels: tuple[str, ...] = ()
+
+    def __init__(self, params: DatasetParams, count: int = CELEBA_COUNT) -> None:
+        assert params.path is not None, "checked by DatasetParams"
+        self._path = params.path
+        self.count = counted(self._path, count, "img_align_celeba")
+
+    def __iter__(self) -> Iterator[Item]:
+        for name, read in image_files(self._path):
+            yield Item(name, None, partial(_face, read))
+
+
+def _face(read: Reader) -> Pixels:
+    image = of_size(read_and_decode(read), _SIZE)
+    return np.ascontiguousarray(image[_TOP : _TOP + _CROP, _LEFT : _LEFT + _CROP])
