@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Remarks on a score are in its record, and shown with it.
     warnings.filterwarnings("ignore", category=UserWarning, module="pipelines")
     try:
-        if options.command in (_train, _sample, _evaluate, _audit, _plan, _experiment):
+        if options.command in (_train, _sample, _evaluate, _audit, _plan, _experiment, _report):
             _use_services()
         return options.command(options) or 0
     except UserError as error:
@@ -143,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
         help="where the report goes; without it, data must be as in dvc.lock, not prepared by hand, and the report goes"
         " beside the runs",
     )
+
+    report = add("report", _report, "Write the paper's tables with its numbers and ours side by side, from MLflow.")
+    report.add_argument("--out", default="reports/paper", metavar="FOLDER", help="default: reports/paper")
 
     draw = commands.add_parser("draw", help="Draw images from a weights file as one picture.", allow_abbrev=False)
     draw.add_argument("weights", metavar="WEIGHTS", help="weights.safetensors of a finished run")
@@ -311,6 +314,20 @@ def _experiment(options: argparse.Namespace) -> int:
         raise outcome
     print(f"dvdp: {state.message}", file=sys.stderr)
     return 1
+
+
+def _report(options: argparse.Namespace) -> None:
+    from pipelines.tables_report import write_tables
+    from pipelines.tracking import TrackingAway
+
+    try:
+        report = write_tables(read_params(options.params), Path(options.out))
+    except TrackingAway:
+        raise UserError(
+            "MLFLOW_TRACKING_URI: found no answer from MLflow there, which holds our scores, expected a server that"
+            " runs; start it, or unset the variable to use mlflow.db here."
+        ) from None
+    print("\n".join([report.found, *map(str, report.files)]))
 
 
 def _draw(options: argparse.Namespace) -> None:

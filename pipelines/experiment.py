@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -36,7 +36,17 @@ from pipelines.cluster import cluster
 from pipelines.comparison import Result, Row, as_text, best, compare, legend, table
 from pipelines.places import Places
 from pipelines.report import Report, draw_samples, write_report
-from pipelines.stages import Job, check_scorable, draw_process, jobs, sample_job, score_job, train_job
+from pipelines.stages import (
+    Job,
+    check_scorable,
+    draw_process,
+    jobs,
+    sample_job,
+    score_job,
+    seconds_per_sample,
+    train_job,
+)
+from pipelines.tables_report import write_tables
 from pipelines.tracked import description, model_file, model_name, tracked
 from pipelines.unchanged import check_data_is_locked
 
@@ -52,26 +62,6 @@ class _OneSentence(logging.Filter):
 
 for _name in ("prefect.task_runs", "prefect.flow_runs"):
     logging.getLogger(_name).addFilter(_OneSentence())
-
-
-class Room:
-    """Lets a number of settings run at a time, and none any more once it is closed (Ctrl-C)."""
-
-    def __init__(self, slots: int) -> None:
-        self._slots = threading.BoundedSemaphore(slots)
-        self._closed = threading.Event()
-
-    @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
-        """Wait for a slot and hold it."""
-        with self._slots:
-            if self._closed.is_set():
-                raise RuntimeError("interrupted before it began")
-            yield
-
-    def close(self) -> None:
-        """Let no further setting begin."""
-        self._closed.set()
 
 
 @flow(name="experiment")
@@ -95,16 +85,14 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
     results: list[Result] = []
     failures: dict[str, str] = {}
     with cluster(params.cluster) as slots:
-        room = Room(slots)
-        listed = jobs(params)
+        futures, room, listed = {}, threading.Semaphore(slots), jobs(params)
         # The longest first, so that none runs on alone: equal FLOPs take longer on many small images.
-        longest_first = sorted(listed, key=lambda job: -training_images(job.run))
-        futures = {job.name: run_setting.submit(job, room) for job in longest_first}
-        try:
-            outcomes = {job.name: futures[job.name].result(raise_on_failure=False) for job in listed}
-        except BaseException:
-            room.close()
-            raise
+        for job in sorted(listed, key=lambda job: -training_images(job.run)):
+            # As many at a time as there is room for; after Ctrl-C, which is heard here, none begins any more.
+            room.acquire()
+            futures[job.name] = run_setting.submit(job)
+            futures[job.name].add_done_callback(lambda _: room.release())
+        outcomes = {job.name: futures[job.name].result(raise_on_failure=False) for job in listed}
     for name, outcome in outcomes.items():
         if isinstance(outcome, Result):
             results.append(outcome)
@@ -120,23 +108,22 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
 
 
 @task(task_run_name="{job.name}", cache_policy=NO_CACHE)
-def run_setting(job: Job, room: Room) -> Result:
-    """One setting from training to registration; as many at a time as the cluster has room for."""
-    with room.taken():
-        try:
-            train(job)
-            sample(job)
-            record = score(job)
-        except BaseException:
-            # As well as MLflow answers: it is no reason to fail differently.
-            with contextlib.suppress(Exception):
-                tracked(job).set_status("FAILED")
-            raise
-        try:
-            register(job, record)
-        except tracking.TrackingAway as away:
-            return Result(job, record, problem=str(away))
-        return Result(job, record)
+def run_setting(job: Job) -> Result:
+    """One setting from training to registration."""
+    try:
+        train(job)
+        sample(job)
+        record = score(job)
+    except BaseException:
+        # As well as MLflow answers: it is no reason to fail differently.
+        with contextlib.suppress(Exception):
+            tracked(job).set_status("FAILED")
+        raise
+    try:
+        register(job, record)
+    except tracking.TrackingAway as away:
+        return Result(job, record, problem=str(away))
+    return Result(job, record)
 
 
 @task(task_run_name="train {job.name}", cache_policy=NO_CACHE)
@@ -178,7 +165,8 @@ def register(job: Job, record: ScoreRecord) -> None:
     client = tracking.connect()
     with tracking.LedgerSync(client, job.folder, lambda: tracked(job)), tracking.reaching(client, job.folder):
         run = tracked(job)
-        run.set_metrics(record.metrics, step=training_images(job.run))
+        measured = {**record.metrics, "seconds_per_sample": seconds_per_sample(job)}
+        run.set_metrics(measured, step=training_images(job.run))
         run.log_json("score.json", json.loads(record.to_json()))
         run.log_file(job.folder / "estimate.json")
         run.log_json("params.json", json.loads(json.dumps(dataclasses.asdict(job.params), default=str)))
@@ -234,6 +222,8 @@ def _compare_in_mlflow(results: list[Result], rows: list[Row], report: Report) -
         parent.set_metrics({f"{row.setting}/{name}": value for row in rows for name, value in row.metrics.items()}, 0)
         parent.log_file(report.contact_sheet)
         parent.log_file(report.page)
+        for file in write_tables(params, report.folder / "paper").files:
+            parent.log_file(file, "paper")
         parent.set_tags({"dvdp.best_setting": best(rows).setting, **tracking.provenance(store=Places.of(params).store)})
         tracking.adopt(parent, {result.job.name: tracked(result.job) for result in results}, report.text)
         get_run_logger().info("%s", registry.promote(client, model_name(params)).text)

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,7 +96,7 @@ def _scored_runs(params: Params, run: Run, digest: str) -> Iterator[tuple[Run, S
 
     try:
         client = tracking.connect()
-        with tracking.reaching(client, params.cluster.storage), tempfile.TemporaryDirectory() as folder:
+        with tracking.reaching(client, params.cluster.storage):
             experiment = client.get_experiment_by_name(params.tracking.experiment)
             places = [experiment.experiment_id] if experiment else []
             wanted = f"tags.`{tracking.DATASET_DIGEST}` = '{digest}' and attributes.status = 'FINISHED'"
@@ -106,12 +105,11 @@ def _scored_runs(params: Params, run: Run, digest: str) -> Iterator[tuple[Run, S
                 if alike is None:
                     continue
                 identity = {**training_identity(alike), "flip": params.dataset.flip}
-                name = "score.json"
-                if tracking.flatten(identity) != entry.data.params or not any(
-                    artifact.path == name for artifact in client.list_artifacts(entry.info.run_id)
-                ):
+                if tracking.flatten(identity) != entry.data.params:
                     continue
-                text = Path(client.download_artifacts(entry.info.run_id, name, folder)).read_text()
+                text = tracking.read_text(client, entry.info.run_id, "score.json")
+                if text is None:
+                    continue
                 with contextlib.suppress(UserError):  # of another release
                     yield alike, ScoreRecord.from_json(text)
     except tracking.TrackingAway:

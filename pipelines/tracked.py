@@ -48,7 +48,7 @@ def description(job: Job) -> dict[str, str]:
         tracking.SEED: str(job.run.seed),
         tracking.TURNING_POINTS: json.dumps(job.run.turning_points),
         tracking.PARAMS_DIGEST: digest,
-        "dvdp.dataset": job.params.dataset.name,
+        tracking.DATASET: job.params.dataset.name,
         **tracking.provenance(store=Places.of(job.params).store),
     }
 

@@ -62,6 +62,7 @@ COMPARISON_HASH = "dvdp.comparison_hash"
 #: Tags that lead back to where a run, or a version of a model, comes from.
 GIT_COMMIT = "dvdp.git_commit"
 DVC_HASH = "dvdp.dvc_hash"
+DATASET = "dvdp.dataset"
 DATASET_DIGEST = "dvdp.dataset_digest"
 PARAMS_DIGEST = "dvdp.params_digest"
 SETTING = "dvdp.setting"
@@ -177,7 +178,7 @@ class TrackedRun:
             sample: a few images, for the shape and type that MLflow shows; they are not stored.
         """
         # The digest is what leads back to the data; a path of this machine would not.
-        source = CodeDatasetSource(tags={"dvdp.dataset": name, DATASET_DIGEST: digest})
+        source = CodeDatasetSource(tags={DATASET: name, DATASET_DIGEST: digest})
         dataset = from_numpy(sample, source=source, name=name, digest=digest[:_MAX_DIGEST])
         tags = [InputTag(mlflow_tags.MLFLOW_DATASET_CONTEXT, context)]
         self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
@@ -252,6 +253,14 @@ def adopt(parent: TrackedRun, children: Mapping[str, TrackedRun], summary: str =
     side_by_side = f"[Side by side](#/compare-runs?{query}), or one by one:"
     note = "\n".join([*([summary, ""] if summary else []), side_by_side, "", *lines])
     parent.set_tags({mlflow_tags.MLFLOW_RUN_NOTE: note, "dvdp.children": runs})
+
+
+def read_text(client: MlflowClient, run_id: str, path: str) -> str | None:
+    """A text artifact at the top of a run; None where there is none."""
+    if not any(artifact.path == path for artifact in client.list_artifacts(run_id)):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(client.download_artifacts(run_id, path, folder)).read_text()
 
 
 def provenance(project: Path | str = ".", store: Path | None = None) -> dict[str, str]:

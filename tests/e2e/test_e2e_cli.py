@@ -64,7 +64,8 @@ def answer(
         del os.environ[name]
 
 
-COMMANDS = ("check", "prepare", "extractor", "reference", "train", "sample", "evaluate", "audit", "plan", "experiment")
+NEED_DATA = ("extractor", "reference", "train", "sample", "evaluate", "audit", "plan", "experiment")
+COMMANDS = ("check", "prepare", "report", *NEED_DATA)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -136,7 +137,7 @@ def test_sources_without_images_are_named(answer: Answer, tmp_path: Path) -> Non
     assert "dataset.path: found nothing" in answer("prepare", change=section("dataset", source="image_folder"))
 
 
-@pytest.mark.parametrize("command", COMMANDS[2:])
+@pytest.mark.parametrize("command", NEED_DATA)
 def test_what_needs_a_data_set_says_to_prepare_it(answer: Answer, command: str) -> None:
     said = answer(command, *(("--reports", "reports") if command == "experiment" else ()))
     assert said.startswith("data set: found no store at 'data/digits/store'")

@@ -39,4 +39,7 @@ def test_a_setting_that_fails_does_not_stop_the_others(project: Callable[..., Pr
         "ddpm": "FINISHED",
         "comparison on digits": "FINISHED",
     }
+    paper = client.list_artifacts(found["comparison on digits"].info.run_id, "paper")
+    assert {artifact.path for artifact in paper} == {f"paper/tables.{kind}" for kind in ("csv", "html", "md")}
+    assert found["ddpm"].data.metrics["seconds_per_sample"] > 0
     assert [v.run_id for v in client.search_model_versions("name = 'dvdp-digits'")] == [found["ddpm"].info.run_id]
