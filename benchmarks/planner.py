@@ -39,11 +39,12 @@ def main() -> None:
     params = read_params(options.params)
     metadata = ImageStore(Places.of(params).store).metadata
     runs = [params.run(setting, params.seeds[0]) for setting in params.settings]
-    found = {entry.turning_points: entry for entry in trained_settings(params, runs[-1], metadata.digest)}
-    missing = [run.setting for run in runs if run.turning_points not in found]
+    known = trained_settings(params, runs[-1], metadata.digest)
+    found = {(entry.kind, entry.turning_points): entry for entry in known}
+    missing = [run.setting for run in runs if (run.kind, run.turning_points) not in found]
     if missing:
         raise UserError(f"{options.params}: found no scores of {', '.join(missing)} in MLflow; train them first.")
-    trained = [found[run.turning_points] for run in runs]
+    trained = [found[run.kind, run.turning_points] for run in runs]
     points = [t for run in runs for t in run.turning_points]
     planner = Planner(runs[-1], band_deviations(metadata), points)
     plans = [planner.plan(run.turning_points) for run in runs]
