@@ -34,7 +34,7 @@ def main() -> None:
     print(f"real: {_sure(network, torch.from_numpy(store.images(range(len(store)))))}")
     for file in sorted((project / params.cluster.storage).glob("*/run.json")):
         name = json.loads(file.read_text())["run"]["setting"]
-        for folder in sorted((file.parent / "samples").iterdir()):
+        for folder in sorted(file.parent.glob("samples/*")):
             shards = SampleShards(folder)
             print(f"{name}: {_sure(network, torch.stack([shards[i] for i in range(len(shards))]))}")
 

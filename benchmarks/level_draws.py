@@ -23,6 +23,7 @@ from benchmarks.machine import machine
 from benchmarks.study import prepared, sampled_metrics
 from dvdp.config import Params, Run, read_params
 from dvdp.data.store import ImageStore
+from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.identity import sampling_hash, training_hash
 from dvdp.training.loop import train
@@ -40,7 +41,9 @@ def main() -> None:
     torch.set_num_threads(1)
     params = read_params(options.params)
     store = prepared(params, options.work / params.dataset.name, None)
-    setting = next(s for s in params.settings if s.turning_points == (300, 600))
+    setting = next((s for s in params.settings if s.turning_points == (300, 600)), None)
+    if setting is None:
+        raise UserError(f"{options.params}: found no setting with turning points [300, 600], expected one; add it.")
     rows: list[dict[str, object]] = []
     for seed in options.seeds:
         run = params.run(setting, seed)
@@ -63,7 +66,8 @@ def _row(params: Params, run: Run, store: ImageStore, work: Path) -> dict[str, o
     trained = training_hash(run, store.metadata.digest, params.dataset.flip, 1)
     folder = work / "runs" / trained
     start = time.perf_counter()
-    train(run, store, folder, trained, flip=params.dataset.flip)
+    deviations = {"band_deviations": store.metadata.band_deviations(len(run.turning_points))}
+    train(run, store, folder, trained, flip=params.dataset.flip, description=deviations)
     seconds = folder / "seconds.json"
     if not seconds.exists():
         write_atomically(seconds, json.dumps(time.perf_counter() - start))

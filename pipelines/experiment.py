@@ -29,7 +29,7 @@ from dvdp.config import read_params
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.evaluation.scores import ScoreRecord
-from dvdp.training.budget import training_images
+from dvdp.training.budget import relative_flops, training_images
 from dvdp.training.loop import is_finished
 from pipelines import registry, tracking
 from pipelines.cluster import cluster
@@ -86,8 +86,8 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
     failures: dict[str, str] = {}
     with cluster(params.cluster) as slots:
         futures, room, listed = {}, threading.Semaphore(slots), jobs(params)
-        # The longest first, so that none runs on alone: equal FLOPs take longer on many small images.
-        for job in sorted(listed, key=lambda job: -training_images(job.run)):
+        # The longest first, so that none runs on alone.
+        for job in sorted(listed, key=_length, reverse=True):
             # As many at a time as there is room for; after Ctrl-C, which is heard here, none begins any more.
             room.acquire()
             futures[job.name] = run_setting.submit(job)
@@ -105,6 +105,11 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
     # All that MLflow has not got is told once.
     problems = [f"{name} failed: {failure}" for name, failure in failures.items()] + [*filter(None, away)][-1:]
     return Failed(message="; ".join(problems)) if problems else None
+
+
+def _length(job: Job) -> float:
+    """How long a setting trains, roughly and relative to others: by its FLOPs, and some by its images."""
+    return training_images(job.run) * (relative_flops(job.run) + 0.2)
 
 
 @task(task_run_name="{job.name}", cache_policy=NO_CACHE)

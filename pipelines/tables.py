@@ -218,13 +218,17 @@ def _line(table: Table, row: Row, group: dict[Row, dict[int, Measured]]) -> Line
 def _differences(table: Table, row: Row, measured: Measured) -> list[str]:
     """What keeps a score from being compared with the paper's."""
     run, record = measured.run, measured.record
-    steps = row.sampling[1] if row.sampling else TIMESTEPS
-    networks = "per_level" if table.two_networks else run.model.networks
+    rule, steps = row.sampling or ("ddpm", TIMESTEPS)
+    networks, other = ("per_level", "shared") if table.two_networks else ("shared", "per_level")
+    words = {"shared": "one network for all levels", "per_level": "one for each level"}
     checks = (
         (record.extractor == "inception", f"{record.headline}, which is not FID"),
         (record.samples == table.samples, f"{record.samples:,} samples, not {table.samples:,}"),
         (run.sampling.steps == steps, f"{run.sampling.steps} steps, not {steps}"),
+        (run.sampling.rule == rule, f"{run.sampling.rule}, not {rule}"),
+        (run.sampling.spacing == "uniform", f"{run.sampling.spacing} spacing"),
+        (run.sampling.lift == "noise", "a lift with the variance of the data"),
         (run.process.timesteps == TIMESTEPS, f"T = {run.process.timesteps}, not {TIMESTEPS}"),
-        (run.model.networks == networks, "one network for all levels, not one for each"),
+        (not run.turning_points or run.model.networks == networks, f"{words[other]}, not {words[networks]}"),
     )
     return [text for same, text in checks if not same]

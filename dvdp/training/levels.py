@@ -27,7 +27,11 @@ def level_counts(schedule: Schedule, draw: LevelDraw, seed: int, step: int, imag
     """
     if draw == "all":
         offset = derive_seed(seed, "levels", step) / 2**63
-        return _at(schedule, torch.arange(images) + offset, images).bincount(minlength=_levels(schedule)).tolist()
+        return (
+            _at(schedule, torch.arange(images, dtype=torch.float64) + offset, images)
+            .bincount(minlength=_levels(schedule))
+            .tolist()
+        )
     block, place = divmod(step, BLOCK)
     level = _block(schedule, seed, block)[place]
     return [images if k == level else 0 for k in range(_levels(schedule))]
@@ -38,13 +42,13 @@ def _block(schedule: Schedule, seed: int, block: int) -> list[int]:
     # The offset differs from block to block, so that shares which are no hundredths are met in the long run.
     offset = derive_seed(seed, "level offset", block) / 2**63
     order = torch.randperm(BLOCK, generator=generator(seed, "levels", block))
-    return _at(schedule, order + offset, BLOCK).tolist()
+    return _at(schedule, order.double() + offset, BLOCK).tolist()
 
 
 def _at(schedule: Schedule, places: torch.Tensor, end: int) -> torch.Tensor:
     """Levels at places between 0 and ``end``, which stand for 0 and T."""
     bounds = torch.tensor(schedule.turning_points, dtype=torch.float64) * end / schedule.timesteps
-    return torch.bucketize(places.double(), bounds, right=True)
+    return torch.bucketize(places, bounds, right=True)
 
 
 def _levels(schedule: Schedule) -> int:
