@@ -160,6 +160,22 @@ def test_scores_on_other_terms_are_marked_and_the_footnote_says_what_differs(pro
         assert "7.00" in text
 
 
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"sampling": {"rule": "ddim"}}, "ddim, not ddpm"),
+        ({"sampling": {"spacing": "quadratic"}}, "quadratic spacing"),
+        ({"sampling": {"lift": "data"}}, "a lift with the variance of the data"),
+        ({"model": {**SMALL, "networks": "per_level"}}, "one for each level, not one network for all levels"),
+    ],
+)
+def test_true_fid_by_other_means_than_the_papers_is_marked_too(
+    project: Path, change: dict[str, Any], differs: str
+) -> None:
+    ran(empty_store(project), (600,), [3.0], **change)
+    assert report()["Table 1", "CIFAR-10 32", "DVDP {600}"]["differs"] == differs
+
+
 def test_of_several_groups_of_runs_the_one_nearest_to_the_paper_is_shown_whole(project: Path) -> None:
     client = empty_store(project)
     ran(client, (), [3.0])
