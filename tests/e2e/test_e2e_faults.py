@@ -64,7 +64,8 @@ def test_an_interrupted_experiment_ends_soon_and_goes_on_where_it_stopped(
     project: MakeProject, undisturbed: Project
 ) -> None:
     here = project(seeds=[0, 1])
-    calm = undisturbed.runs()["ddpm"]
+    # The first to begin, as it takes longest.
+    calm = undisturbed.runs()["dvdp-600"]
     stopped = here.folder / "runs" / calm.name
     process = here.start("dvdp", "experiment", "--reports", "reports")
     wait_until(lambda: list(stopped.glob("checkpoints/*.safetensors")), process)
@@ -79,7 +80,7 @@ def test_an_interrupted_experiment_ends_soon_and_goes_on_where_it_stopped(
     assert len(list(here.folder.glob("runs/*/run.json"))) <= 2, "no further setting began"
     assert not list(here.folder.glob("runs/*/weights.safetensors")), "interrupted in the middle"
 
-    command = ("dvdp", "train", "--setting", "ddpm", "--seed", "0", "--resume")
+    command = ("dvdp", "train", "--setting", "dvdp-600", "--seed", "0", "--resume")
     assert "going on after" in here.finish(here.start(*command))
     assert_same_weights(calm, stopped)
     assert losses(calm) == losses(stopped)
