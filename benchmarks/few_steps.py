@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import machine
-from benchmarks.study import prepared, sampled_metrics
+from benchmarks.study import metric, prepared, sampled_metrics
 from dvdp.config import Params, Run, SamplingParams, read_params
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
@@ -64,19 +64,15 @@ def main() -> None:
                     continue
                 rows.append(_row(run, way, _score(params, run, way, options.work, folder), many))
                 print(json.dumps(rows[-1]), flush=True)
-                content = {"machine": machine(), "metric": _metric(params), "summary": _summary(rows), "runs": rows}
+                content = {"machine": machine(), "metric": metric(params), "summary": _summary(rows), "runs": rows}
                 write_atomically(options.out, json.dumps(content, indent=2) + "\n")
     if not rows:
         raise UserError(f"--work: found no trained run in '{options.work}', expected those of benchmarks/study.py.")
 
 
-def _metric(params: Params) -> str:
-    return f"fd_{params.evaluation.extractor}"
-
-
 def _score(params: Params, run: Run, sampling: SamplingParams, work: Path, folder: Path) -> float:
     samples = folder / "samples" / sampling_hash(replace(run, sampling=sampling), folder.name)
-    return sampled_metrics(params, sampling, folder / "weights.safetensors", samples, work)[_metric(params)]
+    return sampled_metrics(params, sampling, folder / "weights.safetensors", samples, work)[metric(params)]
 
 
 def _row(run: Run, way: SamplingParams, found: float, many: float) -> dict[str, object]:

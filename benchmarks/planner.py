@@ -59,7 +59,8 @@ def main() -> None:
 
     def ranked(measure: Callable[[Plan], float]) -> float:
         held = slice(FEWEST, None)
-        return _rank([measure(plan) for plan in plans[held]], [entry.mean for entry in trained[held]])
+        scores = [entry.mean for entry in trained[held]]
+        return float(spearmanr([measure(plan) for plan in plans[held]], scores).statistic)
 
     content = {
         "machine": machine(),
@@ -84,10 +85,6 @@ def main() -> None:
     write_atomically(options.out, json.dumps(content, indent=2) + "\n")
     print(json.dumps(content, indent=2))
     _draw(options.picture, trained, [expect(plan) for plan in plans], trained[0].record.headline)
-
-
-def _rank(a: Sequence[float], b: Sequence[float]) -> float:
-    return float(spearmanr(a, b).statistic)
 
 
 def _draw(path: Path, trained: Sequence[Trained], expected: Sequence[float], metric: str) -> None:

@@ -69,6 +69,19 @@ def prepared(params: Params, folder: Path, path: Path | None) -> ImageStore:
 
 
 def _result(params: Params, run: Run, store: ImageStore, work: Path) -> dict[str, object]:
+    result = {"setting": run.setting, "seed": run.seed, "images": training_images(run)}
+    result |= trained_and_scored(params, run, store, work)
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def metric(params: Params) -> str:
+    """The name of the Frechet distance."""
+    return f"fd_{params.evaluation.extractor}"
+
+
+def trained_and_scored(params: Params, run: Run, store: ImageStore, work: Path) -> dict[str, float]:
+    """Seconds and scores of a run; what is trained or sampled already is kept."""
     trained = training_hash(run, store.metadata.digest, params.dataset.flip, 1)
     folder = work / "runs" / trained
     start = time.perf_counter()
@@ -79,16 +92,11 @@ def _result(params: Params, run: Run, store: ImageStore, work: Path) -> dict[str
         write_atomically(folder / "seconds.json", json.dumps(seconds))
     samples = folder / "samples" / sampling_hash(run, trained)
     metrics = sampled_metrics(params, run.sampling, folder / "weights.safetensors", samples, work)
-    result = {
-        "setting": run.setting,
-        "seed": run.seed,
-        "images": training_images(run),
+    return {
         "training_seconds": round(json.loads((folder / "seconds.json").read_text()), 1),
         "sampling_seconds": round(json.loads((samples / "seconds.json").read_text()), 1),
         **{name: round(value, 4) for name, value in metrics.items()},
     }
-    print(json.dumps(result), flush=True)
-    return result
 
 
 def sampled_metrics(
@@ -108,10 +116,9 @@ def sampled_metrics(
 
 def _summary(params: Params, results: list[dict[str, object]], work: Path) -> dict[str, object]:
     reference = read_reference(work / params.dataset.name / "reference")
-    metric = f"fd_{params.evaluation.extractor}"
     means = {}
     for setting in params.settings:
-        values = [float(str(r[metric])) for r in results if r["setting"] == setting.name]
+        values = [float(str(r[metric(params)])) for r in results if r["setting"] == setting.name]
         if values:
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             means[setting.name] = {"mean": statistics.mean(values), "spread": spread, "seeds": len(values)}
@@ -120,7 +127,7 @@ def _summary(params: Params, results: list[dict[str, object]], work: Path) -> di
         "data": {"name": params.dataset.name, "digest": reference.data_digest, "images": reference.count},
         "anchors": reference.anchors,
         "sampling": {"rule": params.sampling.rule, "steps": params.sampling.steps, "count": params.sampling.count},
-        "metric": metric,
+        "metric": metric(params),
         "summary": means,
         "runs": results,
     }
