@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
+from dvdp.data.sources import SOURCES
 from dvdp.errors import UserError, did_you_mean
 from dvdp.grids import SPACINGS, share_steps
 from dvdp.rules import RULES
@@ -78,8 +79,6 @@ class DatasetParams(Section):
         self._at_least(4, "resolution")
         self._share("max_skipped")
         self._plain_name("name")
-        from dvdp.data.sources import SOURCES  # Here, as sources are made from these params.
-
         self._one_of(SOURCES, "source")
         needs = SOURCES[self.source].needs
         if needs and self.path is None:

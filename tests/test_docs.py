@@ -68,12 +68,12 @@ def test_the_new_source_that_the_docs_show_can_be_prepared(tmp_path: Path) -> No
     try:
         params = DatasetParams(source="arrays", path=tmp_path / "images.npz", resolution=8)
         assert prepare(params, tmp_path / "store").count == 5
-        np.testing.assert_array_equal([item.load() for item in SOURCES["arrays"](params)], images)
+        np.testing.assert_array_equal([item.load() for item in SOURCES["arrays"](params.path)], images)
         np.save(tmp_path / "single.npy", images)
         (tmp_path / "short.npz").write_bytes((tmp_path / "images.npz").read_bytes()[:-30])
         for wrong in ("gone.npz", "single.npy", "short.npz"):
             with pytest.raises(UserError, match=r"cannot read .*, expected an \.npz file"):
-                SOURCES["arrays"](DatasetParams(source="arrays", path=tmp_path / wrong))
+                SOURCES["arrays"](tmp_path / wrong)
         with pytest.raises(UserError, match=r"path: found nothing, expected an \.npz file"):
             DatasetParams(source="arrays")
     finally:

@@ -37,7 +37,7 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
             raise UserError(
                 f"data set: another preparation of '{out}' is running and holds '{lock}'; wait for it, or end it."
             )
-        source = SOURCES[params.source](params)
+        source = SOURCES[params.source](params.path)
         # Seconds to import, so after the first mistakes are found.
         from dvdp.data.transforms import prepare_transform
 

@@ -19,7 +19,6 @@ import pytest
 from data_support import add_link, encoded, encrypt, make_tar, make_tree, make_zip, png
 from PIL import Image
 
-from dvdp.config import DatasetParams
 from dvdp.data.sources import CIFAR10_LABELS, SOURCES, Cifar10, Source, UnreadableImageError, decode
 from dvdp.errors import UserError
 
@@ -31,7 +30,7 @@ def names(folder: Path) -> list[str]:
 
 
 def folder(path: Path) -> Source:
-    return SOURCES["image_folder"](DatasetParams(source="image_folder", path=path))
+    return SOURCES["image_folder"](path)
 
 
 def names_and_labels(source: Source) -> list[tuple[str, str | None]]:
@@ -55,7 +54,7 @@ def fails(path: Path) -> str:
 
 
 def test_digits_are_their_scans_in_grey() -> None:
-    source = SOURCES["digits"](DatasetParams())
+    source = SOURCES["digits"](None)
     items = list(source)
     assert len(items) == source.count == 1797
     assert source.labels == tuple("0123456789")
@@ -404,8 +403,8 @@ def test_the_training_split_of_cifar10_is_read_from_archive_and_folder(tmp_path:
     for name, content in cifar.items():
         (unpacked / name).write_bytes(content)
     expected = np.frombuffer(cifar["data_batch_1.bin"] + cifar["data_batch_2.bin"], np.uint8).reshape(20, 3073)
-    archive = Cifar10(DatasetParams(source="cifar10", path=path), md5=md5)
-    tree = SOURCES["cifar10"](DatasetParams(source="cifar10", path=unpacked))
+    archive = Cifar10(path, md5=md5)
+    tree = SOURCES["cifar10"](unpacked)
     for source in (archive, tree):
         assert source.count == 20
         assert source.labels == CIFAR10_LABELS
@@ -419,7 +418,7 @@ def test_the_training_split_of_cifar10_is_read_from_archive_and_folder(tmp_path:
 
 def cifar_fails(path: Path | None, **options: str) -> str:
     with pytest.raises(UserError) as error:
-        list(Cifar10(DatasetParams(source="cifar10", path=path), **options))
+        list(Cifar10(path, **options))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -455,11 +454,11 @@ def test_cifar10_is_downloaded_once_and_checked(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path, md5 = cifar_archive(tmp_path / "served" / "cifar.tar.gz", cifar)
-    url, params = f"{address}/cifar.tar.gz", DatasetParams(source="cifar10")
+    url = f"{address}/cifar.tar.gz"
     assert "MD5" in cifar_fails(None, url=url)
     assert names(tmp_path / "cache" / "dvdp") == []
-    assert Cifar10(params, url=url, md5=md5).count == 20
+    assert Cifar10(None, url=url, md5=md5).count == 20
     path.unlink()
-    assert Cifar10(params, url=url, md5=md5).count == 20
+    assert Cifar10(None, url=url, md5=md5).count == 20
     assert "fetch that file by other means" in cifar_fails(None, url=f"{address}/other.tar.gz", md5=md5)
     assert names(tmp_path / "cache" / "dvdp") == ["cifar.tar.gz"]

@@ -22,10 +22,6 @@ from dvdp.data.store import StoreWriter
 from dvdp.errors import UserError
 
 
-def params(source: str, path: Path) -> DatasetParams:
-    return DatasetParams(source=source, path=path)
-
-
 def unpacked(root: Path, files: Mapping[str, bytes | None]) -> Path:
     for name, content in files.items():
         if content is not None:
@@ -60,7 +56,7 @@ CELEBA = {
 
 def celeba_fails(path: Path, count: int = 3) -> str:
     with pytest.raises(UserError) as error:
-        CelebA(params("celeba", path), count)
+        CelebA(path, count)
     return one_sentence(error)
 
 
@@ -73,7 +69,7 @@ def test_celeba_is_the_middle_148_pixels_of_its_zip_tar_or_folder(tmp_path: Path
         (folder, sorted(names)),
         (folder / "img_align_celeba", ["000001.jpg", "000002.jpg", "000003.jpg"]),
     ):
-        source = CelebA(params("celeba", path), count=3)
+        source = CelebA(path, count=3)
         assert (source.count, source.labels) == (3, ())
         assert [(item.name, item.label) for item in source] == [(name, None) for name in expected]
         for item in source:
@@ -94,7 +90,7 @@ def test_celeba_of_jpegs_becomes_a_store(tmp_path: Path, monkeypatch: pytest.Mon
 def test_faces_of_another_size_are_unreadable(tmp_path: Path) -> None:
     sizes = [(178, 218), (218, 178), (178, 219), (64, 64)]
     files = {f"{i}.jpg": encoded(Image.new("RGB", size), "JPEG") for i, size in enumerate(sizes)}
-    first, *others = CelebA(params("celeba", unpacked(tmp_path, files)), count=4)
+    first, *others = CelebA(unpacked(tmp_path, files), count=4)
     assert first.load().shape == (148, 148, 3)
     for item, (width, height) in zip(others, sizes[1:], strict=True):
         with pytest.raises(UnreadableImageError, match=f"{width}x{height} px, expected 178x218"):
@@ -104,7 +100,7 @@ def test_faces_of_another_size_are_unreadable(tmp_path: Path) -> None:
 def test_wrong_counts_of_celeba_are_named(tmp_path: Path) -> None:
     path = make_zip(tmp_path / "x.zip", CELEBA)
     with pytest.raises(UserError) as error:
-        SOURCES["celeba"](params("celeba", path))
+        SOURCES["celeba"](path)
     assert f"found 3 images in '{path}', expected the 202,599 of img_align_celeba" in one_sentence(error)
     assert "found 3 images" in celeba_fails(path, count=2)
     (tmp_path / "empty").mkdir()
@@ -114,7 +110,7 @@ def test_wrong_counts_of_celeba_are_named(tmp_path: Path) -> None:
 
 def test_members_outside_of_celebas_folder_do_not_count(tmp_path: Path) -> None:
     outside = {"../000004.jpg": png(), "/img_align_celeba/000005.jpg": png(), "__MACOSX/._000001.jpg": b"fork"}
-    assert CelebA(params("celeba", make_zip(tmp_path / "x.zip", {**CELEBA, **outside})), count=3).count == 3
+    assert CelebA(make_zip(tmp_path / "x.zip", {**CELEBA, **outside}), count=3).count == 3
 
 
 def test_a_damaged_or_encrypted_zip_of_celeba_is_named(tmp_path: Path) -> None:
@@ -146,7 +142,7 @@ def test_the_thousands_of_ffhq_are_no_classes(tmp_path: Path) -> None:
         (make_zip(tmp_path / "x.zip", FFHQ), "images1024x1024/"),
         (make_tar(tmp_path / "x.tar", FFHQ) / "images1024x1024", ""),
     ):
-        source = Ffhq(params("ffhq", path), count=3)
+        source = Ffhq(path, count=3)
         assert (source.count, source.labels) == (3, ())
         assert [(item.name, item.label) for item in source] == [(above + name, None) for name in inside]
         assert [int(item.load()[0, 0, 0]) for item in source] == [0, 1, 2]
@@ -154,7 +150,7 @@ def test_the_thousands_of_ffhq_are_no_classes(tmp_path: Path) -> None:
 
 def test_faces_of_ffhq_are_of_its_two_sizes_and_photographs_in_the_wild_are_not(tmp_path: Path) -> None:
     sizes = {"0.png": (1024, 1024), "1.png": (128, 128), "2.png": (1024, 768)}
-    source = Ffhq(params("ffhq", unpacked(tmp_path, {k: png(0, v) for k, v in sizes.items()})), count=3)
+    source = Ffhq(unpacked(tmp_path, {k: png(0, v) for k, v in sizes.items()}), count=3)
     large, small, wild = source
     assert large.load().shape == (1024, 1024, 3)
     assert small.load().shape == (128, 128, 3)
@@ -166,10 +162,10 @@ def test_wrong_counts_of_ffhq_are_named(tmp_path: Path) -> None:
     thumbnails = {name.replace("images1024x1024", "thumbnails128x128"): content for name, content in FFHQ.items()}
     both = unpacked(tmp_path / "ffhq-dataset", {**FFHQ, **thumbnails})
     with pytest.raises(UserError) as error:
-        SOURCES["ffhq"](params("ffhq", both))
+        SOURCES["ffhq"](both)
     assert "found 6 images" in one_sentence(error)
     assert "expected the 70,000 of images1024x1024 or thumbnails128x128; give these alone" in one_sentence(error)
-    assert Ffhq(params("ffhq", both / "thumbnails128x128"), count=3).count == 3
+    assert Ffhq(both / "thumbnails128x128", count=3).count == 3
 
 
 # LSUN
@@ -194,7 +190,7 @@ LSUN = {key: webp(i) if i % 2 else encoded(Image.new("L", (20, 16), i), "JPEG") 
 
 def lsun_fails(path: Path) -> str:
     with pytest.raises(UserError) as error:
-        Lsun(params("lsun", path))
+        Lsun(path)
     return one_sentence(error)
 
 
@@ -203,7 +199,7 @@ def test_lsun_is_streamed_in_the_order_of_its_keys_and_stays_as_it_is(tmp_path: 
     (path / "lock.mdb").unlink()
     before = (path / "data.mdb").read_bytes()
     path.chmod(0o555)
-    source = Lsun(params("lsun", path))
+    source = Lsun(path)
     assert (source.count, source.labels) == (100, ())
     order = sorted(KEYS)
     for _ in range(2):
@@ -215,7 +211,7 @@ def test_lsun_is_streamed_in_the_order_of_its_keys_and_stays_as_it_is(tmp_path: 
 
 
 def test_an_item_of_lsun_that_is_read_too_late_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
-    items = list(Lsun(params("lsun", make_lmdb(tmp_path / "x", LSUN))))
+    items = list(Lsun(make_lmdb(tmp_path / "x", LSUN)))
     with pytest.raises(UserError):
         items[0].load()
 
@@ -223,7 +219,7 @@ def test_an_item_of_lsun_that_is_read_too_late_is_an_error_and_not_a_crash(tmp_p
 def test_a_damaged_record_of_lsun_is_unreadable_alone(tmp_path: Path) -> None:
     records = {**LSUN, KEYS[0]: b"", KEYS[5]: LSUN[KEYS[5]][:20]}
     unreadable = []
-    for item in Lsun(params("lsun", make_lmdb(tmp_path / "x", records))):
+    for item in Lsun(make_lmdb(tmp_path / "x", records)):
         try:
             item.load()
         except UnreadableImageError:

@@ -1,7 +1,7 @@
 """Where images come from. Every source streams them, always in the same order, and unpacks nothing to disk.
 
-A source is made from the ``dataset`` section of params.yaml by :data:`SOURCES`; making it looks through names, counts
-and checksums, so that mistakes show before any work. Iterating it yields an :class:`Item` for each image.
+A source is made from ``dataset.path`` of params.yaml by :data:`SOURCES`; making it looks through names, counts and
+checksums, so that mistakes show before any work. Iterating it yields an :class:`Item` for each image.
 """
 
 from dvdp.data.sources.base import Item, Pixels, Source, UnreadableImageError, decode

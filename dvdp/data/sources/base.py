@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-
-from dvdp.config import DatasetParams
 
 Pixels = NDArray[np.uint8]
 
@@ -40,7 +39,7 @@ class Source(Protocol):
     labels: tuple[str, ...]
     """Names of the classes, sorted; empty if there are none."""
 
-    def __init__(self, params: DatasetParams) -> None: ...
+    def __init__(self, path: Path | None) -> None: ...
 
     def __iter__(self) -> Iterator[Item]: ...
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from dvdp.config import DatasetParams
 from dvdp.data.sources.base import Item, Pixels, of_size, read_and_decode
 from dvdp.data.sources.files import Reader, counted, image_files
 
@@ -32,9 +32,9 @@ class CelebA:
     needs: str | None = "img_align_celeba.zip, or a folder of it"
     labels: tuple[str, ...] = ()
 
-    def __init__(self, params: DatasetParams, count: int = CELEBA_COUNT) -> None:
-        assert params.path is not None, "checked by DatasetParams"
-        self._path = params.path
+    def __init__(self, path: Path | None, count: int = CELEBA_COUNT) -> None:
+        assert path is not None, "checked by DatasetParams"
+        self._path = path
         self.count = counted(self._path, count, "img_align_celeba")
 
     def __iter__(self) -> Iterator[Item]:

@@ -15,7 +15,6 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from dvdp.config import DatasetParams
 from dvdp.data.sources.base import Item
 from dvdp.data.sources.files import open_tar_member, opened_tar
 from dvdp.errors import UserError
@@ -41,8 +40,8 @@ class Cifar10:
     needs: str | None = None
     labels: tuple[str, ...] = CIFAR10_LABELS
 
-    def __init__(self, params: DatasetParams, url: str = CIFAR10_URL, md5: str = CIFAR10_MD5) -> None:
-        self._path = params.path or _downloaded(url, md5)
+    def __init__(self, path: Path | None, url: str = CIFAR10_URL, md5: str = CIFAR10_MD5) -> None:
+        self._path = path or _downloaded(url, md5)
         if not self._path.exists():
             raise UserError(
                 f"dataset.path: found nothing at '{self._path}', expected cifar-10-binary.tar.gz, or leave it out to"

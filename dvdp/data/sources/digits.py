@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from dvdp.config import DatasetParams
 from dvdp.data.sources.base import Item
 
 
@@ -16,7 +16,7 @@ class Digits:
 
     needs: str | None = None
 
-    def __init__(self, params: DatasetParams) -> None:
+    def __init__(self, path: Path | None) -> None:
         from sklearn.datasets import load_digits
 
         data = load_digits()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
-from dvdp.config import DatasetParams
 from dvdp.data.sources.base import Item, Pixels, of_size, read_and_decode
 from dvdp.data.sources.files import Reader, counted, image_files
 
@@ -29,9 +29,9 @@ class Ffhq:
     needs: str | None = "the folder or archive of images1024x1024 or thumbnails128x128"
     labels: tuple[str, ...] = ()
 
-    def __init__(self, params: DatasetParams, count: int = FFHQ_COUNT) -> None:
-        assert params.path is not None, "checked by DatasetParams"
-        self._path = params.path
+    def __init__(self, path: Path | None, count: int = FFHQ_COUNT) -> None:
+        assert path is not None, "checked by DatasetParams"
+        self._path = path
         self.count = counted(self._path, count, "images1024x1024 or thumbnails128x128")
 
     def __iter__(self) -> Iterator[Item]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
-from dvdp.config import DatasetParams
 from dvdp.data.sources.base import Item, read_and_decode
 from dvdp.data.sources.files import IMAGE_SUFFIXES, image_files, looked_through
 from dvdp.errors import UserError
@@ -25,9 +24,9 @@ class ImageFolder:
 
     needs: str | None = "the folder, tar or zip of images to read"
 
-    def __init__(self, params: DatasetParams) -> None:
-        assert params.path is not None, "checked by DatasetParams"
-        self._path = params.path
+    def __init__(self, path: Path | None) -> None:
+        assert path is not None, "checked by DatasetParams"
+        self._path = path
         self.count = 0
         folders: set[tuple[str, ...]] = set()
         for name, _ in looked_through(self._path):

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from dvdp.config import DatasetParams
 from dvdp.data.sources.base import Item, Pixels, UnreadableImageError, decode
 from dvdp.errors import UserError
 
@@ -29,9 +29,9 @@ class Lsun:
     needs: str | None = "the folder that a zip of LSUN unpacks to, such as bedroom_train_lmdb"
     labels: tuple[str, ...] = ()
 
-    def __init__(self, params: DatasetParams) -> None:
-        assert params.path is not None, "checked by DatasetParams"
-        self._path = params.path
+    def __init__(self, path: Path | None) -> None:
+        assert path is not None, "checked by DatasetParams"
+        self._path = path
         with self._opened() as environment, environment.begin() as transaction:
             self.count: int = environment.stat()["entries"]
             if not any(_is_image(value) for _, value in islice(transaction.cursor(), _PROBED)):
