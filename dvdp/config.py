@@ -207,6 +207,8 @@ class TrainingParams(Section):
     """Parts of a batch that go through the network one after the other."""
     levels: LevelDraw = "all"
     """Of a step: all of them, each with its share of the batch, or one, with the whole batch."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for the matrices of the network and AdamW for the rest."""
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     warmup_images: int = 5_000

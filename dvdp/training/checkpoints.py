@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from dvdp import tensors
@@ -61,22 +60,6 @@ def read(file: Path, training_hash: str) -> Checkpoint:
             " resume with the params it was made with, or start in another folder."
         )
     return Checkpoint(about["images"], state)
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state as named tensors."""
-    state: Mapping[int, Mapping[str, Any]] = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
-
-
-def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: Mapping[str, Tensor]) -> None:
-    """The inverse of :func:`pack_optimizer`; learning rate and the like stay as they are."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in packed.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def pack(prefix: str, module: nn.Module) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from dvdp.training import checkpoints, ledger
 from dvdp.training.budget import estimate, mean_flops, peak_memory, training_images
 from dvdp.training.ema import EMA
 from dvdp.training.levels import level_counts
+from dvdp.training.optimizer import build_optimizers, pack_optimizers, unpack_optimizers
 
 Say = Callable[[str], None]
 #: Shows previews: (images seen, samples as uint8 (n, 3, H, W), file to write).
@@ -154,12 +155,8 @@ class Training:
         torch.manual_seed(derive_seed(run.seed, "weights"))
         self.network = build_network(run.model, self.process.levels).to(device)
         self.ema = EMA(self.network, run.training.ema_halflife_images, run.training.ema_ramp)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=run.training.learning_rate,
-            weight_decay=run.training.weight_decay,
-            fused=True,
-        )
+        self.optimizers = build_optimizers(self.network, run.training)
+        self.learning_rate = run.training.learning_rate
         self.live: nn.Module = self.network
         if self.world_size > 1:
             self.live = DistributedDataParallel(
@@ -224,7 +221,7 @@ class Training:
         )
 
     def _step(self, step: int, batch: Tensor) -> None:
-        self.optimizer.param_groups[0]["lr"] = self._learning_rate(step)
+        self.learning_rate = self._learning_rate(step)
         torch.manual_seed(derive_seed(self.run.seed, "step", step, self.rank))
         counts = level_counts(self.process.schedule, self.run.training.levels, self.run.seed, step, images=len(batch))
         self.update(batch, counts)
@@ -238,16 +235,18 @@ class Training:
         return settings.learning_rate * min(1.0, up, down)
 
     def update(self, batch: Tensor, counts: Sequence[int]) -> None:
-        """One step of the optimiser; nothing is synchronised.
+        """One step of the optimisers at :attr:`learning_rate`; nothing is synchronised.
 
         Args:
             batch: this rank's images, uint8 (b, 3, H, W).
             counts: how many of them to take for each level, finest first.
         """
-        self.optimizer.zero_grad()
+        self.network.zero_grad()
         self._backward(self.live, batch, counts)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.run.training.clip_norm)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = self.learning_rate
+            optimizer.step()
         self.window[:, -1] += torch.stack([norm.detach(), torch.ones_like(norm)])
 
     def _backward(self, network: nn.Module, batch: Tensor, counts: Sequence[int]) -> None:
@@ -321,7 +320,7 @@ class Training:
                 f"loss: found {metrics['loss']} after {seen:,} images of {self._name()}, expected a finite number;"
                 " lower training.learning_rate or clip_norm, or use fp32."
             )
-        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        metrics["learning_rate"] = self.learning_rate
         metrics["images_per_second"] = rate
         metrics["tflops_per_second"] = 3 * mean_flops(self.run) * rate / 1e12
         metrics["memory_gib"] = peak_memory(self.device) / 2**30
@@ -343,7 +342,7 @@ class Training:
             tensors = {
                 **checkpoints.pack("model", self.network),
                 **checkpoints.pack("ema", self.ema.network),
-                **checkpoints.pack_optimizer(self.optimizer),
+                **pack_optimizers(self.optimizers),
                 "window": self.window,
             }
             checkpoints.write(
@@ -358,7 +357,7 @@ class Training:
         checkpoint = checkpoints.read(path, self.hash)
         checkpoints.unpack("model", self.network, checkpoint.tensors)
         checkpoints.unpack("ema", self.ema.network, checkpoint.tensors)
-        checkpoints.unpack_optimizer(self.optimizer, checkpoint.tensors)
+        unpack_optimizers(self.optimizers, checkpoint.tensors)
         if self.rank == 0:
             self.window.copy_(checkpoint.tensors["window"])
             self.say(f"{self._name()}: going on after {seen:,} of {self.total:,} images")

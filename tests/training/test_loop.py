@@ -67,20 +67,31 @@ def stop_after(seen: int):
 
 
 @pytest.mark.parametrize(
-    ("predicts", "precision"), [("noise", "fp32"), ("noise", "bf16"), ("velocity", "fp32"), ("clean", "fp32")]
+    ("predicts", "precision", "optimizer"),
+    [
+        ("noise", "fp32", "adamw"),
+        ("noise", "bf16", "adamw"),
+        ("velocity", "fp32", "adamw"),
+        ("velocity", "fp32", "muon"),
+        ("clean", "fp32", "adamw"),
+    ],
 )
 def test_training_lowers_the_loss_of_every_target(
-    tmp_path: Path, images: ArrayImages, predicts: str, precision: str
+    tmp_path: Path, images: ArrayImages, predicts: str, precision: str, optimizer: str
 ) -> None:
-    run = tiny_run(images=1600, learning_rate=5e-3, log_images=400, preview_images=0, precision=precision)
+    settings = {"precision": precision, "optimizer": optimizer}
+    run = tiny_run(images=1600, learning_rate=5e-3, log_images=400, preview_images=0, **settings)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, predicts=predicts))
     train(run, images, tmp_path, "abc", say=quiet)
     losses = [entry.metrics["loss"] for entry in ledger.read(tmp_path / "metrics.jsonl")]
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path, images: ArrayImages) -> None:
-    run = tiny_run()
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(
+    tmp_path: Path, images: ArrayImages, optimizer: str
+) -> None:
+    run = tiny_run(optimizer=optimizer)
     train(run, images, tmp_path / "whole", "abc", flip=True, say=quiet)
     for stop in (72, 120):
         with pytest.raises(InterruptedHere):
@@ -193,7 +204,7 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_over_the_cool_down(
     run = tiny_run(warmup_images=40, cooldown=0.5, learning_rate=1.0, log_images=8, preview_images=0)
     training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
     rates = []
-    training.update = lambda batch, counts: rates.append(training.optimizer.param_groups[0]["lr"])  # type: ignore[method-assign]
+    training.update = lambda batch, counts: rates.append(training.learning_rate)  # type: ignore[method-assign]
     for step in range(20):
         training._step(step, torch.zeros(8))
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
