@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import typing
 from collections.abc import Collection, Mapping
@@ -69,7 +70,15 @@ class DatasetParams(Section):
     """Folder or archive of the source, which says whether it needs one."""
     resolution: int = 32
     """Side of the square images, in pixels."""
-    encoding: Literal["raw", "png"] = "raw"
+    encoding: Literal["raw", "png", "jpeg"] = "raw"
+    jpeg_quality: int = 95
+    """Of encoding jpeg, from 1 to 100."""
+    deduplicate: bool = False
+    """Leave out images that equal an earlier one once they are resized."""
+    shard_gib: float = 8.0
+    """A file of the store that has grown to this many GiB is closed, and the next one begun."""
+    workers: int = 0
+    """Processes that decode, resize and encode; 0 does it in the one that reads and writes. The result is the same."""
     flip: bool = False
     """Mirror images at random when training."""
     max_skipped: float = 0.01
@@ -77,7 +86,12 @@ class DatasetParams(Section):
 
     def __post_init__(self) -> None:
         self._at_least(4, "resolution")
+        self._at_least(0, "workers")
         self._share("max_skipped")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise UserError(f"jpeg_quality: found {self.jpeg_quality}, expected a whole number from 1 to 100")
+        if not 0 < self.shard_gib < math.inf:
+            raise UserError(f"shard_gib: found {self.shard_gib}, expected a number of GiB above 0")
         self._plain_name("name")
         self._one_of(SOURCES, "source")
         needs = SOURCES[self.source].needs

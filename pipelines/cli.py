@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
 
     add("check", _check, "Read the params and say what each setting will cost; runs nothing.")
     add("prepare", _prepare, "Turn raw images into LMDB (DVC stage).")
+    add("verify", _verify, "Check every prepared image against its digest, and name the damaged ones.")
+    stats = add("stats", _stats, "Say what the prepared data set is, in numbers and as a picture.")
+    stats.add_argument(
+        "--out", default="contact_sheet.png", metavar="FILE", help="the picture, a .png; default: contact_sheet.png"
+    )
     add("extractor", _extractor, "Train the network that scores are made with (DVC stage).")
     add("reference", _reference, "Compute the features of the real images (DVC stage).")
 
@@ -159,6 +164,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _picture(name: str) -> Path:
+    if Path(name).suffix.lower() != ".png":
+        raise UserError(f"--out: found '{name}', expected a name that ends in .png.")
+    return Path(name)
+
+
 def _check(options: argparse.Namespace) -> None:
     from dvdp.training.budget import mean_flops, relative_flops, training_images
 
@@ -178,6 +189,20 @@ def _prepare(options: argparse.Namespace) -> None:
     from pipelines.stages import prepare_data
 
     prepare_data(read_params(options.params))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from pipelines.stages import verify_data
+
+    print(verify_data(read_params(options.params)))
+
+
+def _stats(options: argparse.Namespace) -> None:
+    from pipelines.stages import data_sheet, describe_data
+
+    params, out = read_params(options.params), _picture(options.out)
+    print(describe_data(params))
+    print(data_sheet(params, out))
 
 
 def _extractor(options: argparse.Namespace) -> None:
@@ -278,9 +303,7 @@ def _chosen(options: argparse.Namespace) -> tuple[Params, list]:
 def _plan(options: argparse.Namespace) -> None:
     from pipelines.plan import Question, plan, print_divergences
 
-    params, out = read_params(options.params), Path(options.out)
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out: found '{out}', expected a name that ends in .png.")
+    params, out = read_params(options.params), _picture(options.out)
     seconds = tuple(options.seconds) if options.seconds else None
     question = Question(options.steps, options.rule, options.tolerance, options.levels, seconds)
     plan(params, question, out)
@@ -336,11 +359,9 @@ def _draw(options: argparse.Namespace) -> None:
     from dvdp.evaluation.figures import grid, save_png
     from dvdp.models.export import load_model
 
-    out = Path(options.out)
+    out = _picture(options.out)
     if options.count < 1:
         raise UserError(f"--count: found {options.count}, expected at least 1.")
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out: found '{out}', expected a name that ends in .png.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: found no GPU that torch can use here, expected one; leave out --device.")
     model = load_model(options.weights, options.device)

@@ -7,6 +7,7 @@ They know Ray (through :mod:`pipelines.cluster`) but neither Prefect nor MLflow,
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from dvdp.config import ClusterParams, Params, Run, SamplingParams
 from dvdp.data.prepare import prepare
 from dvdp.data.store import ImageStore
+from dvdp.data.verify import verify
 from dvdp.errors import UserError
 from dvdp.evaluation import figures
 from dvdp.evaluation.extractors import Extractor, inception_extractor, load_extractor, train_extractor
@@ -37,7 +40,47 @@ def prepare_data(params: Params) -> None:
     """DVC stage ``prepare``: raw images to LMDB."""
     places = Places.of(params)
     metadata = prepare(params.dataset, places.store, places.data / "prepare.json")
-    print(f"{metadata.count:,} images of {metadata.resolution} px in {places.store}, {metadata.skipped} skipped")
+    left_out = f"{metadata.skipped} skipped" + (f", {metadata.duplicates} duplicates" if metadata.duplicates else "")
+    print(f"{metadata.count:,} images of {metadata.resolution} px in {places.store}, {left_out}")
+
+
+def verify_data(params: Params) -> str:
+    """Check every image of the prepared data set; one line for people, or a UserError that names the damaged ones."""
+    store = Places.of(params).store
+    metadata = verify(store, max(1, params.dataset.workers))
+    return f"{metadata.count:,} images in {store} are as they were prepared, digest {metadata.digest}"
+
+
+def describe_data(params: Params) -> str:
+    """The prepared data set in numbers, for people."""
+    metadata = ImageStore(Places.of(params).store).metadata
+    encoding = metadata.encoding + (f" of quality {metadata.jpeg_quality}" if metadata.jpeg_quality else "")
+    labels = [*zip(metadata.labels, metadata.label_counts, strict=False), ("none", metadata.label_counts[-1])]
+    numbers = {
+        "data set": f"{metadata.name}, from {metadata.source}, digest {metadata.digest}",
+        "images": f"{metadata.count:,} of {metadata.resolution} px",
+        "left out": f"{metadata.skipped:,} unreadable, {metadata.duplicates:,} duplicates",
+        "stored as": f"{encoding}, {sum(metadata.shard_bytes):,} bytes, files: {len(metadata.shard_bytes)}",
+        "labels": ", ".join(f"{label} {count:,}" for label, count in labels if count),
+        # Of images in [-1, 1], as networks see them.
+        "mean": ", ".join(f"{name} {x:.4f}" for name, x in zip(("red", "green", "blue"), metadata.means, strict=True)),
+        "deviation": ", ".join(f"band {i} {x:.4f}" for i, x in enumerate(metadata.detail_deviations)),
+        "of levels": ", ".join(f"level {i} {x:.4f}" for i, x in enumerate(metadata.level_deviations)),
+    }
+    return "\n".join(f"{name:<10} {text}" for name, text in numbers.items() if text)
+
+
+#: Images of a data set's contact sheet, at most, and how many pixels each is wide, at most.
+SHEET_IMAGES, SHEET_SIDE = 64, 256
+
+
+def data_sheet(params: Params, out: Path) -> Path:
+    """A picture of images from all over the prepared data set."""
+    store = ImageStore(Places.of(params).store)
+    chosen = np.unique(np.linspace(0, len(store) - 1, SHEET_IMAGES).round().astype(int)).tolist()
+    shrink = math.ceil(store.metadata.resolution / SHEET_SIDE)
+    tiles = [Image.fromarray(store[index][0].transpose(1, 2, 0)).reduce(shrink) for index in chosen]
+    return figures.save_png(figures.grid(np.stack([np.asarray(tile).transpose(2, 0, 1) for tile in tiles])), out)
 
 
 def make_extractor(params: Params) -> None:

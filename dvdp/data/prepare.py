@@ -1,35 +1,79 @@
-"""From a source to a store: the `prepare` stage."""
+"""From a source to a store: the `prepare` stage.
+
+This process reads files and writes the store; other processes decode, resize and encode what lies in between. Chunks of
+images go out and come back in the order of the source, so that nothing depends on how many processes there are.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from dvdp.config import DatasetParams
-from dvdp.data.sources import SOURCES, UnreadableImageError
-from dvdp.data.store import StoreMetadata, StoreWriter
+from dvdp.data.parallel import mapped
+from dvdp.data.records import Form, Records, encode
+from dvdp.data.sources import SOURCES, Item, Pixels, Source, UnreadableImageError
+from dvdp.data.sources.files import fingerprint
+from dvdp.data.store import StoreMetadata
+from dvdp.data.writer import StoreWriter, Tally
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
 
-#: Unreadable images that the report names; beyond, it only counts them.
-MOST_NAMES = 100
+#: A chunk is as many images as are about so many bytes when raw, between so few and so many of them..
+_RAW_BYTES, _FEWEST, _MOST = 4 << 20, 4, 256
+#: .. and ends early when the source's own bytes are this many.
+_SOURCE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """An image as its source holds it, on its way to another process."""
+
+    name: str
+    label: int
+    content: Any
+    decode: Callable[[Any], Pixels]
+    problem: str = ""
+    """Why there is no content."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A chunk on its way back."""
+
+    images: int
+    """Read or skipped."""
+    skipped: list[tuple[str, str]]
+    """Name and reason."""
+    names: list[str]
+    """Of the others."""
+    records: Records
 
 
 def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> StoreMetadata:
     """Read all images of the data set, resize them, and write them into a store.
 
+    What an interrupted preparation of the same data set has done is kept, and gone on with. The result is the same.
+
     Args:
         out: the store's folder; replaced, at the very end, if it is there.
-        report: a JSON file for what was found: counts, unreadable images by name, digest, deviations of the bands.
-            Also written when too many are unreadable. The same images give the same report.
+        report: a JSON file for what was found: counts, images left out by name, digest, deviations of the bands. Also
+            written when too many are unreadable. The same images give the same report.
 
     Raises:
-        UserError: the source is missing or wrong, more than ``max_skipped`` of its images are unreadable, or another
-            preparation of the same store is running.
+        UserError: the source is missing or wrong, more than ``max_skipped`` of its images are unreadable, the disk is
+            full, a worker was killed, or another preparation of the same store is running.
     """
     lock = out.with_name(f".{out.name}.lock")
     with locked(lock, patience=0) as free:
@@ -38,68 +82,158 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
                 f"data set: another preparation of '{out}' is running and holds '{lock}'; wait for it, or end it."
             )
         source = SOURCES[params.source](params.path)
-        # Seconds to import, so after the first mistakes are found.
-        from dvdp.data.transforms import prepare_transform
-
-        transform = prepare_transform(params.resolution)
-        skipped: dict[str, str] = {}
-        labels: Counter[str | None] = Counter()
-        index = {label: i for i, label in enumerate(source.labels)}
+        form = Form(params.resolution, params.encoding, params.jpeg_quality if params.encoding == "jpeg" else None)
         with StoreWriter(
             out,
             name=params.name,
             source=params.source,
-            resolution=params.resolution,
-            encoding=params.encoding,
+            form=form,
             labels=source.labels,
+            deduplicate=params.deduplicate,
+            shard_bytes=round(params.shard_gib * 2**30),
+            identity=_identity(params, source),
         ) as writer:
-            for item in tqdm(source, total=source.count, desc=f"prepare {params.name}", unit="image", disable=None):
-                try:
-                    image = item.load()
-                except UnreadableImageError as error:
-                    skipped[item.name] = str(error)
-                    if len(skipped) > params.max_skipped * source.count:
-                        break
-                    continue
-                writer.add(transform(image), -1 if item.label is None else index[item.label])
-                labels[item.label] += 1
-
-            found = {
-                "name": params.name,
-                "source": params.source,
-                "images_found": source.count,
-                "skipped": len(skipped),
-                "skipped_images": dict(list(skipped.items())[:MOST_NAMES]),
-            }
-            if len(skipped) > params.max_skipped * source.count:
-                _write_report(report, {**found, "failed": "too many unreadable images"})
-                name, reason = next(iter(skipped.items()))
-                raise UserError(
-                    f"dataset: found {len(skipped)} unreadable images among {source.count}, '{name}' first ({reason}),"
-                    f" expected at most {params.max_skipped:g} of them by dataset.max_skipped; mend or remove them"
-                    + (f", '{report}' names them." if report else ".")
-                )
-            if not labels:
-                raise UserError(f"dataset: all {source.count} images are unreadable, expected at least one.")
-            metadata = writer.finish(len(skipped))
-        _write_report(
-            report,
-            {
-                **found,
-                "count": metadata.count,
-                "resolution": metadata.resolution,
-                "encoding": metadata.encoding,
-                "digest": metadata.digest,
-                # A list: DVC would make a column of each entry of a mapping.
-                "labels": [{"label": label, "images": labels[label]} for label in metadata.labels],
-                "unlabelled": labels[None],
-                "detail_deviations": metadata.detail_deviations,
-                "level_deviations": metadata.level_deviations,
-            },
-        )
-        return metadata
+            _fill(writer, source, form, params, report)
+            metadata = writer.finish()
+            # Before the store is in place: a kill in between is made up for by the same command.
+            _write_report(report, params, source, writer.tally, _of_store(metadata))
+    return metadata
 
 
-def _write_report(path: Path | None, content: dict[str, Any]) -> None:
-    if path:
-        write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def _fill(writer: StoreWriter, source: Source, form: Form, params: DatasetParams, report: Path | None) -> None:
+    """Write what is not there yet."""
+    tally = writer.tally
+    index = {label: i for i, label in enumerate(source.labels)}
+    raws = (_raw(item, index) for item in islice(source, tally.position, None))
+    chunks = mapped(partial(_prepared, form), _chunks(raws, form.resolution), params.workers)
+    bar = tqdm(initial=tally.position, total=source.count, desc=f"prepare {params.name}", unit="image", disable=None)
+    try:
+        with closing(chunks), bar:
+            for chunk in chunks:
+                for name, reason in chunk.skipped:
+                    tally.skip(name, reason)
+                    _check_skipped(tally, params, source, report)
+                for name, twin in zip(chunk.names, writer.add(chunk.records), strict=True):
+                    if twin is not None:
+                        tally.leave_out(name, twin)
+                tally.position += chunk.images
+                writer.checkpoint()
+                bar.update(chunk.images)
+    except BrokenProcessPool:
+        raise UserError(
+            "dataset.workers: a process that prepares images was ended from outside, often for lack of memory; run the"
+            f" same command, which goes on from here, with fewer than {params.workers}."
+        ) from None
+    _check_skipped(tally, params, source, report)
+    if not writer.count:
+        raise UserError(f"dataset: all {source.count} images are unreadable, expected at least one.")
+
+
+def _raw(item: Item, index: dict[str, int]) -> _Raw:
+    label = -1 if item.label is None else index[item.label]
+    try:
+        return _Raw(item.name, label, item.read(), item.decode)
+    except UnreadableImageError as error:
+        return _Raw(item.name, label, b"", item.decode, str(error))
+
+
+def _chunks(raws: Iterable[_Raw], resolution: int) -> Iterator[list[_Raw]]:
+    most = min(max(_FEWEST, _RAW_BYTES // (3 * resolution**2)), _MOST)
+    chunk: list[_Raw] = []
+    size = 0
+    for raw in raws:
+        chunk.append(raw)
+        size += memoryview(raw.content).nbytes
+        if len(chunk) == most or size >= _SOURCE_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _prepared(form: Form, chunk: list[_Raw]) -> _Prepared:
+    """Runs in a worker."""
+    transform = _transform(form.resolution)
+    skipped, names, labels, images = [], [], [], []
+    for raw in chunk:
+        try:
+            if raw.problem:
+                raise UnreadableImageError(raw.problem)
+            images.append(transform(raw.decode(raw.content)))
+        except UnreadableImageError as error:
+            skipped.append((raw.name, str(error)))
+        else:
+            names.append(raw.name)
+            labels.append(raw.label)
+    return _Prepared(len(chunk), skipped, names, encode(images, labels, form))
+
+
+@lru_cache(maxsize=1)
+def _transform(resolution: int) -> Callable[[Pixels], Pixels]:
+    # Seconds to import, so only where it is needed, and after the first mistakes are found.
+    from dvdp.data.transforms import prepare_transform
+
+    return prepare_transform(resolution)
+
+
+def _check_skipped(tally: Tally, params: DatasetParams, source: Source, report: Path | None) -> None:
+    if tally.skipped <= params.max_skipped * source.count:
+        return
+    _write_report(report, params, source, tally, {"failed": "too many unreadable images"})
+    name, reason = next(iter(tally.skipped_images.items()))
+    raise UserError(
+        f"dataset: found {tally.skipped} unreadable images among {source.count}, '{name}' first ({reason}),"
+        f" expected at most {params.max_skipped:g} of them by dataset.max_skipped; mend or remove them"
+        + (f", '{report}' names them." if report else ".")
+    )
+
+
+def _identity(params: DatasetParams, source: Source) -> str:
+    """Names all that a store's bytes depend on: params, source, code and libraries."""
+    shaping = {
+        name: getattr(params, name)
+        for name in ("name", "source", "resolution", "encoding", "jpeg_quality", "deduplicate", "shard_gib")
+    }
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    content = {
+        **shaping,
+        "files": fingerprint(params.path) if params.path else "",
+        "count": source.count,
+        "labels": source.labels,
+        "code": code.hexdigest(),
+        "libraries": [version(name) for name in ("albumentations", "numpy", "opencv-python-headless", "pillow")],
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _of_store(metadata: StoreMetadata) -> dict[str, Any]:
+    *labelled, unlabelled = metadata.label_counts
+    return {
+        "count": metadata.count,
+        "resolution": metadata.resolution,
+        "encoding": metadata.encoding,
+        "digest": metadata.digest,
+        # A list: DVC would make a column of each entry of a mapping.
+        "labels": [{"label": label, "images": images} for label, images in zip(metadata.labels, labelled, strict=True)],
+        "unlabelled": unlabelled,
+        "detail_deviations": metadata.detail_deviations,
+        "level_deviations": metadata.level_deviations,
+    }
+
+
+def _write_report(path: Path | None, params: DatasetParams, source: Source, tally: Tally, more: dict[str, Any]) -> None:
+    if path is None:
+        return
+    content = {
+        "name": params.name,
+        "source": params.source,
+        "images_found": source.count,
+        "skipped": tally.skipped,
+        "skipped_images": tally.skipped_images,
+        "duplicates": tally.duplicates,
+        "duplicate_images": [{"image": name, "equals": index} for name, index in tally.duplicate_images.items()],
+        **more,
+    }
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import stat
 import tarfile
+import traceback
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
+
+from dvdp.data.sources import Item, Pixels
 
 
 def png(value: int = 0, size: tuple[int, int] = (5, 4)) -> bytes:
@@ -69,3 +76,56 @@ def encrypt(path: Path) -> None:
         while (place := content.find(header, place + 1)) >= 0:
             content[place + flags] |= 1
     path.write_bytes(content)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def make_images(root: Path, per_class: int, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
+    random = np.random.default_rng(0)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = random.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:03d}.png")
+    return root
+
+
+def forked(function: Callable[[], object]) -> int:
+    """Run it in a process of its own, and give its id; it ends with 0, or 1 after an exception."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        function()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+class EndingSource:
+    """Images of which the third ends the process that decodes it."""
+
+    needs: str | None = None
+    labels: tuple[str, ...] = ()
+    count = 6
+
+    def __init__(self, path: Path | None) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Item]:
+        for i in range(self.count):
+            image = partial(np.full, (8, 8, 3), i, np.uint8)
+            yield Item(str(i), None, image, end_process if i == 2 else np.asarray)
+
+
+def end_process(content: object) -> Pixels:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from dvdp.data.loading import ArrayImages, training_batches
-from dvdp.data.store import ImageStore, StoreWriter
+from dvdp.data.records import Form, encode
+from dvdp.data.store import ImageStore
+from dvdp.data.writer import StoreWriter
 from dvdp.errors import UserError
 from dvdp.pixels import to_float, to_uint8
 
@@ -75,9 +77,9 @@ def test_a_resumed_stream_goes_on_as_an_uninterrupted_one(start: int, workers: i
 
 def test_a_store_gives_the_stream_of_its_images_to_any_workers(tmp_path: Path) -> None:
     images = numbered(30)
-    with StoreWriter(tmp_path / "store", name="numbers", source="image_folder", resolution=4) as writer:
-        for i in range(30):
-            writer.add(images[i][0])
+    form = Form(4)
+    with StoreWriter(tmp_path / "store", name="numbers", source="image_folder", form=form) as writer:
+        writer.add(encode([images[i][0] for i in range(30)], [-1] * 30, form))
         writer.finish()
     store = ImageStore(tmp_path / "store")
     expected = list(islice(training_batches(images, batch=8, seed=1), 8))

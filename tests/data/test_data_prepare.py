@@ -4,35 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_support import EndingSource, contents, make_images, names
 from PIL import Image
 
 from dvdp.config import DatasetParams
 from dvdp.data.prepare import prepare
+from dvdp.data.sources import SOURCES
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def make_images(root: Path, per_class: int, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
-    random = np.random.default_rng(0)
-    for name in classes:
-        (root / name).mkdir(parents=True)
-        for i in range(per_class):
-            pixels = random.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i:03d}.png")
-    return root
 
 
 def parameters(path: Path, **options: object) -> DatasetParams:
@@ -109,14 +94,70 @@ def test_the_report_names_at_most_a_hundred(tmp_path: Path) -> None:
     assert len(found["skipped_images"]) == 100
 
 
-@pytest.mark.parametrize("encoding", ["raw", "png"])
+@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
 def test_preparing_again_gives_the_same_bytes(tmp_path: Path, encoding: str) -> None:
     images = make_images(tmp_path / "pets", 20)
-    files = []
     for name in ("one", "two"):
         prepare(parameters(images, encoding=encoding), tmp_path / name / "store", tmp_path / name / "prepare.json")
-        files.append([(tmp_path / name / file).read_bytes() for file in ("store/data.mdb", "prepare.json")])
-    assert files[0] == files[1]
+    assert contents(tmp_path / "one" / "store") == contents(tmp_path / "two" / "store")
+    one, two = ((tmp_path / name / "prepare.json").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def with_all_that_happens(root: Path) -> DatasetParams:
+    """More than one chunk, with unreadable images and equal ones."""
+    images = make_images(root, 150)
+    for i in (3, 140):
+        (images / "cat" / f"{i:03d}.png").write_bytes(b"no image")
+        shutil.copy(images / "cat" / "010.png", images / "dog" / f"{i:03d}.png")
+    return parameters(images, encoding="jpeg", jpeg_quality=90, deduplicate=True, shard_gib=2**-14)
+
+
+def check_workers(root: Path, numbers: tuple[int, ...]) -> None:
+    params = with_all_that_happens(root / "pets")
+    for workers in (0, *numbers):
+        out = root / f"by{workers}"
+        metadata = prepare(replace(params, workers=workers), out / "store", out / "prepare.json")
+        assert (metadata.count, metadata.skipped, metadata.duplicates) == (296, 2, 2)
+        assert len(metadata.shard_starts) > 1
+        assert contents(out / "store") == contents(root / "by0" / "store")
+        assert (out / "prepare.json").read_bytes() == (root / "by0" / "prepare.json").read_bytes()
+    assert ImageStore(root / "by0" / "store")[200][1] == 1
+
+
+def test_two_processes_give_the_same_bytes_as_none(tmp_path: Path) -> None:
+    check_workers(tmp_path, (2,))
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path) -> None:
+    check_workers(tmp_path, (1, 3))
+
+
+def test_equal_images_are_left_out_and_named_on_request(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "pets", 3)
+    for copy in ("cat/x.png", "dog/000.png"):
+        shutil.copy(images / "cat" / "001.png", images / copy)
+    report = tmp_path / "prepare.json"
+    assert prepare(parameters(images), tmp_path / "all", report).count == 7
+    assert json.loads(report.read_text())["duplicates"] == 0
+    metadata = prepare(parameters(images, deduplicate=True), tmp_path / "store", report)
+    assert (metadata.count, metadata.duplicates, metadata.label_counts) == (5, 2, (3, 2, 0))
+    found = json.loads(report.read_text())
+    assert (found["images_found"], found["count"], found["duplicates"]) == (7, 5, 2)
+    assert found["duplicate_images"] == [{"image": "cat/x.png", "equals": 1}, {"image": "dog/000.png", "equals": 1}]
+    for copy in ("cat/x.png", "dog/000.png"):
+        (images / copy).unlink()
+    prepare(parameters(images), tmp_path / "without")
+    assert contents(tmp_path / "without")["data-00000.mdb"] == contents(tmp_path / "store")["data-00000.mdb"]
+
+
+def test_a_process_that_is_ended_from_outside_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SOURCES, "ending", EndingSource)
+    params = DatasetParams(source="ending", resolution=8, workers=1)
+    with pytest.raises(UserError, match=r"^dataset\.workers: .* with fewer than 1\.$"):
+        prepare(params, tmp_path / "store")
+    assert names(tmp_path) == [".store.lock"]
 
 
 def test_odd_images_all_become_training_images(tmp_path: Path) -> None:
@@ -150,43 +191,3 @@ def test_a_second_preparation_beside_a_running_one_is_refused(tmp_path: Path) ->
         with pytest.raises(UserError, match="another preparation"):
             prepare(parameters(images), tmp_path / "store")
     assert prepare(parameters(images), tmp_path / "store").count == 4
-
-
-@pytest.mark.slow
-def test_a_preparation_that_is_killed_leaves_no_store_and_the_next_one_succeeds(tmp_path: Path) -> None:
-    # One large picture under many names: quick to make and slow to read.
-    images = tmp_path / "images"
-    images.mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (500, 500, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(images / "0000.png")
-    for i in range(1, 2000):
-        os.link(images / "0000.png", images / f"{i:04d}.png")
-    out = tmp_path / "out" / "store"
-    code = (
-        "import sys; from pathlib import Path; from dvdp.config import DatasetParams;"
-        "from dvdp.data.prepare import prepare;"
-        "params = DatasetParams(source='image_folder', path=Path(sys.argv[1]), resolution=128);"
-        "prepare(params, Path(sys.argv[2]))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(images), str(out)])
-    try:
-        written = out.with_name(".store.part") / "data.mdb"
-        deadline = time.monotonic() + 120
-        while not (written.exists() and written.stat().st_size > 1 << 20):
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        params = DatasetParams(source="image_folder", path=images, resolution=128)
-        with pytest.raises(UserError, match="another preparation"):
-            prepare(params, out)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert written.exists(), "it was killed in the middle"
-    assert not out.exists()
-    for image in sorted(images.iterdir())[50:]:
-        image.unlink()
-    assert prepare(params, out).count == 50
-    assert names(out.parent) == [".store.lock", "store"]
-    store = ImageStore(out)
-    np.testing.assert_array_equal(store[0][0], store[49][0])

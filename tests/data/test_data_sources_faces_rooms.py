@@ -14,11 +14,12 @@ from PIL import Image
 
 from dvdp.config import DatasetParams
 from dvdp.data.prepare import prepare
+from dvdp.data.records import Form, encode
 from dvdp.data.sources import SOURCES, UnreadableImageError
 from dvdp.data.sources.celeba import CelebA
 from dvdp.data.sources.ffhq import Ffhq
 from dvdp.data.sources.lsun import Lsun
-from dvdp.data.store import StoreWriter
+from dvdp.data.writer import StoreWriter
 from dvdp.errors import UserError
 
 
@@ -241,10 +242,11 @@ def test_what_is_no_lmdb_of_lsun_is_named(tmp_path: Path) -> None:
     assert "found 0 records" in lsun_fails(make_lmdb(tmp_path / "empty", {}))
     foreign = make_lmdb(tmp_path / "foreign", {b"%d" % i: b"some text" for i in range(20)})
     assert "found 20 records" in lsun_fails(foreign)
-    with StoreWriter(tmp_path / "ours", name="ours", source="digits", resolution=8) as writer:
-        for _ in range(20):
-            writer.add(np.zeros((3, 8, 8), np.uint8), -1)
+    with StoreWriter(tmp_path / "ours", name="ours", source="digits", form=Form(8)) as writer:
+        writer.add(encode([np.zeros((3, 8, 8), np.uint8)] * 20, [-1] * 20, Form(8)))
         writer.finish()
+    assert "found no data.mdb in" in lsun_fails(tmp_path / "ours")
+    (tmp_path / "ours" / "data-00000.mdb").rename(tmp_path / "ours" / "data.mdb")
     assert "no image files among the first" in lsun_fails(tmp_path / "ours")
 
 

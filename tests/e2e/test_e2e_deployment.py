@@ -71,7 +71,7 @@ def test_the_scheduled_deployment_runs_to_its_end_and_writes_nothing_that_dvc_tr
 
 @pytest.mark.timeout(120)
 def test_data_other_than_dvc_lock_names_are_refused(here: Project) -> None:
-    with (here.folder / "data" / "digits" / "store" / "data.mdb").open("ab") as file:
+    with (here.folder / "data" / "digits" / "store" / "data-00000.mdb").open("ab") as file:
         file.write(bytes(4096))
     said = sentence(here.run("dvdp", "experiment", status=2).stderr)
     assert said.startswith("dataset: found 'data/digits/store' other than dvc.lock names it, expected it unchanged")

@@ -16,7 +16,9 @@ from PIL import Image
 from tracking_store import empty_store
 
 from dvdp.config import Params, parse_params, read_params
-from dvdp.data.store import ImageStore, StoreWriter
+from dvdp.data.records import Form, encode
+from dvdp.data.store import ImageStore
+from dvdp.data.writer import StoreWriter
 from dvdp.errors import UserError
 from dvdp.evaluation.scores import ScoreRecord
 from dvdp.identity import training_identity
@@ -60,15 +62,17 @@ def write_params(**changes: Any) -> Params:
 
 def write_store(side: int = 16, blurred: bool = False, count: int = 40) -> None:
     source = np.random.default_rng(0)
-    with StoreWriter(Path("data/stripes/store"), name="stripes", source="digits", resolution=side) as writer:
-        for _ in range(count):
-            image = sum(
-                (source.integers(0, 60, (3, side >> k, side >> k)).repeat(2**k, 1).repeat(2**k, 2) for k in range(3)),
-                np.zeros((3, side, side), int),
-            )
-            if blurred:
-                image = image[:, ::2, ::2].repeat(2, 1).repeat(2, 2)
-            writer.add(image.astype(np.uint8))
+    images = []
+    for _ in range(count):
+        image = sum(
+            (source.integers(0, 60, (3, side >> k, side >> k)).repeat(2**k, 1).repeat(2**k, 2) for k in range(3)),
+            np.zeros((3, side, side), int),
+        )
+        if blurred:
+            image = image[:, ::2, ::2].repeat(2, 1).repeat(2, 2)
+        images.append(image.astype(np.uint8))
+    with StoreWriter(Path("data/stripes/store"), name="stripes", source="digits", form=Form(side)) as writer:
+        writer.add(encode(images, [-1] * count, Form(side)))
         writer.finish()
 
 

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,15 @@ class Item:
     name: str
     """Its path within the source, or its number."""
     label: str | None
-    load: Callable[[], Pixels]
-    """Gives uint8 (h, w, 3), or raises UnreadableImageError. To be called before going on to the next item."""
+    read: Callable[[], Any]
+    """Gives what the source holds, an image file or pixels, or raises UnreadableImageError. To be called before going
+    on to the next item."""
+    decode: Callable[[Any], Pixels] = np.asarray
+    """Makes uint8 (h, w, 3) of that, or raises UnreadableImageError. A module's function: other processes call it."""
+
+    def load(self) -> Pixels:
+        """Both: uint8 (h, w, 3)."""
+        return self.decode(self.read())
 
 
 class Source(Protocol):
@@ -76,15 +83,6 @@ def decode(content: bytes) -> Pixels:
         raise UnreadableImageError("no image in a known format") from None
     except Exception as error:  # Pillow's decoders raise whatever they trip over.
         raise UnreadableImageError(" ".join(f"{type(error).__name__}: {error}".split())) from None
-
-
-def read_and_decode(read: Callable[[], bytes]) -> Pixels:
-    """:func:`decode` of a file; raises UnreadableImageError also where it cannot be read."""
-    try:
-        content = read()
-    except OSError as error:
-        raise UnreadableImageError(error.strerror or type(error).__name__) from None
-    return decode(content)
 
 
 def of_size(image: Pixels, *sizes: tuple[int, int]) -> Pixels:

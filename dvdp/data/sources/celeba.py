@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from dvdp.data.sources.base import Item, Pixels, of_size, read_and_decode
-from dvdp.data.sources.files import Reader, counted, image_files
+from dvdp.data.sources.base import Item, Pixels, decode, of_size
+from dvdp.data.sources.files import counted, image_files
 
 CELEBA_COUNT = 202_599
 _SIZE = (178, 218)
@@ -39,9 +38,9 @@ class CelebA:
 
     def __iter__(self) -> Iterator[Item]:
         for name, read in image_files(self._path):
-            yield Item(name, None, partial(_face, read))
+            yield Item(name, None, read, _face)
 
 
-def _face(read: Reader) -> Pixels:
-    image = of_size(read_and_decode(read), _SIZE)
+def _face(content: bytes) -> Pixels:
+    image = of_size(decode(content), _SIZE)
     return np.ascontiguousarray(image[_TOP : _TOP + _CROP, _LEFT : _LEFT + _CROP])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
-from dvdp.data.sources.base import Item, Pixels, of_size, read_and_decode
-from dvdp.data.sources.files import Reader, counted, image_files
+from dvdp.data.sources.base import Item, Pixels, decode, of_size
+from dvdp.data.sources.files import counted, image_files
 
 FFHQ_COUNT = 70_000
 #: Of the aligned faces and their thumbnails; the unaligned photographs, as many, have all sizes.
@@ -36,8 +35,8 @@ class Ffhq:
 
     def __iter__(self) -> Iterator[Item]:
         for name, read in image_files(self._path):
-            yield Item(name, None, partial(_face, read))
+            yield Item(name, None, read, _face)
 
 
-def _face(read: Reader) -> Pixels:
-    return of_size(read_and_decode(read), *_SIZES)
+def _face(content: bytes) -> Pixels:
+    return of_size(decode(content), *_SIZES)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath
@@ -16,6 +18,7 @@ from typing import IO
 
 from tqdm import tqdm
 
+from dvdp.data.sources.base import UnreadableImageError
 from dvdp.errors import UserError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -24,7 +27,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")
 
 Reader = Callable[[], bytes]
-"""Gives a file's content; raises OSError for this file alone, UserError for a damaged archive."""
+"""Gives a file's content; raises UnreadableImageError for this file alone, UserError for a damaged archive."""
 
 
 def image_files(path: Path) -> Iterator[tuple[str, Reader]]:
@@ -72,6 +75,30 @@ def counted(path: Path, expected: int, content: str) -> int:
     return count
 
 
+def fingerprint(path: Path) -> str:
+    """Names the state of a source: another one when a file at or below ``path`` comes, goes, or is written.
+
+    Goes by names, lengths and times of change. ``path`` may go on inside an archive, and links to folders are not
+    followed.
+    """
+    found = next(parent for parent in (path, *path.parents, Path()) if parent.exists())
+    files = _files_below(found) if found.is_dir() else [str(found)]
+    digest = hashlib.sha256(f"{path.absolute()}\n".encode(errors="surrogateescape"))
+    for file in tqdm(files, desc="looking for changes", unit="", disable=None, leave=False):
+        state = "gone"
+        with contextlib.suppress(OSError):
+            status = os.stat(file)  # noqa: PTH116 (for millions of files, a Path each takes longer than all else)
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        digest.update(f"{file}\0{state}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (f"{parent}/{name}" for name in sorted(names) if not name.startswith("."))
+
+
 def _is_shown_image(path: PurePosixPath) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
@@ -89,10 +116,17 @@ def _walk(root: Path, folder: Path, above: frozenset[tuple[int, int]]) -> Iterat
     for entry in entries:
         # A broken link is an image that cannot be read; a pipe or device is no image.
         if entry.suffix.lower() in IMAGE_SUFFIXES and (entry.is_file() or not entry.exists()):
-            yield entry.relative_to(root).as_posix(), entry.read_bytes
+            yield entry.relative_to(root).as_posix(), partial(_read_file, entry)
     for entry in entries:
         if entry.is_dir():
             yield from _walk(root, entry, above | {identity})
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UnreadableImageError(error.strerror or type(error).__name__) from None
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, Reader]]:
@@ -109,7 +143,7 @@ def _read_tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes
         return file.read()
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened_tar(path: Path) -> Iterator[tarfile.TarFile]:
     """A tar; what is wrong with it is a UserError."""
     with _archive_errors(path), tarfile.open(path) as archive:
@@ -147,7 +181,7 @@ def _read_zip_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes
         return archive.read(member)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _archive_errors(path: Path | str) -> Iterator[None]:
     try:
         yield

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path, PurePosixPath
 
-from dvdp.data.sources.base import Item, read_and_decode
+from dvdp.data.sources.base import Item, decode
 from dvdp.data.sources.files import IMAGE_SUFFIXES, image_files, looked_through
 from dvdp.errors import UserError
 
@@ -46,4 +45,4 @@ class ImageFolder:
     def __iter__(self) -> Iterator[Item]:
         for name, read in image_files(self._path):
             folder = PurePosixPath(name).parts[:-1]
-            yield Item(name, None if folder == self._root else folder[-1], partial(read_and_decode, read))
+            yield Item(name, None if folder == self._root else folder[-1], read, decode)

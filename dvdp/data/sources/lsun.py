@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dvdp.data.sources.base import Item, Pixels, UnreadableImageError, decode
+from dvdp.data.sources.base import Item, UnreadableImageError, decode
 from dvdp.errors import UserError
 
 _FILE = "data.mdb"
@@ -43,12 +43,12 @@ class Lsun:
     def __iter__(self) -> Iterator[Item]:
         with self._opened() as environment, environment.begin() as transaction:
             for key in transaction.cursor().iternext(keys=True, values=False):
-                yield Item(key.decode(errors="backslashreplace"), None, partial(self._load, transaction, key))
+                yield Item(key.decode(errors="backslashreplace"), None, partial(self._read, transaction, key), decode)
 
-    def _load(self, transaction: Any, key: bytes) -> Pixels:
+    def _read(self, transaction: Any, key: bytes) -> bytes:
         with self._errors():
-            content = transaction.get(key)
-        return decode(content)
+            content: bytes = transaction.get(key)
+        return content
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
