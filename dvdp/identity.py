@@ -20,7 +20,10 @@ TRAINING_SOURCES = (
     "data/loading.py",
 )  # fmt: skip
 SAMPLING_SOURCES = ("grids.py", "rules.py", "sampling.py", "models/export.py")
-EVALUATION_SOURCES = ("evaluation/scores.py", "evaluation/fidelity.py", "evaluation/extractors.py")
+EVALUATION_SOURCES = (
+    "evaluation/scores.py", "evaluation/fidelity.py", "evaluation/extractors.py", "evaluation/extrapolation.py",
+    "evaluation/published.py",
+)  # fmt: skip
 AUDIT_SOURCES = ("evaluation/audit.py",)
 
 #: Keys of the training section that do not touch the weights.

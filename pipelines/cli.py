@@ -100,12 +100,17 @@ def _parser() -> argparse.ArgumentParser:
         "--out", default="contact_sheet.png", metavar="FILE", help="the picture, a .png; default: contact_sheet.png"
     )
     add("extractor", _extractor, "Train the network that scores are made with (DVC stage).")
-    add("reference", _reference, "Compute the features of the real images (DVC stage).")
+    reference = add("reference", _reference, "Compute the features of the real images (DVC stage).")
+    reference.add_argument(
+        "--export",
+        metavar="FILE",
+        help="an .npz to write the mean and covariance of the features to, as others read them; computes nothing",
+    )
 
     for name, command, help_ in (
         ("train", _train, "Train settings, going on where they stopped."),
         ("sample", _sample, "Draw the images of trained settings that scores need."),
-        ("evaluate", _evaluate, "Score the images of settings."),
+        ("evaluate", _evaluate, "Score the images of settings, or a registered model, and add that to MLflow."),
         ("audit", _audit, "Say which level, lift or the solver costs trained settings their score."),
     ):
         sub = add(name, command, help_)
@@ -113,6 +118,18 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--seed", type=int, help="one seed; default: all")
         if name == "train":
             sub.add_argument("--resume", action="store_true", help="fail unless there is a checkpoint to go on from")
+        if name == "evaluate":
+            sub.add_argument(
+                "--model",
+                metavar="ADDRESS",
+                help="a registered model to sample and score in place of settings, models:/NAME@ALIAS or /VERSION",
+            )
+            sub.add_argument(
+                "--statistics",
+                metavar="FILE",
+                help="an .npz with 'mu' and 'sigma' that others publish, to score against in place of the reference:"
+                " the Frechet distance alone",
+            )
         if name == "audit":
             sub.add_argument("--images", type=int, metavar="N", help="behind every score; default: evaluation.samples")
             sub.add_argument(
@@ -212,9 +229,13 @@ def _extractor(options: argparse.Namespace) -> None:
 
 
 def _reference(options: argparse.Namespace) -> None:
-    from pipelines.stages import make_references
+    from pipelines.stages import export_references, make_references
 
-    make_references(read_params(options.params))
+    params = read_params(options.params)
+    if options.export:
+        export_references(params, Path(options.export))
+    else:
+        make_references(params)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -257,12 +278,26 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from pipelines.stages import score_job
+    if options.model and (options.setting or options.seed is not None):
+        raise UserError("--model: found it beside --setting or --seed, expected one or the other; leave one out.")
+    params = read_params(options.params)
+    # Seconds to import.
+    from pipelines.evaluation import evaluate, registered_model, track
+    from pipelines.tracking import TrackingAway
 
-    _, chosen = _chosen(options)
-    for job in chosen:
-        metrics = ", ".join(f"{name} {value:.4g}" for name, value in score_job(job).metrics.items())
-        print(f"{job.name}: {metrics}")
+    subjects = [registered_model(params, options.model)] if options.model else _chosen(options)[1]
+    away = ""
+    for subject in subjects:
+        record = evaluate(subject, Path(options.statistics) if options.statistics else None)
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
+        print("\n".join([f"{subject.name}: {metrics}", *(f"Note: {remark}" for remark in record.warnings)]))
+        try:
+            track(subject, record)
+        except TrackingAway as problem:
+            away = str(problem)
+    # What MLflow has not got is told once.
+    if away:
+        print(f"dvdp: {away}", file=sys.stderr)
 
 
 def _audit(options: argparse.Namespace) -> None:

@@ -164,6 +164,14 @@ def legend(rows: Sequence[Row], record: ScoreRecord) -> list[str]:
         "Speed-ups: measured over DDPM in this comparison, beside what the FLOPs allow; settings that ran beside others"
         " or on another machine were slower or faster for that (benchmarks/steps.py measures them alone).",
     ]
+    name = f"{record.headline}_infinity"
+    ends = [
+        f"{row.setting} {row.metrics[name]:.2f} ± {row.metrics[f'{name}_error']:.2f}"
+        for row in rows
+        if name in row.metrics
+    ]
+    if ends:
+        lines.append(f"Extrapolated to infinitely many samples, with the standard error of the fit: {', '.join(ends)}.")
     if not all(row.same_terms for row in rows):
         lines.append("† The score was made on other terms than the first setting's and does not compare with it.")
     return lines + [f"Note: {remark}" for remark in record.warnings]

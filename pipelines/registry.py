@@ -78,7 +78,7 @@ def register(
         UserError: the weights are missing, or are none of ours.
     """
     client = run.client
-    digest = _weights_digest(weights)
+    digest = weights_digest(weights)
     tags = {**tags, WEIGHTS_DIGEST: digest}
     if record is not None:
         tags |= _score_tags(record)
@@ -245,7 +245,7 @@ def _create_version(run: TrackedRun, name: str, model: LoggedModel, tags: Mappin
     return version
 
 
-def _weights_digest(weights: Path) -> str:
+def weights_digest(weights: Path) -> str:
     """Of the tensors, and of the default way of sampling: what is trained once may be sampled in several."""
     model = load_model(weights)
     state = model.denoiser.network.state_dict()

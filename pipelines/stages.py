@@ -6,13 +6,15 @@ They know Ray (through :mod:`pipelines.cluster`) but neither Prefect nor MLflow,
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +28,16 @@ from dvdp.data.verify import verify
 from dvdp.errors import UserError
 from dvdp.evaluation import figures
 from dvdp.evaluation.extractors import Extractor, inception_extractor, load_extractor, train_extractor
-from dvdp.evaluation.scores import ScoreRecord, make_reference, read_reference, score, write_shard
+from dvdp.evaluation.published import read_statistics
+from dvdp.evaluation.scores import (
+    ScoreRecord,
+    export_statistics,
+    make_reference,
+    read_reference,
+    score,
+    score_published,
+    write_shard,
+)
 from dvdp.files import locked, write_atomically
 from dvdp.identity import evaluation_hash, sampling_hash, training_hash
 from dvdp.models.export import load_model
@@ -116,6 +127,12 @@ def make_references(params: Params) -> None:
     print(f"reference: {reference.count:,} images; two real halves score {reference.anchors['halves']['metrics']}")
 
 
+def export_references(params: Params, out: Path) -> None:
+    """The reference that is there, as an ``.npz`` file for others."""
+    export_statistics(Places.of(params).reference, out)
+    print(f"reference: mean and covariance of the features of {params.dataset.name} in {out}")
+
+
 def extractor_of(params: Params) -> Extractor:
     """The extractor that ``evaluation`` asks for."""
     if params.evaluation.extractor == "inception":
@@ -132,6 +149,27 @@ PICTURE_STEPS = 100
 def _gpu_here(params: Params) -> bool:
     # Scores are made in this process, which may be on a machine without the workers' GPUs.
     return params.cluster.gpu and torch.cuda.is_available()
+
+
+class Sampled(Protocol):
+    """What images are drawn from and scored: a :class:`Job`, or a registered model."""
+
+    @property
+    def params(self) -> Params: ...
+
+    @property
+    def run(self) -> Run: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weights(self) -> Path: ...
+
+    @property
+    def samples(self) -> Path: ...
+
+    def score_path(self, reference: str) -> Path: ...
 
 
 @dataclass(frozen=True)
@@ -252,26 +290,32 @@ def train_job(job: Job, description: Mapping[str, str]) -> Path:
     return job.weights
 
 
-def sample_job(job: Job) -> Path:
+def sample_job(job: Sampled) -> Path:
     """Draw ``sampling.count`` images from the EMA weights on the cluster; returns their folder.
 
     Shards that are there already are kept. Beside each lies ``<shard>.seconds``, what it took.
     """
-    count = job.run.sampling.count
-    shards = [(first, min(SHARD_IMAGES, count - first)) for first in range(0, count, SHARD_IMAGES)]
-    missing = [(first, size) for first, size in shards if _images_in(job.samples / f"{first:08d}.npy") < size]
+    missing = missing_shards(job)
     places = str(job.weights.resolve()), str(job.samples.resolve())
     work = [(*places, first, size, job.run.sampling, job.params.cluster) for first, size in missing]
-    done = on_workers(job.params.cluster, sample_shard, work)
-    for _ in tqdm(done, desc=f"sample {job.name}", unit="shard", total=len(work), mininterval=1, disable=not work):
-        pass
+    left = sum(size for _, size in missing)
+    with tqdm(total=left, desc=f"sample {job.name}", unit="image", mininterval=1, disable=not work) as bar:
+        for drawn in on_workers(job.params.cluster, sample_shard, work):
+            bar.update(drawn)
     return job.samples
+
+
+def missing_shards(job: Sampled) -> list[tuple[int, int]]:
+    """The first image and the number of images of each shard that is still to be drawn."""
+    count = job.run.sampling.count
+    shards = [(first, min(SHARD_IMAGES, count - first)) for first in range(0, count, SHARD_IMAGES)]
+    return [(first, size) for first, size in shards if _images_in(job.samples / f"{first:08d}.npy") < size]
 
 
 def sample_shard(
     weights: str, folder: str, first: int, count: int, sampling: SamplingParams, params: ClusterParams
-) -> None:
-    """Draw images number ``first`` on, into one file."""
+) -> int:
+    """Draw images number ``first`` on, into one file; returns their number."""
     torch.set_num_threads(params.threads)
     model = load_model(weights, "cuda" if params.gpu else "cpu", sampling)
     start = time.perf_counter()
@@ -279,6 +323,7 @@ def sample_shard(
     path = Path(folder) / f"{first:08d}.npy"
     write_atomically(path.with_suffix(".seconds"), str(time.perf_counter() - start))
     write_shard(path, images)
+    return count
 
 
 def seconds_per_sample(job: Job) -> float:
@@ -324,28 +369,34 @@ def _images_in(path: Path) -> int:
     return len(np.load(path, mmap_mode="r", allow_pickle=False)) if path.exists() else 0
 
 
-def score_job(job: Job) -> ScoreRecord:
-    """Score the samples against the reference, unless that is done."""
-    places = Places.of(job.params)
+def score_job(job: Sampled, statistics: Path | None = None, remarks: Sequence[str] = ()) -> ScoreRecord:
+    """Score the samples against the reference, unless that is done.
+
+    Args:
+        statistics: an ``.npz`` file to score against in place of the reference.
+        remarks: to keep among the record's warnings.
+    """
+    places, evaluation, gpu = Places.of(job.params), job.params.evaluation, _gpu_here(job.params)
     extractor = extractor_of(job.params)
-    path = job.score_path(read_reference(places.reference).cache_name)
+    published = None if statistics is None else read_statistics(statistics, extractor.features)
+    path = job.score_path(published.digest if published else read_reference(places.reference).cache_name)
     if path.exists():
         return ScoreRecord.from_json(path.read_text(), str(path))
-    sampling = job.run.sampling
-    about = {
-        **sampling.options(),
-        "lift": sampling.lift,
-        "ema_halflife_images": job.run.training.ema_halflife_images,
-        "ema_ramp": job.run.training.ema_ramp,
-    }
-    record = score(
-        job.samples,
-        places.reference,
-        extractor,
-        job.params.evaluation.samples,
-        job.params.evaluation.kid_subset,
-        about,
-        _gpu_here(job.params),
-    )
+    how = _how(job.run)
+    if published:
+        record = score_published(job.samples, published, extractor, evaluation.samples, how, gpu)
+    else:
+        record = score(job.samples, places.reference, extractor, evaluation.samples, evaluation.kid_subset, how, gpu)
+    record = dataclasses.replace(record, warnings=[*record.warnings, *remarks])
     write_atomically(path, record.to_json())
     return record
+
+
+def _how(run: Run) -> dict[str, Any]:
+    """Where samples come from, for their record."""
+    return {
+        **run.sampling.options(),
+        "lift": run.sampling.lift,
+        "ema_halflife_images": run.training.ema_halflife_images,
+        "ema_ramp": run.training.ema_ramp,
+    }

@@ -118,12 +118,17 @@ def fill_tables(params: Params) -> Filled:
 
 
 def _scored_runs(client: MlflowClient, experiment: str) -> list[Entry]:
-    """Finished runs that have a score, the newest first."""
+    """Finished runs that have a score, the newest first, without evaluations of them under other terms."""
     place = client.get_experiment_by_name(experiment)
     if place is None:
         return []
     entries = client.search_runs([place.experiment_id], "attributes.status = 'FINISHED'", max_results=_MOST)
-    return [entry for entry in entries if any(name.startswith(("fid", "fd_")) for name in entry.data.metrics)]
+    return [
+        entry
+        for entry in entries
+        if any(name.startswith(("fid", "fd_")) for name in entry.data.metrics)
+        and tracking.EVALUATION_OF not in entry.data.tags
+    ]
 
 
 def _data_set(entry: Entry) -> str:

@@ -59,6 +59,9 @@ logger = logging.getLogger("dvdp.tracking")
 TRAINING_HASH = "dvdp.training_hash"
 SAMPLING_HASH = "dvdp.sampling_hash"
 COMPARISON_HASH = "dvdp.comparison_hash"
+EVALUATION_HASH = "dvdp.evaluation_hash"
+#: Tag of an evaluation: the run that it is one of.
+EVALUATION_OF = "dvdp.evaluation_of"
 #: Tags that lead back to where a run, or a version of a model, comes from.
 GIT_COMMIT = "dvdp.git_commit"
 DVC_HASH = "dvdp.dvc_hash"
@@ -219,7 +222,7 @@ def open_run(client: MlflowClient, experiment: str, key: str, value: str, name: 
     """The run of ``experiment`` whose tag ``key`` is ``value``: found, or created.
 
     Args:
-        key: ``TRAINING_HASH`` or ``COMPARISON_HASH``.
+        key: ``TRAINING_HASH``, ``COMPARISON_HASH``, ..
         name: of the run, when it is created.
 
     Raises:

@@ -1,7 +1,7 @@
 """Scores of generated images against a reference, and the record of all that they depend on.
 
-``make_reference`` runs once per data set and extractor; ``score`` compares samples with it. All figures are
-torch-fidelity's. torch-fidelity is imported when the first score is made.
+``make_reference`` runs once per data set and extractor; ``score`` compares samples with it, ``score_published`` with
+statistics that others publish. All figures are torch-fidelity's, which is imported when the first score is made.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch.utils.data import Dataset, Subset
 
 from dvdp.errors import UserError
 from dvdp.evaluation.extractors import Extractor, Images, file_sha256
+from dvdp.evaluation.extrapolation import counts_for, extrapolate
+from dvdp.evaluation.published import Published, Statistics, write_statistics
 from dvdp.files import write_atomically
 from dvdp.randomness import generator
 
@@ -50,6 +52,8 @@ def write_shard(path: Path, images: Tensor) -> None:
 
 class SampleShards(Dataset):
     """Generated images in files ``<first image, 8 digits>.npy``, uint8 (n, 3, side, side), in image order.
+
+    The files are mapped, not read: what is in memory is the images asked for.
 
     Args:
         shards: their folder, or the files.
@@ -93,26 +97,32 @@ class ScoreRecord:
     """A score, with all that it depends on."""
 
     metrics: dict[str, float]
-    """E.g. ``fd_labels``, ``kd_labels``, ``kd_labels_std``, ``precision_labels``, ``recall_labels``."""
+    """E.g. ``fd_labels``, ``kd_labels``, ``kd_labels_std``, ``precision_labels``, ``recall_labels``, ``is_labels``,
+    ``fd_labels_infinity``."""
     extractor: str
     extractor_sha256: str
     samples: int
     references: int
+    """Real images; 0 where a file of statistics does not say."""
     reference_digest: str
-    """Of the data set that the references were made from."""
+    """Of the data set that the references were made from; ``npz <SHA-256>`` for a file of statistics."""
     preprocessing: str
     side: int
     """Of samples and references, in pixels."""
     kid_subset: int
+    """0 where there is no KID."""
     library: str
     sampling: dict[str, Any] = field(default_factory=dict)
     """Where the samples come from: EMA profile, rule, steps, seed, ..."""
     warnings: list[str] = field(default_factory=list)
+    counts: list[dict[str, float]] = field(default_factory=list)
+    """What ``.._infinity`` is extrapolated from: ``{"samples", "distance"}`` each, the headline's last."""
 
     @property
     def headline(self) -> str:
         """The metric that ranks, lower is better: the Frechet distance (``fid``, ``fd_labels``, ``fd_rotation``)."""
-        return next(name for name in self.metrics if name == "fid" or name.startswith("fd_"))
+        distances = [name for name in self.metrics if name == "fid" or name.startswith("fd_")]
+        return next(name for name in distances if "_infinity" not in name)
 
     def to_json(self) -> str:
         """The record as text; :meth:`from_json` gives back an equal one."""
@@ -140,9 +150,11 @@ class ScoreRecord:
 def comparable(a: ScoreRecord, b: ScoreRecord) -> list[str]:
     """The fields in which two records disagree in what matters; empty if their scores may be compared."""
     # Everything a score depends on, but where the samples come from, which is looked at key by key.
-    names = [entry.name for entry in dataclasses.fields(a) if entry.name not in ("metrics", "sampling", "warnings")]
+    outcome = ("metrics", "sampling", "warnings", "counts")
+    names = [entry.name for entry in dataclasses.fields(a) if entry.name not in outcome]
     different = [name for name in names if getattr(a, name) != getattr(b, name)]
-    if a.metrics.keys() != b.metrics.keys():
+    # Records of other releases may hold more or fewer metrics beside the one that ranks.
+    if a.headline != b.headline:
         different.append("metrics")
     keys = sorted((a.sampling.keys() | b.sampling.keys()) - set(_INCIDENTAL))
     first, second = ({**_EARLIER, **record.sampling} if record.sampling else {} for record in (a, b))
@@ -272,6 +284,9 @@ def score(
 ) -> ScoreRecord:
     """Score the first ``count`` generated images against a reference. It repeats to the bit.
 
+    With samples enough, the record also has the Frechet distance of infinitely many, see
+    :mod:`dvdp.evaluation.extrapolation`.
+
     Args:
         samples: as :class:`SampleShards` takes them.
         reference: the folder that :func:`make_reference` wrote; nothing in it is changed.
@@ -283,10 +298,9 @@ def score(
         UserError: fewer images than asked for, a KID subset larger than either set, images of another side than the
             reference's, a reference that is missing, damaged or made with another extractor.
     """
-    from dvdp.evaluation.fidelity import LIBRARY, measure
+    from dvdp.evaluation.fidelity import LIBRARY, compare, features_of, statistics
 
-    real, shards = read_reference(reference), SampleShards(samples)
-    count = len(shards) if count is None else count
+    real = read_reference(reference)
     made_with = (real.extractor, real.extractor_sha256, real.library)
     wanted = (extractor.name, extractor.sha256, LIBRARY)
     if made_with != wanted:
@@ -294,9 +308,88 @@ def score(
             f"reference: found '{reference}' made with {' '.join(made_with)}, expected {' '.join(wanted)};"
             " run `dvdp reference` again."
         )
-    if shards.side != real.side:
+    images = _first(SampleShards(samples), count, real.side, f"'{reference}'")
+    if kid_subset > min(len(images), real.count):
         raise UserError(
-            f"samples: found images of {shards.side} px, expected {real.side} px as in '{reference}';"
+            f"evaluation.kid_subset: found {kid_subset}, expected at most {min(len(images), real.count)}, the smaller"
+            f" of {len(images)} samples and {real.count} references; take smaller subsets or more images."
+        )
+    cache = (Path(reference), real.cache_name)
+    features = features_of(images, extractor, gpu)
+    record = ScoreRecord(
+        metrics=compare(features, cache, extractor, kid_subset),
+        extractor=extractor.name,
+        extractor_sha256=extractor.sha256,
+        samples=len(images),
+        references=real.count,
+        reference_digest=real.data_digest,
+        preprocessing=extractor.preprocessing,
+        side=real.side,
+        kid_subset=kid_subset,
+        library=LIBRARY,
+        sampling=_plain(sampling),
+        warnings=_remarks(extractor, len(images), real.count),
+    )
+    return _extrapolated(record, features, statistics(cache, extractor.name), extractor)
+
+
+def score_published(
+    samples: Path | Sequence[Path],
+    published: Published,
+    extractor: Extractor,
+    count: int | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    gpu: bool = False,
+) -> ScoreRecord:
+    """The Frechet distance alone, to statistics that others publish; see :func:`score` for the arguments.
+
+    Args:
+        published: from :func:`dvdp.evaluation.published.read_statistics`. How its images were prepared cannot be
+            checked: the record says so, and names the file, so that it compares with no score against another.
+
+    Raises:
+        UserError: fewer images than asked for, or of a side that the extractor does not take.
+    """
+    from dvdp.evaluation.fidelity import LIBRARY, distance, features_of, frechet_name
+
+    shards = SampleShards(samples)
+    images = _first(shards, count, extractor.side or shards.side, "the extractor's training images")
+    features = features_of(images, extractor, gpu)
+    record = ScoreRecord(
+        metrics={frechet_name(extractor.name): distance(features, published.statistics, extractor)},
+        extractor=extractor.name,
+        extractor_sha256=extractor.sha256,
+        samples=len(images),
+        references=0,
+        reference_digest=published.digest,
+        preprocessing=extractor.preprocessing,
+        side=shards.side,
+        kid_subset=0,
+        library=LIBRARY,
+        sampling=_plain(sampling),
+        warnings=[*_remarks(extractor, len(images)), published.warning],
+    )
+    return _extrapolated(record, features, published.statistics, extractor)
+
+
+def export_statistics(reference: Path, out: Path) -> None:
+    """Write a reference's mean and covariance as the ``.npz`` file that others read.
+
+    Raises:
+        UserError: the reference is missing or damaged, or ``out`` does not end in .npz.
+    """
+    from dvdp.evaluation.fidelity import statistics
+
+    real = read_reference(reference)
+    write_statistics(out, statistics((Path(reference), real.cache_name), real.extractor))
+
+
+def _first(shards: SampleShards, count: int | None, side: int, where: str) -> Subset:
+    """The images to score, checked."""
+    count = len(shards) if count is None else count
+    if shards.side != side:
+        raise UserError(
+            f"samples: found images of {shards.side} px, expected {side} px as in {where};"
             " score them against a reference of their own data set."
         )
     if count > len(shards):
@@ -306,31 +399,34 @@ def score(
         )
     if count < FEWEST:
         raise UserError(f"evaluation.samples: found {count}, expected at least {FEWEST}; score more images.")
-    if kid_subset > min(count, real.count):
-        raise UserError(
-            f"evaluation.kid_subset: found {kid_subset}, expected at most {min(count, real.count)}, the smaller of"
-            f" {count} samples and {real.count} references; take smaller subsets or more images."
-        )
-    cache = (Path(reference), real.cache_name)
-    metrics = measure(Subset(shards, range(count)), cache, extractor, kid_subset, gpu)
-    remarks = _remarks(extractor, count, real.count)
-    for remark in remarks:
-        warnings.warn(remark, stacklevel=2)
-    return ScoreRecord(
-        metrics=metrics,
-        extractor=extractor.name,
-        extractor_sha256=extractor.sha256,
-        samples=count,
-        references=real.count,
-        reference_digest=real.data_digest,
-        preprocessing=extractor.preprocessing,
-        side=shards.side,
-        kid_subset=kid_subset,
-        library=LIBRARY,
-        # As JSON gives it back: tuples become lists.
-        sampling=json.loads(json.dumps(dict(sampling or {}))),
-        warnings=remarks,
+    return Subset(shards, range(count))
+
+
+def _extrapolated(
+    record: ScoreRecord, features: dict[str, Tensor], real: Statistics, extractor: Extractor
+) -> ScoreRecord:
+    """The record with the distance of infinitely many samples, if there are enough to tell; says its warnings."""
+    from dvdp.evaluation.fidelity import distances
+
+    for remark in record.warnings:
+        warnings.warn(remark, stacklevel=3)
+    counts = counts_for(record.samples, extractor.features)
+    if not counts:
+        return record
+    name = record.headline
+    found = {**distances(features, real, extractor, counts[:-1]), record.samples: record.metrics[name]}
+    line = extrapolate(found)
+    return dataclasses.replace(
+        record,
+        metrics={**record.metrics, f"{name}_infinity": line.infinity, f"{name}_infinity_error": line.error},
+        counts=[{"samples": count, "distance": value} for count, value in found.items()],
     )
+
+
+def _plain(sampling: Mapping[str, Any] | None) -> dict[str, Any]:
+    """As JSON gives it back: tuples become lists."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(sampling or {})))
+    return found
 
 
 def _anchors(real: Dataset, digest: str, extractor: Extractor, kid_subset: int, gpu: bool) -> dict[str, dict[str, Any]]:
@@ -351,10 +447,10 @@ def _anchors(real: Dataset, digest: str, extractor: Extractor, kid_subset: int, 
     return anchors
 
 
-def _remarks(extractor: Extractor, samples: int, references: int) -> list[str]:
+def _remarks(extractor: Extractor, samples: int, references: int | None = None) -> list[str]:
     found = []
     for what, number in (("samples", samples), ("references", references)):
-        if number < extractor.features:
+        if number is not None and number < extractor.features:
             found.append(
                 f"{number} {what} are fewer than the extractor's {extractor.features} features:"
                 " the Frechet distance says little."

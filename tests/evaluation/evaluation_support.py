@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from dvdp.evaluation.extractors import Extractor
 
@@ -40,4 +41,11 @@ def write_shards(folder: Path, pixels: np.ndarray, shard: int = 100) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(pixels), shard):
         np.save(folder / f"{first:08d}.npy", pixels[first : first + shard])
+    return folder
+
+
+def write_pngs(folder: Path, pixels: np.ndarray) -> Path:
+    folder.mkdir(parents=True)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i:05d}.png")
     return folder

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from evaluation_support import Arrays, Room, write_shards
+import torch_fidelity
+from evaluation_support import Arrays, Room, write_pngs, write_shards
 
 from dvdp.errors import UserError
 from dvdp.evaluation import extractors
@@ -59,6 +63,45 @@ def test_frechet_distance_is_the_textbook_formula(
     root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
     expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
     assert record.metrics["fd_labels"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_all_metrics_are_those_of_torch_fidelity_itself(
+    room: Room, digits: Arrays, record: ScoreRecord, tmp_path: Path
+) -> None:
+    """Its public function, on the same images as PNG files, without any cache of ours."""
+    pngs = [
+        write_pngs(tmp_path / name, pixels)
+        for name, pixels in (("a", digits.pixels[1::2][:500]), ("b", room.images.pixels))
+    ]
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(pngs[0]),
+        input2=str(pngs[1]),
+        feature_extractor="dvdp-convnet",
+        feature_extractor_weights_path=str(room.extractor.path),
+        fid=True,
+        kid=True,
+        prc=True,
+        isc=True,
+        kid_subset_size=100,
+        prc_neighborhood=3,
+        save_cpu_ram=True,
+        cuda=False,
+        cache=False,
+        verbose=False,
+    )
+    for name, ours in metric_names("labels").items():
+        assert record.metrics[ours] == pytest.approx(theirs[name], rel=1e-6), ours
+
+
+def test_inception_score_is_the_textbook_formula(room: Room, digits: Arrays, record: ScoreRecord) -> None:
+    network, _ = load_network(room.extractor.path)
+    with torch.inference_mode():
+        classes = network(torch.from_numpy(digits.pixels[1::2][:500].copy())).double().softmax(1).numpy()
+    order = np.random.RandomState(2020).permutation(500)
+    parts = classes[order].reshape(10, 50, 10)
+    divergences = (parts * np.log(parts / parts.mean(1, keepdims=True))).sum(2).mean(1)
+    assert record.metrics["is_labels"] == pytest.approx(np.exp(divergences).mean(), rel=1e-4)
+    assert 5 < record.metrics["is_labels"] <= 10
 
 
 @pytest.mark.filterwarnings("ignore:fd_labels of blurred")
@@ -121,10 +164,13 @@ def test_a_set_scores_zero_against_itself(room: Room, tmp_path: Path) -> None:
 
 
 def test_only_inception_is_called_fid() -> None:
-    assert sorted(metric_names("inception").values()) == ["fid", "kid", "kid_std", "precision", "recall"]
+    names = {"fid", "kid", "kid_std", "precision", "recall", "is", "is_std"}
+    assert set(metric_names("inception").values()) == names
     for task in ("labels", "rotation"):
-        names = set(metric_names(task).values())
-        assert names == {f"{name}_{task}" for name in ("fd", "kd", "precision", "recall")} | {f"kd_{task}_std"}
+        names = {f"{name}_{task}" for name in ("fd", "kd", "precision", "recall")} | {f"kd_{task}_std"}
+        # Quarter turns are no classes of images.
+        names |= {"is_labels", "is_labels_std"} if task == "labels" else set()
+        assert set(metric_names(task).values()) == names
 
 
 def test_score_repeats_to_the_bit_and_leaves_the_reference_alone(
@@ -169,6 +215,9 @@ def test_comparable_names_the_fields_that_matter(record: ScoreRecord) -> None:
     for name in ("extractor_sha256", "samples", "references", "reference_digest", "preprocessing", "library"):
         assert comparable(record, dataclasses.replace(record, **{name: "other"})) == [name]
     assert comparable(record, dataclasses.replace(record, metrics={"fid": 1.0})) == ["metrics"]
+    # Of a release without extrapolation and inception score.
+    earlier = {name: record.metrics[name] for name in ("fd_labels", "precision_labels")}
+    assert comparable(record, dataclasses.replace(record, metrics=earlier, counts=[])) == []
     fewer_steps = dataclasses.replace(record, sampling={**SAMPLING, "steps": 50, "ema": None})
     assert comparable(record, fewer_steps) == ["sampling.ema", "sampling.steps"]
 
@@ -275,6 +324,19 @@ def test_shards_are_read_in_image_order(tmp_path: Path) -> None:
         assert np.array_equal(np.stack([shards[i].numpy() for i in range(10)]), pixels)
 
 
+def test_shards_are_mapped_and_never_read_whole(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, np.zeros((1000, 3, 64, 64), np.uint8), shard=300)
+    tracemalloc.start()
+    try:
+        shards = SampleShards(folder)
+        assert sum(int(shards[i].sum()) for i in range(len(shards))) == 0
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(shards) == 1000
+    assert peak < 300 * 3 * 64 * 64 / 4
+
+
 def test_a_gap_between_shards_is_an_error(tmp_path: Path) -> None:
     write_shards(tmp_path, np.zeros((10, 3, 4, 4), np.uint8), shard=4)
     (tmp_path / "00000004.npy").unlink()
@@ -308,9 +370,8 @@ def test_pickles_and_half_files_are_errors(tmp_path: Path) -> None:
         SampleShards(tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_inception_from_a_local_file_gives_fid(digits: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Extractor:
     """With random weights: the figures mean nothing, but the path is the one of the real file."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -323,11 +384,36 @@ def test_inception_from_a_local_file_gives_fid(digits: Arrays, tmp_path: Path, m
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights))
     torch.save(network.state_dict(), weights)
     monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors.file_sha256(weights))
-    extractor = inception_extractor(weights)
-    reference = make_reference(digits.part(slice(16)), "digits", extractor, tmp_path / "reference", 8)
+    return inception_extractor(weights)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_inception_from_a_local_file_gives_fid(inception: Extractor, digits: Arrays, tmp_path: Path) -> None:
+    reference = make_reference(digits.part(slice(16)), "digits", inception, tmp_path / "reference", 8)
     assert reference.features == 2048
-    samples = write_shards(tmp_path / "samples", digits.pixels[16:24])
-    record = score(samples, tmp_path / "reference", extractor, 8, 8)
-    assert set(record.metrics) == {"fid", "kid", "kid_std", "precision", "recall"}
+    samples = write_shards(tmp_path / "samples", digits.pixels[16:28])
+    record = score(samples, tmp_path / "reference", inception, 12, 8)
+    assert set(record.metrics) == {"fid", "kid", "kid_std", "precision", "recall", "is", "is_std"}
     assert len(record.warnings) == 3
     assert "compares with no published one" in record.warnings[2]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_fid_and_inception_score_are_those_of_torch_fidelitys_command_line(
+    inception: Extractor, digits: Arrays, tmp_path: Path
+) -> None:
+    make_reference(digits.part(slice(16)), "digits", inception, tmp_path / "reference", 8)
+    record = score(write_shards(tmp_path / "samples", digits.pixels[16:28]), tmp_path / "reference", inception, 12, 8)
+    folders = [
+        str(write_pngs(tmp_path / name, pixels))
+        for name, pixels in (("a", digits.pixels[16:28]), ("b", digits.pixels[:16]))
+    ]
+    command = [sys.executable, "-m", "torch_fidelity.fidelity", "--fid", "--isc", "--cpu", "--json", "--silent"]
+    command += ["--no-cache", "--save-cpu-ram", "--feature-extractor-weights-path", str(inception.path)]
+    done = subprocess.run([*command, "--input1", folders[0], "--input2", folders[1]], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout)
+    for key, name in (("frechet_inception_distance", "fid"), ("inception_score_mean", "is")):
+        assert record.metrics[name] == pytest.approx(theirs[key], rel=1e-4), name

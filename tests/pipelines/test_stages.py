@@ -9,16 +9,17 @@ import numpy as np
 import torch
 
 from dvdp.config import Params, Run, parse_params
+from dvdp.evaluation.scores import SampleShards, write_shard
 from dvdp.models.export import load_model, save_model
 from dvdp.models.unet import build_network
-from pipelines.stages import Job, sample_shard
+from pipelines.stages import Job, missing_shards, sample_shard
 from pipelines.tracked import model_file
 from pipelines.tracking import SETTING
 
 
 def params(storage: Path = Path("runs")) -> Params:
     tree = {
-        "cluster": {"storage": str(storage)},
+        "cluster": {"storage": str(storage), "threads": 1},
         "dataset": {"resolution": 16},
         "settings": [{"name": "small", "process": "dvdp", "turning_points": [500]}],
         "model": {"channels": 4, "multipliers": [1, 2], "attention": [2], "head_channels": 8},
@@ -53,6 +54,34 @@ def test_samples_are_drawn_as_the_params_say_now_not_as_they_said_when_the_model
         expected = load_model(weights, sampling=changed).sample(3, first=2).numpy()
         np.testing.assert_array_equal(found, expected)
         assert (name == "same") == np.array_equal(found, np.load(tmp_path / "same" / "00000002.npy"))
+
+
+def test_images_are_the_same_from_any_number_of_tasks_in_any_batch(tmp_path: Path) -> None:
+    (run,) = params().runs()
+    weights = trained(run, tmp_path / "weights.safetensors")
+    expected = load_model(weights, sampling=run.sampling).sample(7).numpy()
+    for batch, sizes in ((2, [7]), (64, [3, 4]), (1, [1, 2, 4])):
+        folder = tmp_path / f"{batch}-{len(sizes)}"
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        # Workers finish in any order.
+        for first, size in reversed(list(zip(starts, sizes, strict=True))):
+            changed = replace(run.sampling, batch=batch)
+            assert sample_shard(str(weights), str(folder), first, size, changed, params().cluster) == size
+        shards = SampleShards(folder)
+        found = np.stack([shards[i].numpy() for i in range(len(shards))])
+        assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_only_shards_that_are_missing_or_too_short_are_left_to_draw(tmp_path: Path) -> None:
+    (run,) = params(tmp_path).runs()
+    job = Job(params(tmp_path), replace(run, sampling=replace(run.sampling, count=700)), "digest")
+    assert missing_shards(job) == [(0, 256), (256, 256), (512, 188)]
+    images = torch.zeros((256, 3, 16, 16), dtype=torch.uint8)
+    for first, size in ((256, 256), (512, 100)):
+        write_shard(job.samples / f"{first:08d}.npy", images[:size])
+    # What a killed worker leaves of a shard is none.
+    (job.samples / ".00000000.npy.17.part").write_bytes(b"half")
+    assert missing_shards(job) == [(0, 256), (512, 188)]
 
 
 def test_a_registered_model_samples_by_default_as_its_own_setting_does(tmp_path: Path) -> None:

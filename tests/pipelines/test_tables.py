@@ -17,12 +17,14 @@ from mlflow.entities import Metric
 from PIL import Image
 from tracking_store import empty_store
 
-from dvdp.config import parse_params
+from dvdp.config import parse_params, read_params
 from dvdp.evaluation.paper import TABLES
 from dvdp.evaluation.scores import ScoreRecord
 from dvdp.identity import training_identity
 from pipelines import tracking
 from pipelines.cli import main
+from pipelines.evaluation import add_evaluation
+from pipelines.tables import fill_tables
 
 SMALL = {"channels": 8, "multipliers": [1, 2], "attention": [], "head_channels": 8}
 SCORE = ScoreRecord({"fid": 1.0}, "inception", "e", 50_000, 50_000, "r", "none", 32, 1000, "torch-fidelity")
@@ -206,6 +208,19 @@ def test_one_training_sampled_in_two_ways_fills_two_rows(project: Path) -> None:
         "ddim": ("12.0", ""),
         "ddpm": ("10.0", ""),
     }
+
+
+def test_an_evaluation_on_other_terms_fills_no_cell_and_is_not_counted(project: Path) -> None:
+    client = empty_store(project)
+    ran(client, (), [3.0])
+    before = report()
+    told = fill_tables(read_params()).left_out
+    (entry,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    run = tracking.TrackedRun(client, entry.info.run_id, entry.info.experiment_id)
+    add_evaluation(run, dataclasses.replace(SCORE, metrics={"fid": 1.0}, samples=10), step=640)
+    assert len(client.search_runs([entry.info.experiment_id])) == 2
+    assert report() == before
+    assert fill_tables(read_params()).left_out == told
 
 
 def test_the_figure_is_drawn_when_both_processes_ran_and_the_page_needs_nothing_else(project: Path) -> None:

@@ -1,0 +1,241 @@
+"""``dvdp evaluate``: scores of what is sampled already, or of a registered model, added to what MLflow knows.
+
+A run's own metrics are those that the experiment gave it. Every other record (another sampler, other counts, another
+reference) is a run of its own beneath it, named ``evaluation`` and found by what the record says, so that nothing is
+replaced and the same record is there once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlflow.artifacts
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.utils import mlflow_tags
+
+from dvdp.config import Params, Run
+from dvdp.errors import UserError
+from dvdp.evaluation.published import read_statistics
+from dvdp.evaluation.scores import ScoreRecord, read_reference
+from dvdp.files import write_atomically
+from dvdp.identity import evaluation_hash, sampling_hash
+from dvdp.models.export import lift_deviations, load_model
+from dvdp.training.budget import training_images
+from pipelines import registry, tracking
+from pipelines.cluster import cluster
+from pipelines.places import Places
+from pipelines.stages import Job, check_scorable, extractor_of, missing_shards, sample_job, score_job
+from pipelines.tracked import tracked
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """A version of a registered model, sampled as the params say now, in a folder of its own."""
+
+    params: Params
+    run: Run
+    """The one that was trained, with the sampling of the params."""
+    name: str
+    weights_digest: str
+    run_id: str
+    """Of the MLflow run that the version comes from."""
+    dataset_digest: str
+    """Of what it was trained on."""
+
+    @property
+    def folder(self) -> Path:
+        """Of its weights, samples and scores."""
+        return self.params.cluster.storage / "models" / self.weights_digest[:12]
+
+    @property
+    def weights(self) -> Path:
+        """As they were registered."""
+        return self.folder / "weights.safetensors"
+
+    @property
+    def sampling_hash(self) -> str:
+        """Names the samples."""
+        return sampling_hash(self.run, self.weights_digest)
+
+    @property
+    def samples(self) -> Path:
+        """Folder of the samples, ``<first image>.npy``."""
+        return self.folder / "samples" / self.sampling_hash
+
+    def score_path(self, reference: str) -> Path:
+        """The score record against a reference, by its name."""
+        name = evaluation_hash(self.params.evaluation, self.sampling_hash, reference)
+        return self.folder / "scores" / f"{name}.json"
+
+
+def registered_model(params: Params, address: str) -> RegisteredModel:
+    """Look a version up in MLflow and keep a copy of its weights.
+
+    Args:
+        address: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
+
+    Raises:
+        UserError: there is no such version, it is none of ours, its images have another side than the data set, MLflow
+            does not answer, or the sampling of the params does not fit it.
+    """
+    parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", address)
+    if parts is None:
+        raise UserError(
+            f"--model: found '{address}', expected models:/<name>@<alias> or models:/<name>/<version>, such as"
+            f" models:/{params.tracking.model}-{params.dataset.name}@{registry.CHAMPION}."
+        )
+    # Without an address it is a file here, which only reading need not create.
+    if not (os.environ.get("MLFLOW_TRACKING_URI") or Path("mlflow.db").is_file()):
+        raise UserError(
+            f"--model: found '{address}' and no MLflow here, expected mlflow.db or a server at MLFLOW_TRACKING_URI;"
+            " run `dvdp experiment` first, or name the server."
+        )
+    client = tracking.connect()
+    try:
+        with tracking.reaching(client, params.cluster.storage):
+            name, alias, number = parts.groups(default="")
+            return _fetched(client, params, _version(client, name, alias, number), address)
+    except tracking.TrackingAway:
+        raise UserError(
+            "MLFLOW_TRACKING_URI: found no answer from MLflow there, which holds the registered models, expected a"
+            " server that runs; start it, or unset the variable to use mlflow.db here."
+        ) from None
+
+
+def evaluate(subject: Job | RegisteredModel, statistics: Path | None = None) -> ScoreRecord:
+    """Score a job's samples, or sample and score a registered model; what is there already is not made again.
+
+    Args:
+        statistics: an ``.npz`` file to score against in place of the reference.
+
+    Raises:
+        UserError: something that scoring needs is missing; told before images are drawn.
+    """
+    if isinstance(subject, Job):
+        return score_job(subject, statistics)
+    params = subject.params
+    if statistics is None:
+        check_scorable(params)
+    else:
+        read_statistics(statistics, extractor_of(params).features)
+    if missing_shards(subject):
+        with cluster(params.cluster):
+            sample_job(subject)
+    return score_job(subject, statistics, [] if statistics else _foreign(subject))
+
+
+def track(subject: Job | RegisteredModel, record: ScoreRecord) -> None:
+    """Add a record to the MLflow run of a job, or of a model's training; again changes nothing.
+
+    Raises:
+        TrackingAway: MLflow does not answer; everything is on disk.
+    """
+    client = tracking.connect()
+    with tracking.reaching(client, subject.samples):
+        if isinstance(subject, Job):
+            run = tracked(subject)
+            run.set_status("FINISHED")
+        else:
+            found = client.get_run(subject.run_id)
+            run = tracking.TrackedRun(client, found.info.run_id, found.info.experiment_id)
+        add_evaluation(run, record, training_images(subject.run))
+
+
+def add_evaluation(run: tracking.TrackedRun, record: ScoreRecord, step: int) -> None:
+    """A run beneath ``run`` for a record other than its own; see the top of this file.
+
+    Args:
+        step: images seen in training.
+    """
+    client = run.client
+    own = tracking.read_text(client, run.run_id, "score.json")
+    with contextlib.suppress(UserError):  # of another release
+        if own is not None and ScoreRecord.from_json(own) == record:
+            return
+    key = hashlib.sha256(f"{run.run_id} {record.to_json()}".encode()).hexdigest()[:16]
+    experiment = client.get_experiment(run.experiment_id).name
+    child = tracking.open_run(client, experiment, tracking.EVALUATION_HASH, key, "evaluation")
+    child.set_tags({mlflow_tags.MLFLOW_PARENT_RUN_ID: run.run_id, tracking.EVALUATION_OF: run.run_id})
+    # What scores can differ for, so that MLflow's page of several shows it.
+    outcome = ("metrics", "warnings", "counts")
+    child.log_params({name: value for name, value in dataclasses.asdict(record).items() if name not in outcome})
+    child.set_metrics(record.metrics, step)
+    child.log_text("score.json", record.to_json())
+    child.set_status("FINISHED")
+
+
+def _version(client: MlflowClient, name: str, alias: str, number: str) -> ModelVersion:
+    found = f"models:/{name}@{alias}" if alias else f"models:/{name}/{number}"
+    try:
+        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise UserError(
+            f"--model: found no version '{found}' in MLflow, expected one that `dvdp experiment` has registered; look"
+            " for its name and number on MLflow's page of models."
+        ) from None
+    if registry.WEIGHTS_DIGEST not in version.tags or not version.run_id or version.status != "READY":
+        raise UserError(
+            f"--model: found '{found}', which is no finished version of ours, expected one that `dvdp experiment` has"
+            " registered; name another."
+        )
+    return version
+
+
+def _fetched(client: MlflowClient, params: Params, version: ModelVersion, address: str) -> RegisteredModel:
+    digest = version.tags[registry.WEIGHTS_DIGEST]
+    weights = params.cluster.storage / "models" / digest[:12] / "weights.safetensors"
+    if not weights.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            copy = mlflow.artifacts.download_artifacts(
+                f"models:/{version.name}/{version.version}/artifacts/{weights.name}",
+                dst_path=folder,
+                tracking_uri=client.tracking_uri,
+                registry_uri=client.tracking_uri,
+            )
+            if registry.weights_digest(Path(copy)) != digest:
+                raise UserError(
+                    f"--model: found other weights in '{address}' than its tag {registry.WEIGHTS_DIGEST} says, expected"
+                    " those that were registered; name another version."
+                )
+            write_atomically(weights, Path(copy).read_bytes())
+    model = load_model(weights)
+    if model.side != params.dataset.resolution:
+        raise UserError(
+            f"--model: found a model of {model.side} px images, expected dataset.resolution,"
+            f" {params.dataset.resolution} px; give the params of its data set with --params."
+        )
+    if params.evaluation.samples > params.sampling.count:
+        raise UserError(
+            f"evaluation.samples: found {params.evaluation.samples}, expected at most sampling.count,"
+            f" {params.sampling.count}; draw more or score fewer."
+        )
+    run = replace(model.run, sampling=params.sampling)
+    run.check()
+    lift_deviations(run, model.description)
+    return RegisteredModel(
+        params=params,
+        run=run,
+        name=f"{version.name} version {version.version}",
+        weights_digest=digest,
+        run_id=str(version.run_id),
+        dataset_digest=version.tags.get(tracking.DATASET_DIGEST, ""),
+    )
+
+
+def _foreign(model: RegisteredModel) -> list[str]:
+    """A remark if the model is scored against other images than it was trained on."""
+    digest = read_reference(Places.of(model.params).reference).data_digest
+    if digest == model.dataset_digest:
+        return []
+    return [f"{model.name} was trained on another data set than the reference's, '{model.params.dataset.name}'."]
