@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dvdp.config import ModelParams
+from dvdp.models.ops import attend, convolve_doubled, halve, mix_channels
 
 
 class UNet(nn.Module):
@@ -117,14 +118,17 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = F.silu(self.norm1(x))
-        if self.resample == "down":
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        elif self.resample == "up":
-            h, x = F.interpolate(h, scale_factor=2.0), F.interpolate(x, scale_factor=2.0)
-        h = self.conv1(h)
+        if self.resample == "up":
+            h, x = convolve_doubled(h, self.conv1), F.interpolate(x, scale_factor=2.0)
+        else:
+            if self.resample == "down":
+                h, x = halve(h), halve(x)
+            h = self.conv1(h)
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.norm2(h) * (1 + scale) + shift
-        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+        if isinstance(self.skip, nn.Conv2d):
+            x = mix_channels(x, self.skip)
+        return x + self.conv2(self.dropout(F.silu(h)))
 
 
 class Attention(nn.Module):
@@ -139,10 +143,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        # Fused kernels want the channels of a head side by side.
-        q, k, v = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w).mT.contiguous().unbind(1)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(mixed.mT.reshape(b, c, h, w))
+        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
+        return x + self.out(attend(q, k, v).reshape(b, c, h, w))
 
 
 def run(layers: nn.ModuleList | nn.Module, h: Tensor, embedding: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dvdp import Process, Schedule, UserError
 from dvdp.config import ModelParams
 from dvdp.models.denoiser import NetworkDenoiser, target
+from dvdp.models.ops import attend, convolve_doubled, halve, mix_channels
 from dvdp.models.unet import UNet
 from dvdp.training.budget import network_flops
 
@@ -52,7 +54,7 @@ def test_dropout_is_off_in_evaluation() -> None:
             ModelParams(channels=128, multipliers=(1, 2, 2, 2), blocks=3, attention=(2, 4), head_channels=64),
             32,
             57.1,
-            9.3,
+            8.8,
         ),
         (
             ModelParams(
@@ -60,7 +62,7 @@ def test_dropout_is_off_in_evaluation() -> None:
             ),
             256,
             138.3,
-            281.6,
+            267.8,
         ),
     ],
     ids=["32 px preset", "256 px preset"],
@@ -76,6 +78,43 @@ def test_half_the_side_costs_at_most_a_quarter() -> None:
     # Convolutions cost exactly a quarter, self-attention a sixteenth.
     for side in (32, 16):
         assert 4 < network_flops(SMALL, side) / network_flops(SMALL, side // 2) < 16
+
+
+def test_a_convolution_of_a_doubled_image_is_the_one_of_its_enlargement() -> None:
+    generator = torch.Generator().manual_seed(0)
+    conv = torch.nn.Conv2d(5, 7, 3, padding=1).double()
+    x = torch.randn(2, 5, 6, 4, generator=generator, dtype=torch.float64)
+    gradients = []
+    for double in (convolve_doubled, lambda x, conv: conv(F.interpolate(x, scale_factor=2.0))):
+        conv.zero_grad()
+        double(x, conv).sin().sum().backward()
+        gradients.append((conv.weight.grad, conv.bias.grad))
+    torch.testing.assert_close(convolve_doubled(x, conv), conv(F.interpolate(x, scale_factor=2.0)))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("pixels", [16, 400])
+def test_attention_is_the_same_however_it_is_computed(pixels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 8, pixels, generator=generator)
+    expected = torch.einsum("bhqk,bhck->bhcq", (q.mT @ k / 8**0.5).softmax(-1), v)
+    torch.testing.assert_close(attend(q, k, v), expected)
+    rounded = attend(*(part.bfloat16() for part in (q, k, v)))
+    torch.testing.assert_close(rounded.float(), expected, rtol=0.02, atol=0.03)
+
+
+def test_halving_is_the_mean_of_two_by_two_pixels() -> None:
+    x = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(halve(x), F.avg_pool2d(x, 2))
+
+
+def test_channels_are_mixed_alike_in_both_precisions() -> None:
+    conv = torch.nn.Conv2d(6, 5, 1)
+    x = torch.randn(2, 6, 4, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mix_channels(x, conv), conv(x))
+    rounded = mix_channels(x.bfloat16(), conv)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), conv(x), rtol=0.02, atol=0.03)
 
 
 def test_a_level_the_network_cannot_halve_often_enough_is_named() -> None:

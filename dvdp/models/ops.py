@@ -1,0 +1,49 @@
+"""Operations of the network, in the way that is fastest where they run; see docs/performance.md for what each saves."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Up to so many pixels attention may hold its whole matrix of weights.
+FEW_PIXELS = 256
+
+
+def convolve_doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """``conv(F.interpolate(x, scale_factor=2))`` of a padded 3x3 convolution, in 4/9 of the arithmetic.
+
+    An output pixel sees 2x2 different inputs, not 3x3: those of a transposed convolution of stride 2.
+    """
+    # Every tap of the mirrored kernel falls on 2x2 pixels: sums of neighbours, 4x4 of them.
+    weight = F.avg_pool2d(conv.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
+    return F.conv_transpose2d(x, weight.transpose(0, 1), conv.bias, stride=2, padding=1)
+
+
+def halve(x: Tensor) -> Tensor:
+    """``F.avg_pool2d(x, 2)``."""
+    if x.device.type != "cpu":
+        return F.avg_pool2d(x, 2)
+    # A CPU adds whole rows several times as fast as it pools.
+    rows = x[:, :, 0::2] + x[:, :, 1::2]
+    return (rows[..., 0::2] + rows[..., 1::2]) * 0.25
+
+
+def mix_channels(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """``conv(x)`` of a 1x1 convolution."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return conv(x)
+    # In this precision a CPU is twice as fast by matrix products, which need no other layout.
+    weight, bias = conv.weight.flatten(1).to(x.dtype), conv.bias.to(x.dtype)  # type: ignore[union-attr]
+    return torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dot-product attention of (B, heads, channels, pixels) each -> the same shape."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] <= FEW_PIXELS:
+        # In this precision the CPU's fused kernel takes two to three times as long, most of it backward.
+        weights = ((q * q.shape[-2] ** -0.5).mT @ k).softmax(dim=-1)
+        return v @ weights.mT
+    # Fused kernels want the channels of a head side by side.
+    q, k, v = (part.mT.contiguous() for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).mT
