@@ -143,7 +143,8 @@ def track(subject: Job | RegisteredModel, record: ScoreRecord) -> None:
     with tracking.reaching(client, subject.samples):
         if isinstance(subject, Job):
             run = tracked(subject)
-            run.set_status("FINISHED")
+            if client.get_run(run.run_id).info.status == "RUNNING":  # One that failed stays so.
+                run.set_status("FINISHED")
         else:
             found = client.get_run(subject.run_id)
             run = tracking.TrackedRun(client, found.info.run_id, found.info.experiment_id)
@@ -197,12 +198,20 @@ def _fetched(client: MlflowClient, params: Params, version: ModelVersion, addres
     weights = params.cluster.storage / "models" / digest[:12] / "weights.safetensors"
     if not weights.is_file():
         with tempfile.TemporaryDirectory() as folder:
-            copy = mlflow.artifacts.download_artifacts(
-                f"models:/{version.name}/{version.version}/artifacts/{weights.name}",
-                dst_path=folder,
-                tracking_uri=client.tracking_uri,
-                registry_uri=client.tracking_uri,
-            )
+            try:
+                copy = mlflow.artifacts.download_artifacts(
+                    f"models:/{version.name}/{version.version}/artifacts/{weights.name}",
+                    dst_path=folder,
+                    tracking_uri=client.tracking_uri,
+                    registry_uri=client.tracking_uri,
+                )
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                raise UserError(
+                    f"--model: found no {weights.name} of '{address}' where MLflow keeps it, {version.source}, expected"
+                    " the weights that were registered; put them back, or name another version."
+                ) from None
             if registry.weights_digest(Path(copy)) != digest:
                 raise UserError(
                     f"--model: found other weights in '{address}' than its tag {registry.WEIGHTS_DIGEST} says, expected"

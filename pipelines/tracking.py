@@ -137,7 +137,8 @@ class TrackedRun:
         """RUNNING when work goes on, then FINISHED or FAILED."""
         if status == "RUNNING":
             self.client.update_run(self.run_id, status=status)
-        else:
+        elif self.client.get_run(self.run_id).info.status != status:
+            # Not again: that would move its end.
             self.client.set_terminated(self.run_id, status)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:

@@ -10,13 +10,19 @@ from dvdp.data.lmdb_files import put, writable
 class Seen:
     """Which image was the first with some content. Kept in an LMDB file: memory does not grow with the data set.
 
-    To be committed before the images themselves: after a kill in between, the same images come again with the same
-    indices, so that what is known of them already says the same.
+    To be committed before the images themselves.
+
+    Args:
+        count: images that are stored; what a kill left of later ones is forgotten.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, count: int) -> None:
         self._environment = writable(file)
         self._pending: dict[bytes, int] = {}
+        with self._environment.begin(write=True) as transaction:
+            entries = ((content, int.from_bytes(index, "little")) for content, index in transaction.cursor())
+            for content in [bytes(content) for content, index in entries if index >= count]:
+                transaction.delete(content)
 
     def first(self, content: bytes, index: int) -> int:
         """Index of the first image with this content: ``index`` itself, if no earlier one has it."""

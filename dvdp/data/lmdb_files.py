@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,7 @@ def readable(file: Path) -> Any:
     """The environment of a file that is complete, opened at most once in each process.
 
     Raises:
-        UserError: it is no LMDB file, or cut short.
+        UserError: it is no LMDB file, or cut short; or this process may open no more files.
     """
     import lmdb
 
@@ -36,9 +37,15 @@ def readable(file: Path) -> Any:
             max_spare_txns=4,
         )  # fmt: skip
     except lmdb.Error as error:
+        reason = str(error).split(": ")[-1]
+        if reason == os.strerror(errno.EMFILE):
+            raise UserError(
+                f"data set: '{file}' cannot be opened ({reason}), expected a process that may hold all files of the"
+                " store; raise `ulimit -n`, or run `dvdp prepare` with a larger dataset.shard_gib."
+            ) from None
         raise UserError(
-            f"data set: '{file}' is no LMDB file ({str(error).split(': ')[-1]}), expected one that `dvdp prepare`"
-            " wrote; move it away and run that."
+            f"data set: '{file}' is no LMDB file ({reason}), expected one that `dvdp prepare` wrote; move it away and"
+            " run that."
         ) from None
     # Reading a page beyond the end of the file would kill the process.
     if file.stat().st_size < file_bytes(environment):

@@ -6,11 +6,11 @@ images go out and come back in the order of the source, so that nothing depends 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -34,6 +34,9 @@ from dvdp.files import locked, write_atomically
 _RAW_BYTES, _FEWEST, _MOST = 4 << 20, 4, 256
 #: .. and ends early when the source's own bytes are this many.
 _SOURCE_BYTES = 16 << 20
+
+#: Whose versions show in a store's bytes.
+_LIBRARIES = ("albumentations", "lmdb", "numpy", "opencv-python-headless", "pillow")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
             full, a worker was killed, or another preparation of the same store is running.
     """
     lock = out.with_name(f".{out.name}.lock")
+    with _writing(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
     with locked(lock, patience=0) as free:
         if not free:
             raise UserError(
@@ -108,7 +114,7 @@ def _fill(writer: StoreWriter, source: Source, form: Form, params: DatasetParams
     chunks = mapped(partial(_prepared, form), _chunks(raws, form.resolution), params.workers)
     bar = tqdm(initial=tally.position, total=source.count, desc=f"prepare {params.name}", unit="image", disable=None)
     try:
-        with closing(chunks), bar:
+        with contextlib.closing(chunks), bar:
             for chunk in chunks:
                 for name, reason in chunk.skipped:
                     tally.skip(name, reason)
@@ -203,7 +209,7 @@ def _identity(params: DatasetParams, source: Source) -> str:
         "count": source.count,
         "labels": source.labels,
         "code": code.hexdigest(),
-        "libraries": [version(name) for name in ("albumentations", "numpy", "opencv-python-headless", "pillow")],
+        "libraries": [version(name) for name in _LIBRARIES],
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -236,4 +242,16 @@ def _write_report(path: Path | None, params: DatasetParams, source: Source, tall
         "duplicate_images": [{"image": name, "equals": index} for name, index in tally.duplicate_images.items()],
         **more,
     }
-    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    with _writing(path):
+        write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"data set: cannot write '{path}' ({error.strerror}), expected room on its disk and the right to write;"
+            " mend that and run the same command, which goes on from here."
+        ) from None

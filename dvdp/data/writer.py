@@ -138,7 +138,7 @@ class StoreWriter:
             self._digests.truncate(self.count * DIGEST_BYTES)
             self._digests.seek(0, os.SEEK_END)
             if self._deduplicate:
-                self._seen = Seen(self._part / "seen.mdb")
+                self._seen = Seen(self._part / "seen.mdb", self.count)
         return self
 
     def __exit__(

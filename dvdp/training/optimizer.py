@@ -54,6 +54,7 @@ class Muon(torch.optim.Muon):
         for matrix, weight in zip(self.param_groups[0]["params"], self._weights, strict=True):
             matrix.grad = None if weight.grad is None else weight.grad.view(matrix.shape)
         super().step(closure)
+        self.zero_grad()  # They would keep the memory of the gradients until the next step.
 
 
 def pack_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -189,15 +189,20 @@ def left_in_the_middle(params: DatasetParams, out: Path, patch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("small_commits")
-@pytest.mark.parametrize("change", ["a file", "a setting"])
+@pytest.mark.parametrize("change", ["a file", "a file behind a link", "a setting"])
 def test_it_starts_afresh_when_source_or_settings_are_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    params, out = parameters(made(tmp_path / "pets", 40)), tmp_path / "out" / "store"
+    images, out = made(tmp_path / "pets", 40), tmp_path / "out" / "store"
+    params = parameters(images)
+    if change == "a file behind a link":
+        (images / "cat").rename(tmp_path / "elsewhere")
+        (images / "cat").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere" / "back").symlink_to(images)
     left_in_the_middle(params, out, monkeypatch, images=52)
     assert committed(out)
-    if change == "a file":
-        (params.path / "cat" / "005.png").write_bytes((params.path / "cat" / "004.png").read_bytes())  # type: ignore[operator]
+    if change != "a setting":
+        (images / "cat" / "005.png").write_bytes((images / "cat" / "004.png").read_bytes())
     else:
         params = replace(params, resolution=8)
     assert len(left_in_the_middle(params, out, monkeypatch, images=1000)) == 80

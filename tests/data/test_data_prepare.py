@@ -184,6 +184,16 @@ def test_an_unknown_path_leaves_nothing_behind_but_a_sentence(tmp_path: Path) ->
     assert names(tmp_path / "out") == [".store.lock"]
 
 
+def test_places_that_cannot_be_written_are_one_sentence_and_cost_nothing(tmp_path: Path) -> None:
+    params, out = parameters(make_images(tmp_path / "pets", 2)), tmp_path / "out" / "store"
+    (tmp_path / "file").touch()
+    for store, report in ((tmp_path / "file" / "store", None), (out, tmp_path / "file" / "prepare.json")):
+        with pytest.raises(UserError, match=r"^data set: cannot write '.*/file/.*' \(.*\), expected room"):
+            prepare(params, store, report)
+    assert names(out.parent) == [".store.lock", ".store.part"]
+    assert prepare(params, out, tmp_path / "prepare.json").count == 4
+
+
 def test_a_second_preparation_beside_a_running_one_is_refused(tmp_path: Path) -> None:
     images = make_images(tmp_path / "pets", 2)
     with (tmp_path / ".store.lock").open("w") as held:

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from data_support import contents, names
+from data_support import contents, forked, names
 from torch.utils.data import DataLoader
 
 from dvdp import bands
@@ -390,6 +391,22 @@ def test_metadata_that_is_no_json_is_named(tmp_path: Path) -> None:
     write(tmp_path / "store", some_images(5, 16))
     (tmp_path / "store" / "metadata.json").write_bytes(b"\xff\xfe")
     assert "format unknown" in fails(tmp_path / "store")
+
+
+def test_more_shards_than_files_may_be_open_are_one_sentence(tmp_path: Path) -> None:
+    write(tmp_path / "store", some_images(800, 16), shard_bytes=1 << 14)
+    said = tmp_path / "said.txt"
+
+    def with_few_files() -> None:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/dev/fd").iterdir())) + 3, limits[1]))
+        text = fails(tmp_path / "store")
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        said.write_text(text)
+
+    assert os.waitpid(forked(with_few_files), 0)[1] == 0
+    assert "cannot be opened (Too many open files)" in said.read_text()
+    assert "raise `ulimit -n`" in said.read_text()
 
 
 def test_two_stores_of_one_file_may_be_open_at_once(tmp_path: Path) -> None:

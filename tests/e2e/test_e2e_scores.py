@@ -47,7 +47,7 @@ def test_sampling_killed_at_random_moments_keeps_its_shards_and_ends_with_the_sa
     undisturbed: Project, tmp_path: Path, calm: dict[str, np.ndarray]
 ) -> None:
     here = undisturbed.copy(tmp_path / "project", **CHANGES)
-    source, kept = random.Random(), {}
+    source, kept = random.Random(0), {}
     for _ in range(3):
         process = here.start(*SAMPLE)
         wait_until(lambda process=process: drawing(process) or process.poll() is not None)

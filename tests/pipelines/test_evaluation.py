@@ -114,7 +114,8 @@ def test_a_registered_model_is_scored_once_and_added_beneath_the_run_it_came_fro
     assert main(["evaluate", "--model", ADDRESS]) == 0
     assert capsys.readouterr().out == printed
     assert files(Path("runs")) == before
-    assert [run.info.run_id for run in evaluations(client)] == [child.info.run_id]
+    (again,) = evaluations(client)
+    assert (again.info.run_id, again.info.end_time) == (child.info.run_id, child.info.end_time)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -204,6 +205,14 @@ def test_weights_that_were_changed_in_the_store_are_refused(client: MlflowClient
     with pytest.raises(UserError, match="found other weights in 'models:/dvdp-digits/1' than its tag"):
         registered_model(read_params(), ADDRESS)
     assert not Path("runs/models").exists()
+
+
+def test_weights_that_are_gone_from_the_store_are_one_sentence(
+    client: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (kept,) = (path for path in tmp_path.rglob("weights.safetensors") if path.parent != tmp_path)
+    kept.unlink()
+    assert refused(capsys, "--model", ADDRESS).startswith(f"--model: found no {kept.name} of '{ADDRESS}' where MLflow")
 
 
 def test_without_mlflow_nothing_is_created(

@@ -66,6 +66,15 @@ def test_a_weight_without_a_gradient_stays() -> None:
     assert torch.equal(weights[1], before[1])
 
 
+def test_a_step_leaves_no_hold_on_the_memory_of_gradients() -> None:
+    weight = nn.Parameter(torch.randn(4, 4))
+    muon = Muon([weight], lr=0.1, weight_decay=0.0)
+    weight.grad = torch.ones(4, 4)
+    muon.step()
+    assert weight.grad is not None, "it is the owner's to clear"
+    assert all(matrix.grad is None for matrix in muon.param_groups[0]["params"])
+
+
 def test_the_state_of_both_optimisers_goes_through_a_checkpoint() -> None:
     net, other = network(), network()
     params = TrainingParams(optimizer="muon")

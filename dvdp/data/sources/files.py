@@ -78,8 +78,8 @@ def counted(path: Path, expected: int, content: str) -> int:
 def fingerprint(path: Path) -> str:
     """Names the state of a source: another one when a file at or below ``path`` comes, goes, or is written.
 
-    Goes by names, lengths and times of change. ``path`` may go on inside an archive, and links to folders are not
-    followed.
+    Goes by names, lengths and times of change. ``path`` may go on inside an archive, and links to folders are
+    followed, as :func:`image_files` follows them.
     """
     found = next(parent for parent in (path, *path.parents, Path()) if parent.exists())
     files = _files_below(found) if found.is_dir() else [str(found)]
@@ -94,8 +94,13 @@ def fingerprint(path: Path) -> str:
 
 
 def _files_below(folder: Path) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(parent)  # noqa: PTH116 (as above)
+        identity = (status.st_dev, status.st_ino)
+        # Links may lead back, or twice to the same folder: what changes in it shows at its first place.
+        folders[:] = [] if identity in seen else sorted(name for name in folders if not name.startswith("."))
+        seen.add(identity)
         yield from (f"{parent}/{name}" for name in sorted(names) if not name.startswith("."))
 
 
