@@ -29,15 +29,6 @@ def halve(x: Tensor) -> Tensor:
     return (rows[..., 0::2] + rows[..., 1::2]) * 0.25
 
 
-def mix_channels(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """``conv(x)`` of a 1x1 convolution."""
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
-        return conv(x)
-    # In this precision a CPU is twice as fast by matrix products, which need no other layout.
-    weight, bias = conv.weight.flatten(1).to(x.dtype), conv.bias.to(x.dtype)  # type: ignore[union-attr]
-    return torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dot-product attention of (B, heads, channels, pixels) each -> the same shape."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] <= FEW_PIXELS:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dvdp.config import ModelParams
-from dvdp.models.ops import attend, convolve_doubled, halve, mix_channels
+from dvdp.models.ops import attend, convolve_doubled, halve
 
 
 class UNet(nn.Module):
@@ -126,9 +126,7 @@ class ResidualBlock(nn.Module):
             h = self.conv1(h)
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.norm2(h) * (1 + scale) + shift
-        if isinstance(self.skip, nn.Conv2d):
-            x = mix_channels(x, self.skip)
-        return x + self.conv2(self.dropout(F.silu(h)))
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
 
 class Attention(nn.Module):

@@ -258,18 +258,16 @@ class Training:
             for part in images.chunk(self.run.training.accumulation)
             if len(part)
         ]
-        # Autocast keeps its copies of the weights until the outermost context ends: one cast a step, not one a part.
-        with torch.autocast(self.device.type, enabled=False):
-            for i, (level, part) in enumerate(parts):
-                # Ranks exchange gradients once a step, after the last part.
-                quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-                if isinstance(network, DistributedDataParallel) and i < len(parts) - 1:
-                    quiet = network.no_sync()
-                with quiet:
-                    loss = self._loss(network, level, part)
-                    (loss * (len(part) / len(batch))).backward()
-                self.window[0, level] += loss.detach() * len(part)
-                self.window[1, level] += len(part)
+        for i, (level, part) in enumerate(parts):
+            # Ranks exchange gradients once a step, after the last part.
+            quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if isinstance(network, DistributedDataParallel) and i < len(parts) - 1:
+                quiet = network.no_sync()
+            with quiet:
+                loss = self._loss(network, level, part)
+                (loss * (len(part) / len(batch))).backward()
+            self.window[0, level] += loss.detach() * len(part)
+            self.window[1, level] += len(part)
 
     def _loss(self, network: nn.Module, level: int, images: Tensor) -> Tensor:
         """Mean loss of images, uint8 (b, 3, H, W), at timesteps drawn from a level."""

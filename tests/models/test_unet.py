@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from dvdp import Process, Schedule, UserError
 from dvdp.config import ModelParams
 from dvdp.models.denoiser import NetworkDenoiser, target
-from dvdp.models.ops import attend, convolve_doubled, halve, mix_channels
+from dvdp.models.ops import attend, convolve_doubled, halve
 from dvdp.models.unet import UNet
 from dvdp.training.budget import network_flops
 
@@ -106,15 +106,6 @@ def test_attention_is_the_same_however_it_is_computed(pixels: int) -> None:
 def test_halving_is_the_mean_of_two_by_two_pixels() -> None:
     x = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(halve(x), F.avg_pool2d(x, 2))
-
-
-def test_channels_are_mixed_alike_in_both_precisions() -> None:
-    conv = torch.nn.Conv2d(6, 5, 1)
-    x = torch.randn(2, 6, 4, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(mix_channels(x, conv), conv(x))
-    rounded = mix_channels(x.bfloat16(), conv)
-    assert rounded.dtype == torch.bfloat16
-    torch.testing.assert_close(rounded.float(), conv(x), rtol=0.02, atol=0.03)
 
 
 def test_a_level_the_network_cannot_halve_often_enough_is_named() -> None:
