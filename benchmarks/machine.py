@@ -35,15 +35,19 @@ def _lines(path: str) -> list[str]:
 
 
 def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git, as on a machine that was handed the bare files
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
 def _module() -> str:
-    return f"benchmarks.{Path(sys.argv[0]).stem}"
+    script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
+    return ".".join(script.relative_to(root).with_suffix("").parts) if script.is_relative_to(root) else script.stem

@@ -1,0 +1,165 @@
+"""The benchmarks run, say what a regression is, and their GPU scripts need no more than a bare machine has."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import steps_report
+from benchmarks.baseline import compare, read_ratios
+from benchmarks.gpu.cifar10 import frechet
+from benchmarks.ranks import computed, slowest_level
+from benchmarks.timing import peak_memory, take_turns
+from dvdp.errors import UserError
+
+PROJECT = Path(__file__).parents[2]
+HEAVY = {"ray", "prefect", "mlflow", "dvc", "lmdb", "albumentations", "cv2", "sklearn", "pydantic", "matplotlib"}
+
+
+def run_module(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("steps") / "steps.json"
+    done = run_module("benchmarks.steps", "--sides", 16, "--turns", 1, "--out", path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_steps_are_measured_for_every_setting_level_and_precision(result: Path) -> None:
+    found = json.loads(result.read_text())
+    (case,) = found["cases"]
+    for precision in ("fp32", "bf16"):
+        for kind in ("ddpm", "level 0", "level 1", "level 2", "all levels"):
+            assert case["training_seconds"][f"{precision} {kind}"] > 0
+            assert case["training_tflops_per_second"][f"{precision} {kind}"] > 0
+        assert len(case["sampling_seconds_per_call"][precision]) == 3
+        assert found["ratios"][f"16 px, {precision}, sampling, DDPM over DVDP"] > 0
+    assert found["machine"]["command"].startswith("python -m benchmarks.steps ")
+    assert case["images_per_level"] == [3, 3, 4]
+    flops = case["forward_flops"]
+    assert all(a > b for a, b in zip(flops["levels, every convolution as written"], flops["levels"], strict=True))
+
+
+def test_a_ratio_that_fell_is_named_in_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    path.write_text(json.dumps({"ratios": {"64 px, training": 2.4, "64 px, sampling": 2.5, "32 px": 2.0}}))
+    earlier = read_ratios(path)
+    assert "None of 2 ratios" in compare(earlier, {"64 px, training": 2.3, "64 px, sampling": 2.6}, 0.07)
+    with pytest.raises(UserError, match=r"64 px, training: found 1\.20 .*expected at least 2\.40 less 7%"):
+        compare(earlier, {"64 px, training": 1.2, "64 px, sampling": 2.3}, 0.07)
+    with pytest.raises(UserError, match="found no ratio of this run"):
+        compare(earlier, {"128 px": 2.0}, 0.07)
+    with pytest.raises(UserError, match="cannot read ratios"):
+        read_ratios(tmp_path / "gone.json")
+
+
+def test_a_regression_fails_the_command(result: Path, tmp_path: Path) -> None:
+    earlier = json.loads(result.read_text())
+    earlier["ratios"] = dict.fromkeys(earlier["ratios"], 1000.0)
+    (tmp_path / "baseline.json").write_text(json.dumps(earlier))
+    common = ["--sides", 16, "--precisions", "fp32", "--turns", 1]
+    done = run_module("benchmarks.steps", *common, "--baseline", tmp_path / "baseline.json")
+    assert done.returncode == 1
+    assert "expected at least 1000.00 less 7%" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_table_and_plot_are_made_from_the_result(result: Path) -> None:
+    found = json.loads(result.read_text())
+    text = steps_report.table(found)
+    begin, end = steps_report.BEGIN.format("steps"), steps_report.END.format("steps")
+    page = steps_report.put_in(f"before\n{begin}\nold\n{end}\nafter", "steps", text)
+    assert "old" not in page
+    assert page.startswith("before")
+    assert page.endswith("after")
+    assert page.count("| 16 | bf16 |") == 2
+    assert steps_report.put_in(page, "steps", text) == page
+    assert steps_report.plot(found).startswith(b"\x89PNG")
+    ranks = {"computed": [computed(found["cases"][0], "fp32")]}
+    assert steps_report.ranks_table(ranks).count("| 16 | fp32 |") == 3
+    with pytest.raises(UserError, match="expected the place for the table"):
+        steps_report.put_in(page, "ranks", "")
+
+
+def test_the_slowest_level_of_many_ranks_rules() -> None:
+    seconds, shares = [4.0, 1.0, 0.25], [0.3, 0.3, 0.4]
+    assert slowest_level(seconds, shares, 1) == pytest.approx(1.6)
+    assert slowest_level(seconds, shares, 2) == pytest.approx(4 * (1 - 0.49) + 1 * (0.49 - 0.16) + 0.25 * 0.16)
+    assert slowest_level(seconds, shares, 64) == pytest.approx(4.0)
+
+
+def test_ranks_that_draw_for_themselves_keep_less_of_the_bound(result: Path) -> None:
+    kept = computed(json.loads(result.read_text())["cases"][0], "fp32")["share_of_bound_kept"]
+    assert kept["1"]["ours, one"] == pytest.approx(kept["64"]["ours, one"])
+    assert kept["64"]["themselves, one level a step"] < kept["1"]["themselves, one level a step"]
+
+
+@pytest.mark.slow
+def test_two_ranks_are_measured(result: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ranks.json"
+    done = run_module("benchmarks.ranks", "--steps", result, "--measure", "--side", 16, "--out", out)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(out.read_text())["measured"]
+    assert measured["2"]["ours, one: share of the bound"] > 0
+
+
+def test_works_take_turns_and_memory_is_that_of_the_work() -> None:
+    order: list[str] = []
+    works = [lambda: order.append("a"), lambda: order.append("b")]
+    assert len(take_turns(works, 2, torch.device("cpu"), "test")) == 2
+    assert order == ["a", "b"] * 3
+    taken = peak_memory(lambda: torch.ones(64 * 2**20).sum().item(), torch.device("cpu"))
+    assert 200 * 2**20 < taken < 400 * 2**20
+
+
+def test_gpu_scripts_import_nothing_that_a_bare_machine_lacks() -> None:
+    program = f"import sys, benchmarks.gpu.steps, benchmarks.gpu.cifar10; print(*sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_the_gpu_benchmark_of_steps_runs_at_toy_size(tmp_path: Path) -> None:
+    path = tmp_path / "steps.json"
+    done = run_module("benchmarks.gpu.steps", "--toy", "--mode", "eager", "channels_last", "--turns", 1, "--out", path)
+    assert done.returncode == 0, done.stderr
+    for mode in json.loads(path.read_text())["modes"].values():
+        assert mode["training_ratio"]["bound"] > 2
+        assert mode["sampling_seconds_per_image_of_1000_steps"]["dvdp"] > 0
+
+
+def test_the_gpu_benchmark_of_scores_runs_at_toy_size(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pictures, labels=np.arange(60) % 3)
+    common = ["--seconds", 1, "--samples", 16, "--sample-steps", 4, "--extractor-epochs", 1, "--toy", "--out", tmp_path]
+    done = run_module("benchmarks.gpu.cifar10", "--images", tmp_path / "images.npz", *common)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert list(found["settings"]) == ["ddpm", "dvdp-600", "dvdp-400"]
+    for name, row in found["settings"].items():
+        step = row["flops"] / row["images"] * 16
+        assert abs(row["flops"] - found["training_flops_of_each"]) <= step, "equal FLOPs, but for a step"
+        assert row["fd_labels"] >= 0
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    done = run_module("benchmarks.gpu.cifar10", "--images", tmp_path / "gone.npy", *common)
+    assert done.returncode == 1
+    assert "expected an .npz with 'images'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_frechet_distance_of_the_gpu_script_is_torch_fidelitys() -> None:
+    from dvdp.evaluation import fidelity
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(300, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    b = 2 * b @ torch.randn(8, 8, generator=generator, dtype=torch.float64) + 1
+    ours = frechet(*((features.mean(0), features.T.cov()) for features in (a, b)))
+    assert ours == pytest.approx(fidelity.frechet(a, b), rel=1e-6)
