@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,12 +60,11 @@ def forward_flops(run: Run) -> int:
 class Peer:
     """Trains and samples DDPM with their network and scheduler: same optimiser, clipping and average as ours."""
 
-    def __init__(self, run: Run, device: torch.device, compiled: bool = False) -> None:
+    def __init__(self, run: Run, device: torch.device) -> None:
         from diffusers import DDPMScheduler
 
         self.run, self.device = run, device
         self.network = build(run).to(device).train()
-        self.live: Any = torch.compile(self.network) if compiled else self.network
         self.ema = EMA(self.network, run.training.ema_halflife_images, run.training.ema_ramp)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=run.training.learning_rate, weight_decay=0.0, fused=True
@@ -81,7 +79,7 @@ class Peer:
         x = self.scheduler.add_noise(x0, noise, t)
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.training.precision == "bf16"):
-            output = self.live(x, t).sample
+            output = self.network(x, t).sample
         F.mse_loss(output.float(), noise).backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.run.training.clip_norm)
         self.optimizer.step()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -283,37 +285,42 @@ def _evaluate(options: argparse.Namespace) -> None:
     params = read_params(options.params)
     # Seconds to import.
     from pipelines.evaluation import evaluate, registered_model, track
-    from pipelines.tracking import TrackingAway
 
     subjects = [registered_model(params, options.model)] if options.model else _chosen(options)[1]
-    away = ""
-    for subject in subjects:
-        record = evaluate(subject, Path(options.statistics) if options.statistics else None)
-        metrics = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
-        print("\n".join([f"{subject.name}: {metrics}", *(f"Note: {remark}" for remark in record.warnings)]))
-        try:
-            track(subject, record)
-        except TrackingAway as problem:
-            away = str(problem)
-    # What MLflow has not got is told once.
-    if away:
-        print(f"dvdp: {away}", file=sys.stderr)
+    with _away_told_once() as attempt:
+        for subject in subjects:
+            record = evaluate(subject, Path(options.statistics) if options.statistics else None)
+            metrics = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
+            print("\n".join([f"{subject.name}: {metrics}", *(f"Note: {remark}" for remark in record.warnings)]))
+            attempt(partial(track, subject, record))
 
 
 def _audit(options: argparse.Namespace) -> None:
     from pipelines.audit import audit_jobs, plan, summary, track
-    from pipelines.tracking import TrackingAway
 
     _, chosen = _chosen(options)
     audits = [plan(job, options.images, options.solver_steps) for job in chosen]
+    with _away_told_once() as attempt:
+        for audit, result in zip(audits, audit_jobs(audits), strict=True):
+            print(f"{summary(result, audit.job.name)}\n\nChart: {audit.chart}\n")
+            attempt(partial(track, audit, result))
+
+
+@contextlib.contextmanager
+def _away_told_once() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Gives a function that calls another, and tells at the end, once, what MLflow has not got as it is away."""
+    from pipelines.tracking import TrackingAway
+
     away = ""
-    for audit, result in zip(audits, audit_jobs(audits), strict=True):
-        print(f"{summary(result, audit.job.name)}\n\nChart: {audit.chart}\n")
+
+    def attempt(work: Callable[[], None]) -> None:
+        nonlocal away
         try:
-            track(audit, result)
+            work()
         except TrackingAway as problem:
             away = str(problem)
-    # What MLflow has not got is told once.
+
+    yield attempt
     if away:
         print(f"dvdp: {away}", file=sys.stderr)
 

@@ -22,59 +22,51 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils import mlflow_tags
 
-from dvdp.config import Params, Run
+from dvdp.config import Params
 from dvdp.errors import UserError
 from dvdp.evaluation.published import read_statistics
 from dvdp.evaluation.scores import ScoreRecord, read_reference
 from dvdp.files import write_atomically
-from dvdp.identity import evaluation_hash, sampling_hash
 from dvdp.models.export import lift_deviations, load_model
 from dvdp.training.budget import training_images
 from pipelines import registry, tracking
 from pipelines.cluster import cluster
 from pipelines.places import Places
-from pipelines.stages import Job, check_scorable, extractor_of, missing_shards, sample_job, score_job
+from pipelines.stages import Job, Sampled, check_scorable, extractor_of, missing_shards, sample_job, score_job
 from pipelines.tracked import tracked
 
 
 @dataclass(frozen=True)
-class RegisteredModel:
-    """A version of a registered model, sampled as the params say now, in a folder of its own."""
+class RegisteredModel(Sampled):
+    """A version of a registered model, sampled as the params say now (so does its run), in a folder of its own."""
 
-    params: Params
-    run: Run
-    """The one that was trained, with the sampling of the params."""
-    name: str
+    title: str
     weights_digest: str
+    """Of its weights."""
     run_id: str
     """Of the MLflow run that the version comes from."""
     dataset_digest: str
     """Of what it was trained on."""
 
     @property
+    def name(self) -> str:
+        """The version's."""
+        return self.title
+
+    @property
+    def trained(self) -> str:
+        """The digest of the weights."""
+        return self.weights_digest
+
+    @property
     def folder(self) -> Path:
-        """Of its weights, samples and scores."""
-        return self.params.cluster.storage / "models" / self.weights_digest[:12]
+        """Named for the weights."""
+        return folder_of(self.params, self.weights_digest)
 
-    @property
-    def weights(self) -> Path:
-        """As they were registered."""
-        return self.folder / "weights.safetensors"
 
-    @property
-    def sampling_hash(self) -> str:
-        """Names the samples."""
-        return sampling_hash(self.run, self.weights_digest)
-
-    @property
-    def samples(self) -> Path:
-        """Folder of the samples, ``<first image>.npy``."""
-        return self.folder / "samples" / self.sampling_hash
-
-    def score_path(self, reference: str) -> Path:
-        """The score record against a reference, by its name."""
-        name = evaluation_hash(self.params.evaluation, self.sampling_hash, reference)
-        return self.folder / "scores" / f"{name}.json"
+def folder_of(params: Params, weights_digest: str) -> Path:
+    """Where what is made of a registered model lies."""
+    return params.cluster.storage / "models" / weights_digest[:12]
 
 
 def registered_model(params: Params, address: str) -> RegisteredModel:
@@ -195,7 +187,7 @@ def _version(client: MlflowClient, name: str, alias: str, number: str) -> ModelV
 
 def _fetched(client: MlflowClient, params: Params, version: ModelVersion, address: str) -> RegisteredModel:
     digest = version.tags[registry.WEIGHTS_DIGEST]
-    weights = params.cluster.storage / "models" / digest[:12] / "weights.safetensors"
+    weights = folder_of(params, digest) / "weights.safetensors"
     if not weights.is_file():
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -235,7 +227,7 @@ def _fetched(client: MlflowClient, params: Params, version: ModelVersion, addres
     return RegisteredModel(
         params=params,
         run=run,
-        name=f"{version.name} version {version.version}",
+        title=f"{version.name} version {version.version}",
         weights_digest=digest,
         run_id=str(version.run_id),
         dataset_digest=version.tags.get(tracking.DATASET_DIGEST, ""),

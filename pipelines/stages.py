@@ -10,11 +10,12 @@ import dataclasses
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,49 +152,27 @@ def _gpu_here(params: Params) -> bool:
     return params.cluster.gpu and torch.cuda.is_available()
 
 
-class Sampled(Protocol):
-    """What images are drawn from and scored: a :class:`Job`, or a registered model."""
-
-    @property
-    def params(self) -> Params: ...
-
-    @property
-    def run(self) -> Run: ...
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def weights(self) -> Path: ...
-
-    @property
-    def samples(self) -> Path: ...
-
-    def score_path(self, reference: str) -> Path: ...
-
-
 @dataclass(frozen=True)
-class Job:
-    """One setting and seed on one data set, with the names of all it makes."""
+class Sampled(ABC):
+    """What images are drawn from and scored, with the places of all that is made: a job, or a registered model."""
 
     params: Params
     run: Run
-    dataset_digest: str
-
-    @cached_property
-    def training_hash(self) -> str:
-        """Names the run; see :mod:`dvdp.identity`."""
-        return training_hash(self.run, self.dataset_digest, self.params.dataset.flip, self.params.cluster.num_workers)
 
     @property
+    @abstractmethod
     def name(self) -> str:
-        """For people: the setting, and the seed where there are several."""
-        return self.run.setting if len(self.params.seeds) == 1 else f"{self.run.setting}-seed{self.run.seed}"
+        """For people."""
 
     @property
+    @abstractmethod
+    def trained(self) -> str:
+        """Names the weights."""
+
+    @property
+    @abstractmethod
     def folder(self) -> Path:
-        """The run's folder."""
-        return self.params.cluster.storage / self.training_hash
+        """Of weights, samples and scores."""
 
     @property
     def weights(self) -> Path:
@@ -203,7 +182,7 @@ class Job:
     @property
     def sampling_hash(self) -> str:
         """Names the samples."""
-        return sampling_hash(self.run, self.training_hash)
+        return sampling_hash(self.run, self.trained)
 
     @property
     def samples(self) -> Path:
@@ -214,6 +193,33 @@ class Job:
         """The score record against a reference, by its name."""
         name = evaluation_hash(self.params.evaluation, self.sampling_hash, reference)
         return self.folder / "scores" / f"{name}.json"
+
+
+@dataclass(frozen=True)
+class Job(Sampled):
+    """One setting and seed on one data set, with the names of all it makes."""
+
+    dataset_digest: str
+
+    @cached_property
+    def training_hash(self) -> str:
+        """Names the run; see :mod:`dvdp.identity`."""
+        return training_hash(self.run, self.dataset_digest, self.params.dataset.flip, self.params.cluster.num_workers)
+
+    @property
+    def trained(self) -> str:
+        """The training hash."""
+        return self.training_hash
+
+    @property
+    def name(self) -> str:
+        """The setting, and the seed where there are several."""
+        return self.run.setting if len(self.params.seeds) == 1 else f"{self.run.setting}-seed{self.run.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The run's."""
+        return self.params.cluster.storage / self.training_hash
 
 
 def jobs(params: Params) -> list[Job]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import sys
 import time
@@ -27,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,6 +36,7 @@ from dvdp.config import ModelParams, Run, TrainingParams
 from dvdp.data.loading import ArrayImages
 from dvdp.errors import UserError
 from dvdp.evaluation.extractors import FILE, FeatureNetwork, Task, load_network, train_extractor
+from dvdp.evaluation.figures import grid, save_png
 from dvdp.files import write_atomically
 from dvdp.models.denoiser import NetworkDenoiser
 from dvdp.pixels import to_uint8
@@ -130,7 +129,7 @@ def run_all(options: argparse.Namespace) -> None:
             "samples": len(samples),
             f"fd_{task}": frechet(describe(features, samples), real),
         }
-        write_atomically(options.out / f"{name}.png", grid(samples))
+        save_png(grid(samples[:64], columns=8, scale=1), options.out / f"{name}.png")
         write_atomically(options.out / "result.json", json.dumps(result, indent=2) + "\n")
     result["seconds"] = time.perf_counter() - began
     write_atomically(options.out / "result.json", json.dumps(result, indent=2) + "\n")
@@ -165,7 +164,7 @@ def train(training: Training, data: Tensor, title: str) -> None:
     for step in tqdm(range(steps), desc=title, unit="step", disable=None):
         chosen = data[torch.randint(len(data), (batch,), device=data.device, generator=source)]
         mirror = torch.rand(batch, 1, 1, 1, device=data.device, generator=source) < 0.5
-        training._step(step, torch.where(mirror, chosen.flip(3), chosen))
+        training.step(step, torch.where(mirror, chosen.flip(3), chosen))
         training.ema.update((step + 1) * batch, batch)
 
 
@@ -218,25 +217,11 @@ def describe(features: FeatureNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    """Frechet distance of two normal distributions, each (mean, covariance)."""
+    """Frechet distance of two normal distributions, each (mean, covariance), where torch-fidelity is not installed."""
     # The eigenvalues of a product of covariances are real and not negative, but for rounding.
     root = torch.linalg.eigvals(a[1] @ b[1]).real.clamp(min=0).sqrt().sum()
     distance = (a[0] - b[0]).square().sum() + a[1].trace() + b[1].trace() - 2 * root
     return max(0.0, distance.item())
-
-
-def grid(images: Tensor) -> bytes:
-    """The first 64 images, eight in a row, as PNG."""
-    few, side = images[:64].cpu(), images.shape[-1]
-    columns = min(8, len(few))
-    rows = -(-len(few) // columns)
-    sheet = torch.full((3, rows * side, columns * side), 255, dtype=torch.uint8)
-    for i, image in enumerate(few):
-        y, x = divmod(i, columns)
-        sheet[:, y * side : (y + 1) * side, x * side : (x + 1) * side] = image
-    content = io.BytesIO()
-    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(content, format="png", optimize=True)
-    return content.getvalue()
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ class Training:
         batches = self._batches(steps.start)
         clock, clocked = time.perf_counter(), seen
         for step in steps:
-            self._step(step, next(batches))
+            self.step(step, next(batches))
             before, seen = seen, seen + settings.batch
             self.ema.update(seen, settings.batch)
 
@@ -220,7 +220,8 @@ class Training:
             workers=self.run.training.loader_workers,
         )
 
-    def _step(self, step: int, batch: Tensor) -> None:
+    def step(self, step: int, batch: Tensor) -> None:
+        """Step number ``step`` (from 0) on this rank's images: all that is random in it comes from the number."""
         self.learning_rate = self._learning_rate(step)
         torch.manual_seed(derive_seed(self.run.seed, "step", step, self.rank))
         counts = level_counts(self.process.schedule, self.run.training.levels, self.run.seed, step, images=len(batch))

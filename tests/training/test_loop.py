@@ -206,7 +206,7 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_over_the_cool_down(
     rates = []
     training.update = lambda batch, counts: rates.append(training.learning_rate)  # type: ignore[method-assign]
     for step in range(20):
-        training._step(step, torch.zeros(8))
+        training.step(step, torch.zeros(8))
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:10] == [1.0] * 5
     assert rates[10:] == pytest.approx([1 - i / 10 for i in range(10)])
