@@ -85,8 +85,8 @@ def trained_and_scored(params: Params, run: Run, store: ImageStore, work: Path) 
     trained = training_hash(run, store.metadata.digest, params.dataset.flip, 1)
     folder = work / "runs" / trained
     start = time.perf_counter()
-    deviations = store.metadata.band_deviations(len(run.turning_points))
-    train(run, store, folder, trained, flip=params.dataset.flip, description={"band_deviations": deviations})
+    told = store.metadata.told(len(run.turning_points))
+    train(run, store, folder, trained, flip=params.dataset.flip, description=told)
     seconds = time.perf_counter() - start
     if not (folder / "seconds.json").exists():
         write_atomically(folder / "seconds.json", json.dumps(seconds))

@@ -56,7 +56,8 @@ def main() -> None:
             kept = folder / "audit.json"
             if not kept.exists():
                 found = audit(model.process, model.denoiser, store, score, params.evaluation.samples,
-                              run.sampling.options(), batch=run.sampling.batch, metric=metric)  # fmt: skip
+                              run.sampling.options(), batch=run.sampling.batch, metric=metric,
+                              label_counts=model.label_counts)  # fmt: skip
                 write_atomically(kept, found.to_json())
             found = Audit.from_json(kept.read_text(), str(kept))
             rows.append({

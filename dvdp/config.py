@@ -175,9 +175,12 @@ class ModelParams(Section):
     dropout: float = 0.0
     networks: Literal["shared", "per_level"] = "shared"
     """One network for all levels, or one for each, of this size each."""
+    classes: int = 0
+    """How many classes the data set has, where the network is told the class of each image; 0 tells it nothing."""
 
     def __post_init__(self) -> None:
         self._at_least(1, "blocks", "head_channels")
+        self._at_least(0, "classes")
         self._share("dropout")
         if self.channels < 4 or self.channels % 4:
             raise UserError(f"channels: found {self.channels}, expected a multiple of 4")

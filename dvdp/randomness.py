@@ -7,7 +7,9 @@ rank, the image). So nothing depends on batching, on the number of workers or on
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,6 +24,22 @@ def derive_seed(*purpose: int | str) -> int:
 def generator(*purpose: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh torch generator for one purpose."""
     return torch.Generator(device).manual_seed(derive_seed(*purpose))
+
+
+def image_labels(label_counts: Sequence[int], seed: int, first: int, count: int) -> Tensor:
+    """Classes for images number ``first`` .. ``first + count - 1`` of a seed, as frequent as in the data.
+
+    Image i draws from (seed, i) alone, like its noise.
+
+    Args:
+        label_counts: the data's images of each class, then those without one.
+
+    Returns:
+        (count,) whole numbers, -1 for no class.
+    """
+    bounds = list(accumulate(label_counts))
+    drawn = [bisect(bounds, derive_seed(seed, "label", first + i) % bounds[-1]) for i in range(count)]
+    return torch.tensor([-1 if label == len(bounds) - 1 else label for label in drawn], dtype=torch.long)
 
 
 class ImageNoise:

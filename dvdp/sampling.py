@@ -2,7 +2,7 @@
 
 A *denoiser* is any callable ``denoiser(x, t)`` with x (B, C, h, w) at the level of t, and t (B,) integer timesteps
 of one level; it returns the predicted noise, of x's shape. A trained network (:mod:`dvdp.models.denoiser`), an exact
-posterior and a test double are the same thing here.
+posterior and a test double are the same thing here. One that is told classes is called ``denoiser(x, t, labels)``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dvdp.process import Process, Variance
 from dvdp.randomness import ImageNoise
 from dvdp.rules import make_rule
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+Denoiser = Callable[..., Tensor]
 
 
 class Progress(NamedTuple):
@@ -54,6 +54,7 @@ def sample(
     spacing: str = "uniform",
     share: Share = "length",
     lift_deviations: Sequence[float] | None = None,
+    labels: Tensor | None = None,
     start: tuple[Tensor, int] | None = None,
     seed: int = 0,
     first: int = 0,
@@ -74,6 +75,7 @@ def sample(
         share: of the steps among levels; see :func:`dvdp.grids.share_steps`.
         lift_deviations: of the data, for each of the K + 1 bands: what a lift adds then has the band's signal in its
             variance, as Jing et al. do. See :meth:`dvdp.process.Process.lift`.
+        labels: (n,) classes of the images, -1 for none, for a denoiser that is told them.
         start: a state (n, C, h, w) and the turning point that it is at, in place of noise at T: of the level above
             the turning point, which is then lifted, or of the level below, as a lift would have left it. ``steps`` is
             the number of calls from T; those of the levels that are left out are not made.
@@ -98,6 +100,7 @@ def sample(
             f"lift_deviations: found {len(lifted)} numbers, expected one for each of {process.levels + 1} bands."
         )
     source = ImageNoise(seed, first, n, device)
+    told = () if labels is None else (labels.to(device),)
 
     def normal(level: int) -> Tensor:
         return source.normal((channels, height >> level, width >> level), dtype)
@@ -119,7 +122,7 @@ def sample(
             x_table, history, z_table = (table.to(device, dtype) for table in step[1:])
             predictions: list[Tensor] = []
             for i, (t, s) in enumerate(pairwise(times)):
-                eps = denoiser(x, torch.full((n,), t, device=device)).to(dtype)
+                eps = denoiser(x, torch.full((n,), t, device=device), *told).to(dtype)
                 x0 = process.predict_clean(x, t, eps, level)
                 if clip:
                     x0 = x0.clamp(-(2.0**level), 2.0**level)

@@ -148,6 +148,7 @@ def draw_part(
         {**sampling, "lift_deviations": lift_deviations(wanted, model.description)},
         wanted.sampling.batch,
         model.device,
+        model.label_counts,
     )
     images, states = auditing.draw(subject, FREE if start == SOLVER else start, first, count)
     path = Path(folder) / f"{first:08d}.npy"

@@ -5,6 +5,7 @@ runs where ``dvdp`` is not installed; what it needs is what ``dvdp`` needs witho
 
     model = mlflow.pyfunc.load_model("models:/dvdp-digits@champion")
     model.predict(pd.DataFrame([{"count": 4, "seed": 0, "rule": "ddpm", "steps": 250}]))  # uint8 (4, H, W, 3)
+    model.predict(pd.DataFrame([{"count": 4, "label": "7"}]))  # of one class, where the model is told classes
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class ImageModel(PythonModel):
         """Images of all rows, one after the other.
 
         Args:
-            model_input: rows of ``count`` and, optionally, ``seed``, ``rule`` and ``steps``; what is missing or null
-                is as in the training run's ``sampling``. Image i of a seed is the same
-                image in any batch, on one kind of device.
+            model_input: rows of ``count`` and, optionally, ``seed``, ``rule``, ``steps`` and ``label``; what is
+                missing or null is as in the training run's ``sampling``, and classes are drawn. Image i of a seed is
+                the same image in any batch, on one kind of device.
 
         Returns:
             uint8 (n, H, W, 3).
@@ -58,7 +59,12 @@ class ImageModel(PythonModel):
         return np.concatenate([self._draw(**request) for request in requests])
 
     def _draw(
-        self, count: int, seed: int | None = None, rule: str | None = None, steps: int | None = None
+        self,
+        count: int,
+        seed: int | None = None,
+        rule: str | None = None,
+        steps: int | None = None,
+        label: str | None = None,
     ) -> np.ndarray:
         defaults = self._model.run.sampling
         calls = (steps or defaults.steps) * math.ceil(count / defaults.batch)
@@ -67,7 +73,7 @@ class ImageModel(PythonModel):
             def advance(progress: Progress) -> None:
                 bar.update()
 
-            images = self._model.sample(count, seed=seed, rule=rule, steps=steps, callback=advance)
+            images = self._model.sample(count, seed=seed, rule=rule, steps=steps, label=label, callback=advance)
         return images.permute(0, 2, 3, 1).contiguous().numpy()
 
 

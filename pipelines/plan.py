@@ -130,9 +130,11 @@ def print_divergences(params: Params, weights: Path) -> None:
         )
     halvings = len(store.metadata.detail_deviations)
     count = min(_IMAGES, len(store))
-    images = to_float(torch.from_numpy(store.images([i * len(store) // count for i in range(count)])))
+    indices = [i * len(store) // count for i in range(count)]
+    images = to_float(torch.from_numpy(store.images(indices)))
+    labels = torch.tensor([store[index][1] for index in indices]) if model.run.model.classes else None
     times = candidate_points(model.process.schedule.timesteps)
-    rows = orthogonal_divergences(model.process, model.denoiser, images, times, halvings)
+    rows = orthogonal_divergences(model.process, model.denoiser, images, times, halvings, labels=labels)
     cells = [
         [str(t), *("dropped" if value is None else f"{value:.4f}" for value in row)]
         for t, row in zip(times, rows, strict=True)

@@ -53,6 +53,7 @@ SIGNATURE = ModelSignature(
             ColSpec(DataType.long, "seed", required=False),
             ColSpec(DataType.string, "rule", required=False),
             ColSpec(DataType.long, "steps", required=False),
+            ColSpec(DataType.string, "label", required=False),
         ]
     ),
     outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
@@ -232,7 +233,7 @@ def _logged_model(run: TrackedRun, weights: Path, tags: Mapping[str, str], step:
 def _create_version(run: TrackedRun, name: str, model: LoggedModel, tags: Mapping[str, str]) -> ModelVersion:
     client = run.client
     try:
-        client.create_registered_model(name, description="Draws images; input: count, seed, rule, steps.")
+        client.create_registered_model(name, description="Draws images; input: count, seed, rule, steps, label.")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

@@ -43,6 +43,7 @@ from dvdp.files import locked, write_atomically
 from dvdp.identity import evaluation_hash, sampling_hash, training_hash
 from dvdp.models.export import load_model
 from dvdp.pixels import to_float
+from dvdp.randomness import image_labels
 from dvdp.training.loop import is_finished
 from pipelines.cluster import on_workers, train_on_workers
 from pipelines.places import Places
@@ -242,8 +243,14 @@ def jobs(params: Params) -> list[Job]:
         from pipelines.plan import choose_turning_points
 
         params = choose_turning_points(params, store.metadata)
-    runs, ranks = params.runs(), params.cluster.num_workers
+    runs, ranks, classes = params.runs(), params.cluster.num_workers, len(store.metadata.labels)
     for run in runs:
+        if run.model.classes not in (0, classes):
+            known = f"0, or {classes} as in" if classes else "0, as there are no labels in"
+            raise UserError(
+                f"model.classes: found {run.model.classes} for {run.setting}, expected {known}"
+                f" {Places.of(params).store}; change it."
+            )
         if run.training.batch % ranks:
             raise UserError(
                 f"training.batch: found {run.training.batch} for {run.setting}, expected a multiple of"
@@ -281,7 +288,6 @@ def train_job(job: Job, description: Mapping[str, str]) -> Path:
     with locked(lock):
         if not is_finished(job.folder):
             store = ImageStore(Places.of(job.params).store)
-            deviations = store.metadata.band_deviations(len(job.run.turning_points))
             about = {"training_hash": job.training_hash, **description, "run": job.run.describe()}
             write_atomically(job.folder / "run.json", json.dumps(about, indent=2) + "\n")
             train_on_workers(
@@ -290,7 +296,7 @@ def train_job(job: Job, description: Mapping[str, str]) -> Path:
                 job.folder,
                 job.training_hash,
                 job.params.dataset.flip,
-                {**description, "band_deviations": deviations},
+                {**description, **store.metadata.told(len(job.run.turning_points))},
                 job.params.cluster,
             )
     return job.weights
@@ -355,6 +361,7 @@ def draw_process_on_worker(
     """The work of :func:`draw_process`."""
     torch.set_num_threads(params.threads)
     model = load_model(weights, "cuda" if params.gpu else "cpu", sampling)
+    counts = model.label_counts
     image, _ = ImageStore(Path(store))[0]
     times = figures.picture_times(model.process)
     forward = figures.diffused_states(model.process, to_float(torch.from_numpy(image)), times)
@@ -366,6 +373,7 @@ def draw_process_on_worker(
         # A picture needs no more, and full-size images take long.
         **sampling.options(min(sampling.steps, PICTURE_STEPS)),
         lift_deviations=model.lift_deviations,
+        labels=None if counts is None else image_labels(counts, sampling.seed, 0, 1),
         device=model.device,
     )
     figures.save_png(figures.process_picture(model.process, forward, back, title), Path(picture))
@@ -403,6 +411,7 @@ def _how(run: Run) -> dict[str, Any]:
     return {
         **run.sampling.options(),
         "lift": run.sampling.lift,
+        "classes": run.model.classes,
         "ema_halflife_images": run.training.ema_halflife_images,
         "ema_ramp": run.training.ema_ramp,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -52,6 +52,15 @@ class ArrayImages:
         return self._images[index], -1 if self._labels is None else int(self._labels[index])
 
 
+class Batch(NamedTuple):
+    """What a step of one rank sees."""
+
+    images: Tensor
+    """uint8 (b, 3, side, side)."""
+    labels: Tensor
+    """(b,) whole numbers, -1 for none."""
+
+
 def training_batches(
     images: Images,
     *,
@@ -62,7 +71,7 @@ def training_batches(
     world_size: int = 1,
     flip: bool = False,
     workers: int = 0,
-) -> Iterator[Tensor]:
+) -> Iterator[Batch]:
     """The endless stream of training batches of one rank.
 
     Step n takes images [n * batch, (n+1) * batch) of an endless sequence of epochs, and this rank every
@@ -77,7 +86,7 @@ def training_batches(
         workers: processes that read ahead; 0 reads in this one.
 
     Returns:
-        An iterator over uint8 tensors (batch / world_size, 3, side, side).
+        An iterator over batches of batch / world_size images.
 
     Raises:
         UserError: there are no images, or the batch does not divide over the ranks.
@@ -89,7 +98,7 @@ def training_batches(
             f"training.batch: found {batch}, expected a multiple of the {world_size} ranks;"
             " change it or cluster.num_workers."
         )
-    loader: DataLoader[NDArray[np.uint8]] = DataLoader(
+    loader: DataLoader[tuple[NDArray[np.uint8], int]] = DataLoader(
         _EpochImages(images, seed, flip),
         batch_sampler=_Steps(len(images), batch, seed, start_step, rank, world_size),
         collate_fn=_stack,
@@ -121,8 +130,8 @@ class _Steps:
             position += self.batch
 
 
-class _EpochImages(Dataset[NDArray[np.uint8]]):
-    """Images by (epoch, index), mirrored or not."""
+class _EpochImages(Dataset[tuple[NDArray[np.uint8], int]]):
+    """Images by (epoch, index), mirrored or not, with their labels."""
 
     def __init__(self, images: Images, seed: int, flip: bool) -> None:
         self.images, self.seed = images, seed
@@ -132,13 +141,14 @@ class _EpochImages(Dataset[NDArray[np.uint8]]):
 
             self.transform = train_transform()
 
-    def __getitem__(self, key: tuple[int, int]) -> NDArray[np.uint8]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[NDArray[np.uint8], int]:
         epoch, index = key
-        image, _ = self.images[index]
+        image, label = self.images[index]
         if self.transform is None:
-            return image
-        return self.transform(image, derive_seed(self.seed, "flip", epoch, index))
+            return image, label
+        return self.transform(image, derive_seed(self.seed, "flip", epoch, index)), label
 
 
-def _stack(images: list[NDArray[np.uint8]]) -> Tensor:
-    return torch.from_numpy(np.stack(images))
+def _stack(entries: list[tuple[NDArray[np.uint8], int]]) -> Batch:
+    images, labels = zip(*entries, strict=True)
+    return Batch(torch.from_numpy(np.stack(images)), torch.tensor(labels))

@@ -87,6 +87,14 @@ class StoreMetadata:
             )
         return (*self.detail_deviations[:levels], self.level_deviations[levels])
 
+    def told(self, levels: int) -> dict[str, Any]:
+        """What a model with that many turning points keeps of its data (JSON); see :func:`dvdp.training.loop.train`."""
+        return {
+            "band_deviations": self.band_deviations(levels),
+            "labels": self.labels,
+            "label_counts": self.label_counts,
+        }
+
 
 class ImageStore:
     """Reads a store. Can be pickled and forked: each process opens a shard for itself, at its first read.

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
@@ -30,7 +31,7 @@ from dvdp.data.loading import Images
 from dvdp.errors import UserError
 from dvdp.pixels import to_float, to_uint8
 from dvdp.process import Process
-from dvdp.randomness import ImageNoise, derive_seed
+from dvdp.randomness import ImageNoise, derive_seed, image_labels
 from dvdp.sampling import Denoiser, Progress, sample
 
 #: Fewer images leave the covariance of the features, of at most some 30 numbers, without full rank in a half of them.
@@ -58,6 +59,8 @@ class Subject:
     """Arguments of :func:`dvdp.sampling.sample`: steps, rule, seed, ..."""
     batch: int = 128
     device: torch.device | str = "cpu"
+    label_counts: Sequence[int] | None = None
+    """Of the data, for :func:`dvdp.randomness.image_labels`; None for a denoiser that is told no classes."""
 
     @property
     def side(self) -> int:
@@ -312,6 +315,7 @@ def draw(subject: Subject, start: str, first: int, count: int) -> tuple[Tensor, 
             (size, 3, subject.side, subject.side),
             start=state,
             first=begin,
+            labels=_labels(subject, start, begin, size),
             device=subject.device,
             callback=keep,
             **subject.sampling,
@@ -321,12 +325,23 @@ def draw(subject: Subject, start: str, first: int, count: int) -> tuple[Tensor, 
 
 
 def real_images(subject: Subject, first: int, count: int) -> Tensor:
-    """Real images number ``first`` on, uint8 (count, 3, H, W).
+    """Real images number ``first`` on, uint8 (count, 3, H, W)."""
+    return torch.from_numpy(np.stack([image for image, _ in _real(subject, first, count)]))
 
-    Drawn as samples of a perfect model are, each for itself, so that one may come twice.
-    """
+
+def _real(subject: Subject, first: int, count: int) -> list[tuple[NDArray[np.uint8], int]]:
+    """Drawn as samples of a perfect model are, each for itself, so that one may come twice; with their labels."""
     indices = [derive_seed(subject.seed, "audit image", first + i) % len(subject.images) for i in range(count)]
-    return torch.from_numpy(np.stack([subject.images[index][0] for index in indices]))
+    return [subject.images[index] for index in indices]
+
+
+def _labels(subject: Subject, start: str, first: int, count: int) -> Tensor | None:
+    """The classes of images number ``first`` on: those of the real ones whose true states they start from."""
+    if subject.label_counts is None:
+        return None
+    if start == FREE:
+        return image_labels(subject.label_counts, subject.seed, first, count)
+    return torch.tensor([label for _, label in _real(subject, first, count)])
 
 
 def true_states(subject: Subject, k: int, lifted: bool, first: int, count: int) -> Tensor:
@@ -430,6 +445,7 @@ def audit(
     batch: int = 128,
     device: torch.device | str = "cpu",
     metric: str = "score",
+    label_counts: Sequence[int] | None = None,
 ) -> Audit:
     """Audit a denoiser in memory; ``dvdp audit`` does the same with files, on workers.
 
@@ -439,13 +455,14 @@ def audit(
         count: images behind every score.
         sampling: arguments of :func:`dvdp.sampling.sample`.
         solver_steps: see :func:`solver_sampling`.
+        label_counts: see :attr:`Subject.label_counts`.
 
     Raises:
         UserError: ``count`` is below :data:`FEWEST` or above the size of the data set; sampling arguments that do not
             fit.
     """
     check_count(count, images)
-    subject = Subject(process, denoiser, images, sampling, batch, device)
+    subject = Subject(process, denoiser, images, sampling, batch, device, label_counts)
     scores: dict[str, Score] = {}
     generated: dict[int, States] = {}
     solver = solver_sampling(sampling, process.schedule.timesteps, solver_steps)

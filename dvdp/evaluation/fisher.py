@@ -29,7 +29,13 @@ _BATCH = 64
 
 
 def orthogonal_divergences(
-    process: Process, denoiser: Denoiser, images: Tensor, times: Sequence[int], halvings: int, seed: int = 0
+    process: Process,
+    denoiser: Denoiser,
+    images: Tensor,
+    times: Sequence[int],
+    halvings: int,
+    seed: int = 0,
+    labels: Tensor | None = None,
 ) -> list[list[float | None]]:
     """The divergence of each of the finest bands at each of some timesteps.
 
@@ -37,6 +43,7 @@ def orthogonal_divergences(
         denoiser: predicts the noise, as for :func:`dvdp.sampling.sample`.
         images: (n, C, H, W) clean images in [-1, 1], on the denoiser's device.
         times: candidates for a turning point, 1 .. T.
+        labels: (n,) classes of the images, -1 for none, for a denoiser that is told them.
         halvings: how many bands to look at: dropping the first k of them halves the side k times.
 
     Returns:
@@ -45,11 +52,13 @@ def orthogonal_divergences(
     rows: list[list[float | None]] = []
     for t in tqdm(times, desc="divergence", unit="t", delay=2, disable=None):
         dropped = min(process.level(t), halvings)
-        rows.append([*[None] * dropped, *_divergences(process, denoiser, images, t, halvings - dropped, seed)])
+        rows.append([*[None] * dropped, *_divergences(process, denoiser, images, t, halvings - dropped, seed, labels)])
     return rows
 
 
-def _divergences(process: Process, denoiser: Denoiser, images: Tensor, t: int, count: int, seed: int) -> list[float]:
+def _divergences(
+    process: Process, denoiser: Denoiser, images: Tensor, t: int, count: int, seed: int, labels: Tensor | None
+) -> list[float]:
     """Of the finest ``count`` bands of the state at t."""
     level = process.level(t)
     noise = process.schedule.noise[level:, t]
@@ -63,9 +72,11 @@ def _divergences(process: Process, denoiser: Denoiser, images: Tensor, t: int, c
     still = process.diffuse(images, t, torch.zeros_like(z))
     variances = bands.energies(still, count)[:, :count].mean(0).cpu() + noises.square()
     with torch.no_grad():
-        for clean, part in zip(images.split(_BATCH), z.split(_BATCH), strict=True):
-            x = process.diffuse(clean, t, part)
-            eps = denoiser(x, torch.full((len(x),), t, device=x.device))
+        for first in range(0, len(images), _BATCH):
+            part = slice(first, first + _BATCH)
+            x = process.diffuse(images[part], t, z[part])
+            told = () if labels is None else (labels[part],)
+            eps = denoiser(x, torch.full((len(x),), t, device=x.device), *told)
             for band in range(count):
                 score, gaussian = -bands.detail(eps) / noises[band], -bands.detail(x) / variances[band]
                 off[band] += (score - gaussian).double().square().sum().cpu()

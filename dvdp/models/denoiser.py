@@ -17,7 +17,7 @@ from dvdp.process import Process
 
 
 class NetworkDenoiser:
-    """``denoiser(x, t) -> predicted noise`` from a network ``(x, t, level) -> prediction``.
+    """``denoiser(x, t, labels) -> predicted noise`` from a network ``(x, t, level, labels) -> prediction``.
 
     Args:
         side: of full-size images; with the side of x it says the level.
@@ -34,9 +34,9 @@ class NetworkDenoiser:
         """The level of a state, from its side."""
         return (self.side // x.shape[-1]).bit_length() - 1
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         level = self.level(x)
-        output = self.network(x, t, level).float()
+        output = self.network(x, t, level, labels).float()
         if self.predicts == "noise":
             return output
         if self.predicts == "clean":

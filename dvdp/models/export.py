@@ -12,12 +12,13 @@ from torch import Tensor
 
 from dvdp import tensors
 from dvdp.config import Run, SamplingParams
-from dvdp.errors import UserError
+from dvdp.errors import UserError, did_you_mean
 from dvdp.files import write_atomically
 from dvdp.models.denoiser import NetworkDenoiser
 from dvdp.models.unet import build_network
 from dvdp.pixels import to_uint8
 from dvdp.process import Process
+from dvdp.randomness import image_labels
 from dvdp.sampling import Progress, sample
 
 KIND = "dvdp model 1"
@@ -44,6 +45,11 @@ class TrainedModel:
         """What the run's ``sampling.lift`` asks of :func:`dvdp.sampling.sample`."""
         return lift_deviations(self.run, self.description)
 
+    @property
+    def label_counts(self) -> list[int] | None:
+        """Of the data it was trained on, for :func:`dvdp.randomness.image_labels`; None if it is told no classes."""
+        return label_counts(self.run, self.description)
+
     def sample(
         self,
         count: int,
@@ -56,32 +62,51 @@ class TrainedModel:
         variance: str | None = None,
         clip: bool | None = None,
         batch: int | None = None,
+        label: str | None = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> Tensor:
         """Draw images number ``first`` .. ``first + count - 1``, as uint8 (count, 3, H, W).
 
         Whatever is None is as the run's ``sampling`` section says; see :func:`dvdp.sampling.sample`.
+
+        Args:
+            label: name of the class of all images, for a model that is told classes; without it classes are drawn, as
+                frequent as in the data.
+
+        Raises:
+            UserError: an argument is out of range, or there is no such class.
         """
+        chosen_class = None if label is None else self._class(label)
         given = {"seed": seed, "rule": rule, "eta": eta, "variance": variance, "clip": clip}
         chosen = {name: value for name, value in given.items() if value is not None}
         options = {**self.run.sampling.options(steps), **chosen}
-        size = batch or self.run.sampling.batch
-        parts = [
-            to_uint8(
-                sample(
-                    self.process,
-                    self.denoiser,
-                    (min(size, count - start), 3, self.side, self.side),
-                    first=first + start,
-                    device=self.device,
-                    callback=callback,
-                    lift_deviations=self.lift_deviations,
-                    **options,
-                )
-            ).cpu()
-            for start in range(0, count, size)
-        ]
+        size, counts = batch or self.run.sampling.batch, self.label_counts
+        parts = []
+        for start in range(0, count, size):
+            number = min(size, count - start)
+            labels = None if counts is None else image_labels(counts, options["seed"], first + start, number)
+            images = sample(
+                self.process,
+                self.denoiser,
+                (number, 3, self.side, self.side),
+                first=first + start,
+                device=self.device,
+                callback=callback,
+                lift_deviations=self.lift_deviations,
+                labels=labels if chosen_class is None else torch.full((number,), chosen_class),
+                **options,
+            )
+            parts.append(to_uint8(images).cpu())
         return torch.cat(parts) if parts else torch.empty((0, 3, self.side, self.side), dtype=torch.uint8)
+
+    def _class(self, label: str) -> int:
+        """The number of a class."""
+        if not self.run.model.classes:
+            raise UserError(f"label: found '{label}', expected none, as this model is told no classes; leave it out.")
+        names = list(self.description["labels"])
+        if label not in names:
+            raise UserError(f"label: found '{label}'{did_you_mean(label, names)}, expected one of {', '.join(names)}.")
+        return names.index(label)
 
 
 def lift_deviations(run: Run, description: Mapping[str, Any]) -> list[float] | None:
@@ -98,6 +123,23 @@ def lift_deviations(run: Run, description: Mapping[str, Any]) -> list[float] | N
             " measures; prepare the data set and train with them, or use 'noise'."
         )
     return [float(value) for value in description["band_deviations"]]
+
+
+def label_counts(run: Run, description: Mapping[str, Any]) -> list[int] | None:
+    """The data's images of each class, then those without one, where the network is told classes, else None.
+
+    Raises:
+        UserError: they are needed, and the description has none, or of another number of classes.
+    """
+    if not run.model.classes:
+        return None
+    counts = [int(count) for count in description.get("label_counts", [])]
+    if len(counts) != run.model.classes + 1 or not any(counts):
+        raise UserError(
+            f"model.classes: found {run.model.classes} and label counts {counts} with the model, expected one for each"
+            " class, then that of images without one, as `dvdp prepare` counts them; give them, or use 0 classes."
+        )
+    return counts
 
 
 def save_model(path: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 It is fully convolutional, so one set of weights serves every level's resolution. A learned embedding of the level
 joins the one of the timestep: at a turning point the meaning of the input changes at once, which a smooth embedding
-of t cannot say.
+of t cannot say. Where the network is told classes, so does one of the class.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dvdp.config import ModelParams
+from dvdp.errors import UserError
 from dvdp.models.ops import attend, convolve_doubled, halve
 
 
@@ -34,6 +35,10 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.level = nn.Embedding(levels + 1, embedding)
         nn.init.zeros_(self.level.weight)
+        # The last one is for images without a label.
+        self.classes = nn.Embedding(params.classes + 1, embedding) if params.classes else None
+        if self.classes is not None:
+            nn.init.zeros_(self.classes.weight)
         self.width = width
 
         def block(inputs: int, outputs: int, resample: Resample = None) -> ResidualBlock:
@@ -68,9 +73,24 @@ class UNet(nn.Module):
                 self.decoder.append(layers)
         self.head = nn.Sequential(norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, channels, 3, padding=1)))
 
-    def forward(self, x: Tensor, t: Tensor, level: int) -> Tensor:
-        """(B, C, h, w) states of one level and (B,) timesteps -> (B, C, h, w)."""
-        embedding = F.silu(self.time(sinusoids(t, self.width)) + self.level.weight[level])
+    def forward(self, x: Tensor, t: Tensor, level: int, labels: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) states of one level, (B,) timesteps and (B,) classes -> (B, C, h, w).
+
+        Args:
+            labels: -1 for an image without one; not looked at by a network that is told no classes.
+
+        Raises:
+            UserError: no labels, and the network is told classes.
+        """
+        embedding = self.time(sinusoids(t, self.width)) + self.level.weight[level]
+        if self.classes is not None:
+            if labels is None:
+                raise UserError(
+                    f"labels: found none, expected one for each image, as this network is told"
+                    f" {self.classes.num_embeddings - 1} classes; give them, or draw with TrainedModel.sample."
+                )
+            embedding = embedding + self.classes.weight[labels]
+        embedding = F.silu(embedding)
         h = self.stem(x)
         skips = [h]
         for layers in self.encoder:
@@ -89,9 +109,9 @@ class LevelNetworks(nn.Module):
         super().__init__()
         self.networks = nn.ModuleList(UNet(params, 0, channels) for _ in range(levels + 1))
 
-    def forward(self, x: Tensor, t: Tensor, level: int) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, level: int, labels: Tensor | None = None) -> Tensor:
         """As :meth:`UNet.forward`."""
-        return self.networks[level](x, t, 0)
+        return self.networks[level](x, t, 0, labels)
 
 
 def build_network(params: ModelParams, levels: int) -> UNet | LevelNetworks:

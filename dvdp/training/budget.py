@@ -22,8 +22,9 @@ def network_flops(model: ModelParams, side: int) -> int:
     """FLOPs of one forward pass of one image of this side (a multiply-add is two)."""
     with torch.device("meta"):
         network, x, t = UNet(model), torch.empty(1, 3, side, side), torch.empty(1)
+        labels = torch.zeros(1, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(x, t, 0)
+        network(x, t, 0, labels)
     return counter.get_total_flops()
 
 

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dvdp.config import Run
-from dvdp.data.loading import Images, training_batches
+from dvdp.data.loading import Batch, Images, training_batches
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
 from dvdp.models.denoiser import NetworkDenoiser, target
-from dvdp.models.export import lift_deviations, load_model, save_model
+from dvdp.models.export import label_counts, lift_deviations, load_model, save_model
 from dvdp.models.unet import build_network
 from dvdp.pixels import to_float, to_uint8
 from dvdp.process import Process
-from dvdp.randomness import derive_seed
+from dvdp.randomness import derive_seed, image_labels
 from dvdp.sampling import sample
 from dvdp.training import checkpoints, ledger
 from dvdp.training.budget import estimate, mean_flops, peak_memory, training_images
@@ -73,7 +73,8 @@ def train(
         training_hash: of :func:`dvdp.identity.training_hash`; a checkpoint of another is refused.
         flip: mirror images at random.
         description: goes into the header of the weights, beside the run. ``band_deviations`` of the data, finest band
-            first, are needed there where ``sampling.lift`` is "data".
+            first, are needed there where ``sampling.lift`` is "data", and ``label_counts`` where the network is told
+            classes; see :meth:`dvdp.data.store.StoreMetadata.told`.
         preview: turns samples from the EMA weights into a picture.
         say: prints a line.
 
@@ -151,6 +152,7 @@ class Training:
             "images": self.total,
         }
         self.lift_deviations = lift_deviations(run, self.description)
+        self.label_counts = label_counts(run, self.description)
 
         torch.manual_seed(derive_seed(run.seed, "weights"))
         self.network = build_network(run.model, self.process.levels).to(device)
@@ -185,7 +187,7 @@ class Training:
         batches = self._batches(steps.start)
         clock, clocked = time.perf_counter(), seen
         for step in steps:
-            self.step(step, next(batches))
+            self.step(step, *next(batches))
             before, seen = seen, seen + settings.batch
             self.ema.update(seen, settings.batch)
 
@@ -208,7 +210,7 @@ class Training:
             # No rank leaves before the result is there.
             dist.barrier()
 
-    def _batches(self, start_step: int) -> Iterator[Tensor]:
+    def _batches(self, start_step: int) -> Iterator[Batch]:
         return training_batches(
             self.images,
             batch=self.run.training.batch,
@@ -220,12 +222,16 @@ class Training:
             workers=self.run.training.loader_workers,
         )
 
-    def step(self, step: int, batch: Tensor) -> None:
-        """Step number ``step`` (from 0) on this rank's images: all that is random in it comes from the number."""
+    def step(self, step: int, images: Tensor, labels: Tensor | None = None) -> None:
+        """Step number ``step`` (from 0) on this rank's images: all that is random in it comes from the number.
+
+        Args:
+            images, labels: as in :meth:`update`.
+        """
         self.learning_rate = self._learning_rate(step)
         torch.manual_seed(derive_seed(self.run.seed, "step", step, self.rank))
-        counts = level_counts(self.process.schedule, self.run.training.levels, self.run.seed, step, images=len(batch))
-        self.update(batch, counts)
+        counts = level_counts(self.process.schedule, self.run.training.levels, self.run.seed, step, images=len(images))
+        self.update(images, counts, labels)
 
     def _learning_rate(self, step: int) -> float:
         """Of a step: rises over the warm-up, falls over the cool-down."""
@@ -235,43 +241,47 @@ class Training:
         down = (self.total - before) / (settings.cooldown * self.total) if settings.cooldown else 1.0
         return settings.learning_rate * min(1.0, up, down)
 
-    def update(self, batch: Tensor, counts: Sequence[int]) -> None:
+    def update(self, images: Tensor, counts: Sequence[int], labels: Tensor | None = None) -> None:
         """One step of the optimisers at :attr:`learning_rate`; nothing is synchronised.
 
         Args:
-            batch: this rank's images, uint8 (b, 3, H, W).
+            images: of this rank, uint8 (b, 3, H, W).
             counts: how many of them to take for each level, finest first.
+            labels: (b,) their classes, -1 for none; None where no image has one.
         """
         self.network.zero_grad()
-        self._backward(self.live, batch, counts)
+        self._backward(self.live, images, counts, labels)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.run.training.clip_norm)
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = self.learning_rate
             optimizer.step()
         self.window[:, -1] += torch.stack([norm.detach(), torch.ones_like(norm)])
 
-    def _backward(self, network: nn.Module, batch: Tensor, counts: Sequence[int]) -> None:
+    def _backward(
+        self, network: nn.Module, images: Tensor, counts: Sequence[int], labels: Tensor | None = None
+    ) -> None:
         """Gradients of the mean loss of a batch."""
-        batch = batch.to(self.device, non_blocking=True)
+        labels = torch.full((len(images),), -1) if labels is None else labels
+        whole = [tensor.to(self.device, non_blocking=True) for tensor in (images, labels)]
         parts = [
-            (level, part)
-            for level, images in enumerate(batch.split(list(counts)))
-            for part in images.chunk(self.run.training.accumulation)
-            if len(part)
+            (level, *part)
+            for level, pair in enumerate(zip(*(tensor.split(list(counts)) for tensor in whole), strict=True))
+            for part in zip(*(tensor.chunk(self.run.training.accumulation) for tensor in pair), strict=True)
+            if len(part[0])
         ]
-        for i, (level, part) in enumerate(parts):
+        for i, (level, part, classes) in enumerate(parts):
             # Ranks exchange gradients once a step, after the last part.
             quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if isinstance(network, DistributedDataParallel) and i < len(parts) - 1:
                 quiet = network.no_sync()
             with quiet:
-                loss = self._loss(network, level, part)
-                (loss * (len(part) / len(batch))).backward()
+                loss = self._loss(network, level, part, classes)
+                (loss * (len(part) / len(images))).backward()
             self.window[0, level] += loss.detach() * len(part)
             self.window[1, level] += len(part)
 
-    def _loss(self, network: nn.Module, level: int, images: Tensor) -> Tensor:
-        """Mean loss of images, uint8 (b, 3, H, W), at timesteps drawn from a level."""
+    def _loss(self, network: nn.Module, level: int, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of images, uint8 (b, 3, H, W), with (b,) labels, at timesteps drawn from a level."""
         x0 = to_float(images)
         low, high = self.process.schedule.span(level)
         # One timestep from each of equal strata of the level: less noise in the loss (Kingma et al. 2021, app. I.1).
@@ -282,7 +292,7 @@ class Training:
         x = self.process.diffuse(x0, t, noise)
         wanted = target(self.process, self.run.model.predicts, level, t, x0, noise)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.training.precision == "bf16"):
-            output = network(x, t, level)
+            output = network(x, t, level, labels)
         return F.mse_loss(output.float(), wanted)
 
     def _estimate(self) -> None:
@@ -365,13 +375,16 @@ class Training:
 
     def _preview(self, seen: int, show: Preview) -> None:
         settings = self.run.training
+        options = self.run.sampling.options(settings.preview_steps)
+        counts, number = self.label_counts, settings.preview_count
         samples = sample(
             self.process,
             NetworkDenoiser(self.ema.network, self.process, self.run.side, self.run.model.predicts),
-            (settings.preview_count, 3, self.run.side, self.run.side),
+            (number, 3, self.run.side, self.run.side),
             lift_deviations=self.lift_deviations,
+            labels=None if counts is None else image_labels(counts, options["seed"], 0, number),
             device=self.device,
-            **self.run.sampling.options(settings.preview_steps),
+            **options,
         )
         show(seen, to_uint8(samples).cpu(), self.folder / "previews" / f"{seen:09d}.png")
 

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from dvdp.data.loading import ArrayImages, training_batches
+from dvdp.data.loading import ArrayImages, Batch, training_batches
 from dvdp.data.records import Form, encode
 from dvdp.data.store import ImageStore
 from dvdp.data.writer import StoreWriter
@@ -23,26 +22,35 @@ from dvdp.pixels import to_float, to_uint8
 
 
 def numbered(count: int) -> ArrayImages:
-    """Image i holds the number i in its left half and the number i + 1000 in its right half, both in base 256."""
+    """Image i holds the number i in its left half and the number i + 1000 in its right half, both in base 256.
+
+    Its label is i % 10.
+    """
     numbers = np.stack([np.arange(count), np.arange(count) + 1000], axis=1)
     pixels = np.stack([numbers % 256, numbers // 256, numbers * 0], axis=1).astype(np.uint8)
-    return ArrayImages(pixels[:, :, None, :].repeat(4, axis=2).repeat(2, axis=3))
+    return ArrayImages(pixels[:, :, None, :].repeat(4, axis=2).repeat(2, axis=3), np.arange(count) % 10)
 
 
-def left(batch: Tensor) -> list[int]:
+def left(batch: Batch) -> list[int]:
     """The numbers at the left: i, or i + 1000 if mirrored."""
-    corner = batch[:, :2, 0, 0].int()
+    corner = batch.images[:, :2, 0, 0].int()
     return (corner[:, 0] + 256 * corner[:, 1]).tolist()
 
 
-def indices(stream: Iterator[Tensor], steps: int) -> list[int]:
+def same(a: Batch, b: Batch) -> bool:
+    return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+def indices(stream: Iterator[Batch], steps: int) -> list[int]:
     return [number % 1000 for batch in islice(stream, steps) for number in left(batch)]
 
 
-def test_batches_are_uint8_tensors() -> None:
-    batch = next(training_batches(numbered(10), batch=6, seed=0))
-    assert batch.dtype == torch.uint8
-    assert batch.shape == (6, 3, 4, 4)
+@pytest.mark.parametrize("flip", [False, True])
+def test_batches_are_uint8_images_with_their_labels(flip: bool) -> None:
+    batch = next(training_batches(numbered(30), batch=6, seed=0, flip=flip))
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.shape == (6, 3, 4, 4)
+    assert batch.labels.tolist() == [number % 10 for number in left(batch)]
 
 
 @pytest.mark.parametrize(("count", "batch"), [(60, 12), (50, 12), (7, 20)])
@@ -63,7 +71,7 @@ def test_ranks_share_the_batches_of_a_single_one(world_size: int, flip: bool) ->
     for _ in range(9):
         expected = next(whole)
         for rank, stream in enumerate(ranks):
-            assert torch.equal(next(stream), expected[rank::world_size])
+            assert same(next(stream), Batch(*(part[rank::world_size] for part in expected)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -72,20 +80,22 @@ def test_a_resumed_stream_goes_on_as_an_uninterrupted_one(start: int, workers: i
     options: dict[str, Any] = {"batch": 8, "seed": 5, "flip": True, "rank": 1, "world_size": 2}
     expected = list(islice(training_batches(numbered(30), **options), start + 5))[start:]
     resumed = training_batches(numbered(30), start_step=start, workers=workers, **options)
-    assert all(torch.equal(a, b) for a, b in zip(islice(resumed, 5), expected, strict=True))
+    assert all(same(a, b) for a, b in zip(islice(resumed, 5), expected, strict=True))
 
 
 def test_a_store_gives_the_stream_of_its_images_to_any_workers(tmp_path: Path) -> None:
     images = numbered(30)
     form = Form(4)
-    with StoreWriter(tmp_path / "store", name="numbers", source="image_folder", form=form) as writer:
-        writer.add(encode([images[i][0] for i in range(30)], [-1] * 30, form))
+    with StoreWriter(
+        tmp_path / "store", name="numbers", source="image_folder", form=form, labels=list("abcdefghij")
+    ) as writer:
+        writer.add(encode([images[i][0] for i in range(30)], [i % 10 for i in range(30)], form))
         writer.finish()
     store = ImageStore(tmp_path / "store")
     expected = list(islice(training_batches(images, batch=8, seed=1), 8))
     for workers in (0, 1, 2):
         found = islice(training_batches(store, batch=8, seed=1, workers=workers), 8)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert all(same(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_half_of_the_images_are_mirrored_and_another_half_in_the_next_epoch() -> None:
@@ -95,7 +105,7 @@ def test_half_of_the_images_are_mirrored_and_another_half_in_the_next_epoch() ->
     for batch in islice(stream, 2):
         numbers = np.array(left(batch))
         flips.append((numbers >= 1000)[np.argsort(numbers % 1000)])
-        rows = batch[:, 0, 0]
+        rows = batch.images[:, 0, 0]
         assert (rows[:, 0] == rows[:, 1]).all()
         assert (rows[:, 2] == rows[:, 3]).all()
     assert all(0.42 < flip.mean() < 0.58 for flip in flips)
@@ -142,7 +152,7 @@ def test_training_on_an_array_needs_torch_alone() -> None:
         "import dvdp.data.prepare, dvdp.data.sources, dvdp.data.store;"
         "import numpy as np; from dvdp.data.loading import ArrayImages, training_batches;"
         "images = ArrayImages(np.zeros((5, 3, 4, 4), np.uint8));"
-        "print(tuple(next(training_batches(images, batch=4, seed=0)).shape))"
+        "print(tuple(next(training_batches(images, batch=4, seed=0)).images.shape))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "(4, 3, 4, 4)"

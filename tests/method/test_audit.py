@@ -33,7 +33,7 @@ from dvdp.evaluation.audit import (
 from dvdp.evaluation.audit_figure import draw_audit
 from dvdp.evaluation.fidelity import frechet
 from dvdp.pixels import to_float, to_uint8
-from dvdp.randomness import generator
+from dvdp.randomness import generator, image_labels
 from dvdp.sampling import Denoiser
 
 from .exact import EmpiricalDenoiser, GaussianDenoiser, digits, split
@@ -255,6 +255,26 @@ def test_what_is_drawn_does_not_depend_on_how_it_is_split(subject: Subject, star
         joined = torch.cat([states[k].energies for _, states in parts])
         assert joined.shape == (10, 3 - k)
         assert torch.allclose(joined, kept.energies, rtol=1e-4)
+
+
+def test_a_denoiser_is_told_the_classes_of_the_images_whose_states_it_goes_on_from(images: Tensor) -> None:
+    seen: list[Tensor] = []
+
+    def told(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        seen.append(labels)
+        return EXACT(x, t)
+
+    # The label of an image is found in one of its pixels.
+    few = images.numpy()[:40].copy()
+    few[:, 0, 0, 0] = np.arange(40) % 3
+    data = ArrayImages(few, np.arange(40) % 3)
+    subject = Subject(PROCESS, told, data, {**SAMPLING, "steps": 6}, batch=4, label_counts=(14, 13, 13, 0))
+    draw(subject, "free", 0, 8)
+    assert torch.equal(torch.cat(seen[:: len(seen) // 2]), image_labels((14, 13, 13, 0), SAMPLING["seed"], 0, 8))
+    for start in ("before_2", "after_1"):
+        seen.clear()
+        draw(subject, start, 0, 8)
+        assert torch.equal(torch.cat(seen[:: len(seen) // 2]), real_images(subject, 0, 8)[:, 0, 0, 0].long())
 
 
 def test_real_images_are_drawn_each_for_itself(subject: Subject, images: Tensor) -> None:

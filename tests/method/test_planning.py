@@ -264,3 +264,17 @@ def test_divergences_do_not_depend_on_how_images_are_batched_and_come_again() ->
     first = orthogonal_divergences(process, denoiser, images, [100], 2)
     assert first == orthogonal_divergences(process, denoiser, images, [100], 2)
     assert first != orthogonal_divergences(process, denoiser, images, [100], 2, seed=1)
+
+
+def test_divergences_are_those_of_a_denoiser_that_is_told_the_class_of_each_image() -> None:
+    process = Process(Schedule.dvdp([300]))
+    images, exact = normal_images(70), GaussianDenoiser(process, NORMAL[:2])
+    labels, seen = torch.arange(70), []
+
+    def told(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(labels)
+        return exact(x, t)
+
+    found = orthogonal_divergences(process, told, images, [100, 400], 2, labels=labels)
+    assert found == orthogonal_divergences(process, exact, images, [100, 400], 2)
+    assert torch.equal(torch.cat(seen), torch.cat([labels, labels]))

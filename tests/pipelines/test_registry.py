@@ -186,6 +186,18 @@ def test_rows_are_answered_one_after_the_other(loaded: mlflow.pyfunc.PyFuncModel
     np.testing.assert_array_equal(predict(loaded, *rows), np.concatenate(apart))
 
 
+def test_of_a_model_that_is_told_classes_one_can_be_asked_for(tmp_path: Path) -> None:
+    weights = small_model(tmp_path / "m.safetensors", labels=["0", "7"])
+    run = open_run(empty_store(tmp_path), "digits", TRAINING_HASH, "told", "told")
+    register(run, NAME, weights, {TRAINING_HASH: "told"})
+    (path,) = tmp_path.glob("mlartifacts/models/*/artifacts")
+    rows = {"count": 2, "label": "7"}, {"count": 2, "label": None}, {"count": 2, "label": "0"}
+    images, model = predict(mlflow.pyfunc.load_model(str(path)), *rows), load_model(weights)
+    expected = [model.sample(2, label=label).permute(0, 2, 3, 1).numpy() for label in ("7", None, "0")]
+    np.testing.assert_array_equal(images, np.concatenate(expected))
+    assert not np.array_equal(expected[0], expected[2])
+
+
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
@@ -193,6 +205,7 @@ def test_rows_are_answered_one_after_the_other(loaded: mlflow.pyfunc.PyFuncModel
         ({"count": 1, "rule": "dim"}, r"^rule: found 'dim' \(did you mean 'ddim'\?\), expected one of"),
         ({"count": 1, "steps": 1}, "^steps: found 1, expected at least 2"),
         ({"count": 1, "steps": 0}, "^steps: found 0, expected at least 2"),
+        ({"count": 1, "label": "7"}, "^label: found '7', expected none, as this model is told no classes"),
         ({"seed": 1}, "Model is missing inputs"),
     ],
 )

@@ -6,13 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from dvdp.config import Params, Run, parse_params
+from dvdp.data.records import Form, encode
+from dvdp.data.writer import StoreWriter
+from dvdp.errors import UserError
 from dvdp.evaluation.scores import SampleShards, write_shard
 from dvdp.models.export import load_model, save_model
 from dvdp.models.unet import build_network
-from pipelines.stages import Job, missing_shards, sample_shard
+from pipelines.stages import Job, jobs, missing_shards, sample_shard
 from pipelines.tracked import model_file
 from pipelines.tracking import SETTING
 
@@ -97,3 +101,30 @@ def test_a_registered_model_samples_by_default_as_its_own_setting_does(tmp_path:
     assert model.description[SETTING] == "otherwise"
     assert model.lift_deviations is None
     np.testing.assert_array_equal(model.sample(2), load_model(one.weights).sample(2, steps=6))
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "sentence"),
+    [
+        (["a", "b"], 3, r"^model\.classes: found 3 for small, expected 0, or 2 as in data/twos/store; change it\.$"),
+        ([], 3, r"^model\.classes: found 3 for small, expected 0, as there are no labels in data/twos/store; change"),
+        (["a", "b"], 2, None),
+        (["a", "b"], 0, None),
+    ],
+)
+def test_a_network_is_told_all_classes_of_the_data_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], classes: int, sentence: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    form, count = Form(16), 4
+    pixels = np.zeros((count, 3, 16, 16), np.uint8)
+    with StoreWriter(Path("data/twos/store"), name="twos", source="image_folder", form=form, labels=names) as writer:
+        writer.add(encode(list(pixels), [i % 2 if names else -1 for i in range(count)], form))
+        writer.finish()
+    asked = params()
+    asked = replace(asked, dataset=replace(asked.dataset, name="twos"), model=replace(asked.model, classes=classes))
+    if sentence is None:
+        assert [job.run.model.classes for job in jobs(asked)] == [classes]
+        return
+    with pytest.raises(UserError, match=sentence):
+        jobs(asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -75,15 +76,17 @@ def small_run(name: str = "dvdp-300", seed: int = 0) -> Run:
     return params.runs()[0]
 
 
-def small_model(path: Path, seed: int = 0) -> Path:
-    """A model file of an untrained network."""
+def small_model(path: Path, seed: int = 0, labels: Sequence[str] = ()) -> Path:
+    """A model file of an untrained network, which is told these classes."""
     run = small_run(seed=seed)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, classes=len(labels)))
     torch.manual_seed(seed)
     network = UNet(run.model, len(run.turning_points))
     for parameter in network.parameters():
         # Some layers start at zero, which would hide the weights from the images.
         torch.nn.init.normal_(parameter, std=0.1)
-    save_model(path, network.state_dict(), {"run": run.describe()})
+    about = {"run": run.describe(), "labels": list(labels), "label_counts": [*(1 for _ in labels), 0]}
+    save_model(path, network.state_dict(), about)
     return path
 
 

@@ -172,7 +172,7 @@ def test_a_step_follows_the_gradient_of_the_mean_loss_over_its_images(
     weights = next(training.network.parameters())
     batch = torch.arange(8, dtype=torch.uint8).reshape(8, 1, 1, 1).expand(8, 3, 16, 16)
 
-    def loss(network: torch.nn.Module, level: int, part: torch.Tensor) -> torch.Tensor:
+    def loss(network: torch.nn.Module, level: int, part: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return (weights.sum() * 10**level * part.double().mean(dim=(1, 2, 3))).mean()
 
     training._loss = loss  # type: ignore[method-assign]
@@ -191,7 +191,7 @@ def test_timesteps_of_a_batch_are_one_from_each_of_equal_parts_of_the_level(
     training.network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
     for step in range(200):
         torch.manual_seed(step)
-        training._loss(training.network, 1, torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
+        training._loss(training.network, 1, torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.zeros(4))
     t = torch.stack(seen)  # (200, 4), of 301 .. 600
     assert [(part.min(), part.max()) for part in t.T] == [(301 + 75 * i, 375 + 75 * i) for i in range(4)]
     assert t.float().mean().item() == pytest.approx(450.5, abs=5)
@@ -204,7 +204,7 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_over_the_cool_down(
     run = tiny_run(warmup_images=40, cooldown=0.5, learning_rate=1.0, log_images=8, preview_images=0)
     training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
     rates = []
-    training.update = lambda batch, counts: rates.append(training.learning_rate)  # type: ignore[method-assign]
+    training.update = lambda *_: rates.append(training.learning_rate)  # type: ignore[method-assign]
     for step in range(20):
         training.step(step, torch.zeros(8))
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])

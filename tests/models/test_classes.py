@@ -1,0 +1,165 @@
+"""A network that is told classes: draws the one it is asked for, and each as often as the data has it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dvdp import Process, Schedule, UserError, sample
+from dvdp.config import ModelParams, Run, parse_params
+from dvdp.data.loading import ArrayImages
+from dvdp.models.export import TrainedModel, load_model
+from dvdp.models.unet import build_network
+from dvdp.randomness import image_labels
+from dvdp.training.loop import Training, train
+
+SMALL = ModelParams(channels=8, multipliers=(1, 2), attention=(2,), head_channels=8, classes=3)
+#: Two classes told apart by their brightness, 3 to 1, and images without a class.
+ABOUT = {"labels": ["dark", "bright"], "label_counts": [30, 10, 0]}
+
+
+def told_run(**model: object) -> Run:
+    tree = {
+        "dataset": {"resolution": 8},
+        "settings": [{"name": "told", "process": "dvdp", "turning_points": [500]}],
+        "model": {
+            "channels": 8,
+            "multipliers": [1, 2],
+            "attention": [2],
+            "head_channels": 8,
+            "predicts": "velocity",
+            "classes": 2,
+            **model,
+        },
+        "training": {
+            "images": 3200,
+            "budget": "images",
+            "batch": 16,
+            "warmup_images": 160,
+            "learning_rate": 0.003,
+            "ema_halflife_images": 400,
+            "preview_images": 3200,
+            "preview_count": 3,
+            "preview_steps": 3,
+        },
+        "sampling": {"steps": 20},
+    }
+    return parse_params(tree).runs()[0]
+
+
+@pytest.fixture(scope="module")
+def images() -> ArrayImages:
+    labels = np.repeat([0, 1], [30, 10])
+    pixels = np.random.default_rng(0).integers(0, 40, (40, 3, 1, 1)) + np.where(labels, 200, 10)[:, None, None, None]
+    return ArrayImages(np.broadcast_to(pixels, (40, 3, 8, 8)).astype(np.uint8), labels)
+
+
+@pytest.fixture(scope="module")
+def model(images: ArrayImages, tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    folder, shown = tmp_path_factory.mktemp("told"), []
+    train(
+        told_run(), images, folder, "abc", say=lambda _: None, description=ABOUT, preview=lambda *x: shown.append(x[1])
+    )
+    assert [len(preview) for preview in shown] == [3]
+    return load_model(folder / "weights.safetensors")
+
+
+@pytest.mark.parametrize("networks", ["shared", "per_level"])
+def test_the_output_depends_on_the_class_of_each_image(networks: str) -> None:
+    network = build_network(dataclasses.replace(SMALL, networks=networks), 1)  # type: ignore[arg-type]
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, t = torch.randn(1, 3, 8, 8).expand(4, -1, -1, -1), torch.full((4,), 700)
+    outputs = network(x, t, 1, torch.tensor([0, 1, 2, -1]))
+    assert torch.pdist(outputs.flatten(1)).min() > 1e-3, "every class and none: another output"
+    again = network(x, t, 1, torch.tensor([-1, 2, 1, 0]))
+    torch.testing.assert_close(again, outputs.flip(0))
+
+
+def test_a_network_without_classes_is_the_same_whatever_it_is_told() -> None:
+    torch.manual_seed(0)
+    network = build_network(dataclasses.replace(SMALL, classes=0), 0)
+    assert not any("classes" in name for name in network.state_dict())
+    torch.nn.init.normal_(network.head[-1].weight)  # type: ignore[union-attr]
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([5, 9])
+    assert torch.equal(network(x, t, 0), network(x, t, 0, torch.tensor([1, 2])))
+
+
+def test_a_network_with_classes_is_not_called_without_them() -> None:
+    network = build_network(SMALL, 0)
+    with pytest.raises(UserError, match="labels: found none, expected one for each image, as this network is told 3"):
+        network(torch.randn(2, 3, 8, 8), torch.tensor([5, 9]), 0)
+
+
+def test_each_class_is_drawn_as_often_as_the_data_has_it_whatever_the_batch() -> None:
+    counts = [5, 0, 1, 2]
+    labels = image_labels(counts, 3, 0, 8000)
+    parts = [image_labels(counts, 3, first, 1000) for first in range(0, 8000, 1000)]
+    assert torch.equal(torch.cat(parts), labels)
+    assert not torch.equal(image_labels(counts, 4, 0, 8000), labels)
+    shares = {label: (labels == label).double().mean().item() for label in (0, 1, 2, -1)}
+    assert shares == {0: pytest.approx(5 / 8, abs=0.03), 1: 0, 2: pytest.approx(1 / 8, abs=0.02), -1: shares[-1]}
+    assert shares[-1] == pytest.approx(2 / 8, abs=0.02), "the last count is of images without a class"
+
+
+def test_sampling_tells_the_denoiser_the_class_of_every_image_at_every_level() -> None:
+    process, seen = Process(Schedule.dvdp([500])), []
+
+    def denoiser(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        seen.append(labels)
+        return x
+
+    sample(process, denoiser, (3, 3, 8, 8), 4, labels=torch.tensor([2, 0, -1]))
+    assert [labels.tolist() for labels in seen] == [[2, 0, -1]] * 4
+
+
+def test_a_step_tells_the_network_the_class_of_each_of_its_images(images: ArrayImages, tmp_path: Path) -> None:
+    run = told_run()
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, accumulation=2))
+    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, lambda _: None, ABOUT)
+    seen: list[tuple[int, int]] = []
+
+    def loss(network: torch.nn.Module, level: int, part: Tensor, labels: Tensor) -> Tensor:
+        seen.extend(zip(part[:, 0, 0, 0].tolist(), labels.tolist(), strict=True))
+        return next(network.parameters()).sum() * 0
+
+    training._loss = loss  # type: ignore[method-assign]
+    labels = torch.tensor([0, 1, 1, -1, 0, 1])
+    numbered = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1).expand(6, 3, 8, 8)
+    training.update(numbered, [4, 2], labels)
+    assert seen == list(enumerate(labels.tolist()))
+
+
+def test_a_trained_model_draws_the_class_it_is_asked_for(model: TrainedModel) -> None:
+    dark, bright = (model.sample(16, label=label).double() for label in ("dark", "bright"))
+    means = [images.mean(dim=(1, 2, 3)) for images in (dark, bright)]
+    assert means[0].max() < 100
+    assert means[1].min() > 150
+
+
+def test_without_a_class_asked_for_each_image_has_its_own(model: TrainedModel) -> None:
+    images = model.sample(24, batch=7).double().mean(dim=(1, 2, 3))
+    drawn = image_labels(ABOUT["label_counts"], 0, 0, 24)  # type: ignore[arg-type]
+    assert ((images > 125) == (drawn == 1)).all()
+    assert torch.equal(model.sample(3, first=5), model.sample(8)[5:])
+
+
+def test_a_class_there_is_not_is_named(model: TrainedModel) -> None:
+    with pytest.raises(UserError, match=r"^label: found 'darc' \(did you mean 'dark'\?\), expected one of dark, br"):
+        model.sample(1, label="darc")
+    plain = dataclasses.replace(model, run=told_run(classes=0))
+    with pytest.raises(UserError, match=r"^label: found 'dark', expected none, as this model is told no classes"):
+        plain.sample(1, label="dark")
+
+
+@pytest.mark.parametrize("about", [{}, {"label_counts": [30, 10]}, {"label_counts": [0, 0, 0]}])
+def test_training_with_classes_needs_to_know_how_often_each_comes(
+    images: ArrayImages, tmp_path: Path, about: dict[str, object]
+) -> None:
+    with pytest.raises(UserError, match=r"^model\.classes: found 2 and label counts \[.*\] with the model"):
+        train(told_run(), images, tmp_path, "abc", say=lambda _: None, description=about)
