@@ -4,7 +4,7 @@
 
 Reads what `make repro` left in a project folder: the extractor, which is a classifier of the data set's labels, the
 real images, and the samples of every run. Prints, for real images and each setting, the share whose likeliest class has
-a probability above 0.5 and above 0.9.
+a probability above 0.5 and above 0.9, and the share for which it is the class that the image has or was drawn for.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from dvdp.config import read_params
 from dvdp.data.store import ImageStore
 from dvdp.evaluation.extractors import FeatureNetwork, load_network
 from dvdp.evaluation.scores import SampleShards
+from dvdp.models.export import load_model
+from dvdp.randomness import image_labels
 
 
 def main() -> None:
@@ -31,19 +33,24 @@ def main() -> None:
     data = project / "data" / params.dataset.name
     network, _ = load_network(data / "extractor" / "extractor.safetensors")
     store = ImageStore(data / "store")
-    print(f"real: {_sure(network, torch.from_numpy(store.images(range(len(store)))))}")
+    labels = torch.tensor([store[i][1] for i in range(len(store))])
+    print(f"real: {_sure(network, torch.from_numpy(store.images(range(len(store)))), labels)}")
     for file in sorted((project / params.cluster.storage).glob("*/run.json")):
         name = json.loads(file.read_text())["run"]["setting"]
         for folder in sorted(file.parent.glob("samples/*")):
             shards = SampleShards(folder)
-            print(f"{name}: {_sure(network, torch.stack([shards[i] for i in range(len(shards))]))}")
+            counts = load_model(file.with_name("weights.safetensors")).label_counts
+            told = None if counts is None else image_labels(counts, params.sampling.seed, 0, len(shards))
+            print(f"{name}: {_sure(network, torch.stack([shards[i] for i in range(len(shards))]), told)}")
 
 
-def _sure(network: FeatureNetwork, images: Tensor) -> str:
+def _sure(network: FeatureNetwork, images: Tensor, labels: Tensor | None = None) -> str:
     with torch.no_grad():
-        likeliest = torch.cat([network(part.float()).softmax(1).max(1).values for part in images.split(256)])
-    shares = ", ".join(f"{(likeliest > p).float().mean():.3f} above {p}" for p in (0.5, 0.9))
-    return f"{len(images):,} images, {shares}"
+        likeliest = torch.cat([network(part.float()).softmax(1) for part in images.split(256)]).max(1)
+    shares = [f"{(likeliest.values > p).float().mean():.3f} above {p}" for p in (0.5, 0.9)]
+    if labels is not None:
+        shares.append(f"{(likeliest.indices == labels).float().mean():.3f} of their class")
+    return f"{len(images):,} images, {', '.join(shares)}"
 
 
 if __name__ == "__main__":

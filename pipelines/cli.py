@@ -177,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--seed", type=int)
     draw.add_argument("--steps", type=int)
     draw.add_argument("--rule")
+    draw.add_argument("--label", help="class to draw, of a model that is told classes; default: each image its own")
     draw.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     draw.add_argument("--out", default="samples.png", metavar="FILE", help="a .png")
     draw.set_defaults(command=_draw)
@@ -407,7 +408,9 @@ def _draw(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: found no GPU that torch can use here, expected one; leave out --device.")
     model = load_model(options.weights, options.device)
-    images = model.sample(options.count, seed=options.seed, steps=options.steps, rule=options.rule)
+    images = model.sample(
+        options.count, seed=options.seed, steps=options.steps, rule=options.rule, label=options.label
+    )
     print(save_png(grid(images), out))
 
 
