@@ -36,12 +36,12 @@ def main() -> None:
     labels = torch.tensor([store[i][1] for i in range(len(store))])
     print(f"real: {_sure(network, torch.from_numpy(store.images(range(len(store)))), labels)}")
     for file in sorted((project / params.cluster.storage).glob("*/run.json")):
-        name = json.loads(file.read_text())["run"]["setting"]
+        about = json.loads(file.read_text())["run"]
         for folder in sorted(file.parent.glob("samples/*")):
             shards = SampleShards(folder)
             counts = load_model(file.with_name("weights.safetensors")).label_counts
-            told = None if counts is None else image_labels(counts, params.sampling.seed, 0, len(shards))
-            print(f"{name}: {_sure(network, torch.stack([shards[i] for i in range(len(shards))]), told)}")
+            told = image_labels(counts, about["sampling"]["seed"], 0, len(shards))
+            print(f"{about['setting']}: {_sure(network, torch.stack([shards[i] for i in range(len(shards))]), told)}")
 
 
 def _sure(network: FeatureNetwork, images: Tensor, labels: Tensor | None = None) -> str:

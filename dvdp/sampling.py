@@ -87,7 +87,7 @@ def sample(
         Images (n, C, H, W), in [-1, 1] if clipped.
 
     Raises:
-        UserError: an argument is out of range.
+        UserError: an argument is out of range, or labels are not one for each image.
     """
     n, channels, height, width = shape
     process.check_side(height)
@@ -100,6 +100,8 @@ def sample(
             f"lift_deviations: found {len(lifted)} numbers, expected one for each of {process.levels + 1} bands."
         )
     source = ImageNoise(seed, first, n, device)
+    if labels is not None and labels.shape != (n,):
+        raise UserError(f"labels: found {tuple(labels.shape)}, expected one for each of {n} images; give ({n},).")
     told = () if labels is None else (labels.to(device),)
 
     def normal(level: int) -> Tensor:

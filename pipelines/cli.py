@@ -408,9 +408,7 @@ def _draw(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: found no GPU that torch can use here, expected one; leave out --device.")
     model = load_model(options.weights, options.device)
-    images = model.sample(
-        options.count, seed=options.seed, steps=options.steps, rule=options.rule, label=options.label
-    )
+    images = model.sample(options.count, seed=options.seed, steps=options.steps, rule=options.rule, label=options.label)
     print(save_png(grid(images), out))
 
 

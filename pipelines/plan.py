@@ -334,7 +334,11 @@ def _choice(params: Params, setting: SettingParams, metadata: StoreMetadata) -> 
     run = params.run(setting, params.seeds[0])
     about = {
         # All that a plan depends on, and nothing else: drawing more samples must not choose anew.
-        **{name: run.describe()[name] for name in ("kind", "side", "process", "model", "reference_model")},
+        **{name: run.describe()[name] for name in ("kind", "side", "process")},
+        **{
+            name: {k: v for k, v in run.describe()[name].items() if k != "classes"}
+            for name in ("model", "reference_model")
+        },
         "sampling": {
             k: v for k, v in run.describe()["sampling"].items() if k not in ("count", "batch", "seed", "clip")
         },

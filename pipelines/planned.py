@@ -105,7 +105,8 @@ def _scored_runs(params: Params, run: Run, digest: str) -> Iterator[tuple[Run, S
                 if alike is None:
                     continue
                 identity = {**training_identity(alike), "flip": params.dataset.flip}
-                if tracking.flatten(identity) != entry.data.params:
+                # Runs from before networks could be told classes were told none.
+                if tracking.flatten(identity) != {"model.classes": "0", **entry.data.params}:
                     continue
                 text = tracking.read_text(client, entry.info.run_id, "score.json")
                 if text is None:

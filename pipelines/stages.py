@@ -361,7 +361,6 @@ def draw_process_on_worker(
     """The work of :func:`draw_process`."""
     torch.set_num_threads(params.threads)
     model = load_model(weights, "cuda" if params.gpu else "cpu", sampling)
-    counts = model.label_counts
     image, _ = ImageStore(Path(store))[0]
     times = figures.picture_times(model.process)
     forward = figures.diffused_states(model.process, to_float(torch.from_numpy(image)), times)
@@ -373,7 +372,7 @@ def draw_process_on_worker(
         # A picture needs no more, and full-size images take long.
         **sampling.options(min(sampling.steps, PICTURE_STEPS)),
         lift_deviations=model.lift_deviations,
-        labels=None if counts is None else image_labels(counts, sampling.seed, 0, 1),
+        labels=image_labels(model.label_counts, sampling.seed, 0, 1),
         device=model.device,
     )
     figures.save_png(figures.process_picture(model.process, forward, back, title), Path(picture))

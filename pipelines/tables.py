@@ -233,6 +233,7 @@ def _differences(table: Table, row: Row, measured: Measured) -> list[str]:
         (run.sampling.rule == rule, f"{run.sampling.rule}, not {rule}"),
         (run.sampling.spacing == "uniform", f"{run.sampling.spacing} spacing"),
         (run.sampling.lift == "noise", "a lift with the variance of the data"),
+        (not run.model.classes, "a network that is told classes"),
         (run.process.timesteps == TIMESTEPS, f"T = {run.process.timesteps}, not {TIMESTEPS}"),
         (not run.turning_points or run.model.networks == networks, f"{words[other]}, not {words[networks]}"),
     )

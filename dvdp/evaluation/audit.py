@@ -337,9 +337,7 @@ def _real(subject: Subject, first: int, count: int) -> list[tuple[NDArray[np.uin
 
 def _labels(subject: Subject, start: str, first: int, count: int) -> Tensor | None:
     """The classes of images number ``first`` on: those of the real ones whose true states they start from."""
-    if subject.label_counts is None:
-        return None
-    if start == FREE:
+    if start == FREE or subject.label_counts is None:
         return image_labels(subject.label_counts, subject.seed, first, count)
     return torch.tensor([label for _, label in _real(subject, first, count)])
 

@@ -75,7 +75,7 @@ def _divergences(
         for first in range(0, len(images), _BATCH):
             part = slice(first, first + _BATCH)
             x = process.diffuse(images[part], t, z[part])
-            told = () if labels is None else (labels[part],)
+            told = () if labels is None else (labels[part].to(x.device),)
             eps = denoiser(x, torch.full((len(x),), t, device=x.device), *told)
             for band in range(count):
                 score, gaussian = -bands.detail(eps) / noises[band], -bands.detail(x) / variances[band]

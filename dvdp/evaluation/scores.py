@@ -38,7 +38,7 @@ ANCHOR_IMAGES = 5_000
 FEWEST = 4
 
 #: What records from before these could be chosen were made with.
-_EARLIER = {"spacing": "uniform", "share": "length", "lift": "noise"}
+_EARLIER = {"spacing": "uniform", "share": "length", "lift": "noise", "classes": 0}
 #: What a sampling mapping says that two comparable scores may differ in.
 _INCIDENTAL = ("seed", "batch", "count", "first")
 

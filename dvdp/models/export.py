@@ -76,7 +76,7 @@ class TrainedModel:
         Raises:
             UserError: an argument is out of range, or there is no such class.
         """
-        chosen_class = None if label is None else self._class(label)
+        asked = None if label is None else self._class(str(label))
         given = {"seed": seed, "rule": rule, "eta": eta, "variance": variance, "clip": clip}
         chosen = {name: value for name, value in given.items() if value is not None}
         options = {**self.run.sampling.options(steps), **chosen}
@@ -84,7 +84,6 @@ class TrainedModel:
         parts = []
         for start in range(0, count, size):
             number = min(size, count - start)
-            labels = None if counts is None else image_labels(counts, options["seed"], first + start, number)
             images = sample(
                 self.process,
                 self.denoiser,
@@ -93,7 +92,9 @@ class TrainedModel:
                 device=self.device,
                 callback=callback,
                 lift_deviations=self.lift_deviations,
-                labels=labels if chosen_class is None else torch.full((number,), chosen_class),
+                labels=torch.full((number,), asked)
+                if asked is not None
+                else image_labels(counts, options["seed"], first + start, number),
                 **options,
             )
             parts.append(to_uint8(images).cpu())
@@ -103,10 +104,12 @@ class TrainedModel:
         """The number of a class."""
         if not self.run.model.classes:
             raise UserError(f"label: found '{label}', expected none, as this model is told no classes; leave it out.")
-        names = list(self.description["labels"])
+        counted = zip(self.description.get("labels", []), label_counts(self.run, self.description) or [], strict=False)
+        names = [name for name, count in counted if count]
         if label not in names:
-            raise UserError(f"label: found '{label}'{did_you_mean(label, names)}, expected one of {', '.join(names)}.")
-        return names.index(label)
+            known = f"one of {', '.join(names)}" if names else "none, as the model does not name its classes"
+            raise UserError(f"label: found '{label}'{did_you_mean(label, names)}, expected {known}.")
+        return list(self.description["labels"]).index(label)
 
 
 def lift_deviations(run: Run, description: Mapping[str, Any]) -> list[float] | None:

@@ -89,7 +89,8 @@ class UNet(nn.Module):
                     f"labels: found none, expected one for each image, as this network is told"
                     f" {self.classes.num_embeddings - 1} classes; give them, or draw with TrainedModel.sample."
                 )
-            embedding = embedding + self.classes.weight[labels]
+            # Not by indexing the weights, whose gradient threads of a CPU add in any order.
+            embedding = embedding + self.classes(torch.where(labels < 0, self.classes.num_embeddings - 1, labels))
         embedding = F.silu(embedding)
         h = self.stem(x)
         skips = [h]

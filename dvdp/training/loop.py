@@ -247,8 +247,17 @@ class Training:
         Args:
             images: of this rank, uint8 (b, 3, H, W).
             counts: how many of them to take for each level, finest first.
-            labels: (b,) their classes, -1 for none; None where no image has one.
+            labels: (b,) their classes, -1 for none; needed by a network that is told them.
+
+        Raises:
+            UserError: there is no such class, or no labels for a network that is told them.
         """
+        classes = self.run.model.classes
+        if classes and labels is not None and not -1 <= labels.min() <= labels.max() < classes:
+            raise UserError(
+                f"labels: found {int(labels.min())} to {int(labels.max())}, expected -1 (none) to {classes - 1}, as"
+                f" model.classes is {classes}; change one of them."
+            )
         self.network.zero_grad()
         self._backward(self.live, images, counts, labels)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.run.training.clip_norm)
@@ -261,27 +270,28 @@ class Training:
         self, network: nn.Module, images: Tensor, counts: Sequence[int], labels: Tensor | None = None
     ) -> None:
         """Gradients of the mean loss of a batch."""
-        labels = torch.full((len(images),), -1) if labels is None else labels
-        whole = [tensor.to(self.device, non_blocking=True) for tensor in (images, labels)]
+        images = images.to(self.device, non_blocking=True)
+        labels = None if labels is None else labels.to(self.device, non_blocking=True)
         parts = [
-            (level, *part)
-            for level, pair in enumerate(zip(*(tensor.split(list(counts)) for tensor in whole), strict=True))
-            for part in zip(*(tensor.chunk(self.run.training.accumulation) for tensor in pair), strict=True)
-            if len(part[0])
+            (level, slice(int(places[0]), int(places[-1]) + 1))
+            for level, share in enumerate(torch.arange(len(images)).split(list(counts)))
+            for places in share.chunk(self.run.training.accumulation)
+            if len(places)
         ]
-        for i, (level, part, classes) in enumerate(parts):
+        for i, (level, places) in enumerate(parts):
+            part = images[places]
             # Ranks exchange gradients once a step, after the last part.
             quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if isinstance(network, DistributedDataParallel) and i < len(parts) - 1:
                 quiet = network.no_sync()
             with quiet:
-                loss = self._loss(network, level, part, classes)
+                loss = self._loss(network, level, part, None if labels is None else labels[places])
                 (loss * (len(part) / len(images))).backward()
             self.window[0, level] += loss.detach() * len(part)
             self.window[1, level] += len(part)
 
-    def _loss(self, network: nn.Module, level: int, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of images, uint8 (b, 3, H, W), with (b,) labels, at timesteps drawn from a level."""
+    def _loss(self, network: nn.Module, level: int, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Mean loss of images, uint8 (b, 3, H, W), at timesteps drawn from a level."""
         x0 = to_float(images)
         low, high = self.process.schedule.span(level)
         # One timestep from each of equal strata of the level: less noise in the loss (Kingma et al. 2021, app. I.1).
@@ -303,7 +313,8 @@ class Training:
             size = settings.batch // self.world_size
             count = max(1, round(shares[level] * size)) if settings.levels == "all" else size
             counts = [count if k == level else 0 for k in range(len(shares))]
-            self._backward(network, torch.zeros((count, 3, side, side), dtype=torch.uint8), counts)
+            images, labels = torch.zeros((count, 3, side, side), dtype=torch.uint8), torch.full((count,), -1)
+            self._backward(network, images, counts, labels)
             return count * self.world_size
 
         expected = estimate(self.run, self.network, try_level, self.device)
@@ -376,13 +387,13 @@ class Training:
     def _preview(self, seen: int, show: Preview) -> None:
         settings = self.run.training
         options = self.run.sampling.options(settings.preview_steps)
-        counts, number = self.label_counts, settings.preview_count
+        number = settings.preview_count
         samples = sample(
             self.process,
             NetworkDenoiser(self.ema.network, self.process, self.run.side, self.run.model.predicts),
             (number, 3, self.run.side, self.run.side),
             lift_deviations=self.lift_deviations,
-            labels=None if counts is None else image_labels(counts, options["seed"], 0, number),
+            labels=image_labels(self.label_counts, options["seed"], 0, number),
             device=self.device,
             **options,
         )

@@ -90,7 +90,9 @@ if params.cluster.num_workers > 1:
 for job in jobs(params):
     if job.run.setting in sys.argv[1:]:
         preview = lambda _, samples, path: save_png(grid(samples), path)
-        train(job.run, ImageStore(Places.of(params).store), job.folder, job.training_hash, preview=preview)
+        store = ImageStore(Places.of(params).store)
+        told = store.metadata.told(len(job.run.turning_points))
+        train(job.run, store, job.folder, job.training_hash, description=told, preview=preview)
         (job.folder / "run.json").write_text('{"run": {"setting": "%s"}}' % job.run.setting)
 """
 

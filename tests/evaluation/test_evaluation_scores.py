@@ -218,6 +218,9 @@ def test_comparable_names_the_fields_that_matter(record: ScoreRecord) -> None:
     # Of a release without extrapolation and inception score.
     earlier = {name: record.metrics[name] for name in ("fd_labels", "precision_labels")}
     assert comparable(record, dataclasses.replace(record, metrics=earlier, counts=[])) == []
+    # Of a release whose networks were told nothing.
+    told = [dataclasses.replace(record, sampling={**SAMPLING, "classes": classes}) for classes in (0, 10)]
+    assert [comparable(record, other) for other in told] == [[], ["sampling.classes"]]
     fewer_steps = dataclasses.replace(record, sampling={**SAMPLING, "steps": 50, "ema": None})
     assert comparable(record, fewer_steps) == ["sampling.ema", "sampling.steps"]
 

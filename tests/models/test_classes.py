@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dvdp import Process, Schedule, UserError, sample
 from dvdp.config import ModelParams, Run, parse_params
 from dvdp.data.loading import ArrayImages
-from dvdp.models.export import TrainedModel, load_model
+from dvdp.models.export import TrainedModel, load_model, save_model
 from dvdp.models.unet import build_network
 from dvdp.randomness import image_labels
 from dvdp.training.loop import Training, train
@@ -21,6 +22,13 @@ from dvdp.training.loop import Training, train
 SMALL = ModelParams(channels=8, multipliers=(1, 2), attention=(2,), head_channels=8, classes=3)
 #: Two classes told apart by their brightness, 3 to 1, and images without a class.
 ABOUT = {"labels": ["dark", "bright"], "label_counts": [30, 10, 0]}
+
+
+def drawn(count: int) -> NDArray[np.int64]:
+    """The classes of the first images."""
+    labels = image_labels(ABOUT["label_counts"], 0, 0, count)  # type: ignore[arg-type]
+    assert labels is not None
+    return labels.numpy()
 
 
 def told_run(**model: object) -> Run:
@@ -44,8 +52,8 @@ def told_run(**model: object) -> Run:
             "learning_rate": 0.003,
             "ema_halflife_images": 400,
             "preview_images": 3200,
-            "preview_count": 3,
-            "preview_steps": 3,
+            "preview_count": 8,
+            "preview_steps": 8,
         },
         "sampling": {"steps": 20},
     }
@@ -65,7 +73,8 @@ def model(images: ArrayImages, tmp_path_factory: pytest.TempPathFactory) -> Trai
     train(
         told_run(), images, folder, "abc", say=lambda _: None, description=ABOUT, preview=lambda *x: shown.append(x[1])
     )
-    assert [len(preview) for preview in shown] == [3]
+    (preview,) = shown
+    assert ((preview.double().mean(dim=(1, 2, 3)) > 125).numpy() == (drawn(8) == 1)).all(), "each has its class"
     return load_model(folder / "weights.safetensors")
 
 
@@ -98,10 +107,10 @@ def test_a_network_with_classes_is_not_called_without_them() -> None:
 
 def test_each_class_is_drawn_as_often_as_the_data_has_it_whatever_the_batch() -> None:
     counts = [5, 0, 1, 2]
-    labels = image_labels(counts, 3, 0, 8000)
+    labels, other = (image_labels(counts, seed, 0, 8000) for seed in (3, 4))
     parts = [image_labels(counts, 3, first, 1000) for first in range(0, 8000, 1000)]
-    assert torch.equal(torch.cat(parts), labels)
-    assert not torch.equal(image_labels(counts, 4, 0, 8000), labels)
+    assert torch.equal(torch.cat(parts), labels)  # type: ignore[arg-type]
+    assert not torch.equal(other, labels)  # type: ignore[arg-type]
     shares = {label: (labels == label).double().mean().item() for label in (0, 1, 2, -1)}
     assert shares == {0: pytest.approx(5 / 8, abs=0.03), 1: 0, 2: pytest.approx(1 / 8, abs=0.02), -1: shares[-1]}
     assert shares[-1] == pytest.approx(2 / 8, abs=0.02), "the last count is of images without a class"
@@ -116,6 +125,8 @@ def test_sampling_tells_the_denoiser_the_class_of_every_image_at_every_level() -
 
     sample(process, denoiser, (3, 3, 8, 8), 4, labels=torch.tensor([2, 0, -1]))
     assert [labels.tolist() for labels in seen] == [[2, 0, -1]] * 4
+    with pytest.raises(UserError, match=r"labels: found \(1,\), expected one for each of 3 images; give \(3,\)"):
+        sample(process, denoiser, (3, 3, 8, 8), 4, labels=torch.tensor([2]))
 
 
 def test_a_step_tells_the_network_the_class_of_each_of_its_images(images: ArrayImages, tmp_path: Path) -> None:
@@ -133,6 +144,28 @@ def test_a_step_tells_the_network_the_class_of_each_of_its_images(images: ArrayI
     numbered = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1).expand(6, 3, 8, 8)
     training.update(numbered, [4, 2], labels)
     assert seen == list(enumerate(labels.tolist()))
+    with pytest.raises(UserError, match=r"labels: found 0 to 2, expected -1 \(none\) to 1, as model.classes is 2"):
+        training.update(numbered, [4, 2], labels.clone().fill_(2).put_(torch.tensor([0]), torch.tensor([0])))
+
+
+def test_gradients_of_classes_come_again_to_the_bit_on_several_threads() -> None:
+    """Of many images and a wide embedding: threads could add their parts in any order."""
+    torch.manual_seed(0)
+    network = build_network(ModelParams(channels=64, multipliers=(1,), attention=(), head_channels=64, classes=2), 0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, t, labels = torch.randn(512, 3, 4, 4), torch.arange(512), torch.arange(512) % 3 - 1
+    threads, gradients = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(5):
+            network.zero_grad()
+            network(x, t, 0, labels).square().sum().backward()
+            gradients.append(network.classes.weight.grad.clone())  # type: ignore[union-attr]
+    finally:
+        torch.set_num_threads(threads)
+    assert gradients[0].abs().max() > 0
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 def test_a_trained_model_draws_the_class_it_is_asked_for(model: TrainedModel) -> None:
@@ -144,17 +177,33 @@ def test_a_trained_model_draws_the_class_it_is_asked_for(model: TrainedModel) ->
 
 def test_without_a_class_asked_for_each_image_has_its_own(model: TrainedModel) -> None:
     images = model.sample(24, batch=7).double().mean(dim=(1, 2, 3))
-    drawn = image_labels(ABOUT["label_counts"], 0, 0, 24)  # type: ignore[arg-type]
-    assert ((images > 125) == (drawn == 1)).all()
+    assert ((images > 125).numpy() == (drawn(24) == 1)).all()
     assert torch.equal(model.sample(3, first=5), model.sample(8)[5:])
 
 
 def test_a_class_there_is_not_is_named(model: TrainedModel) -> None:
     with pytest.raises(UserError, match=r"^label: found 'darc' \(did you mean 'dark'\?\), expected one of dark, br"):
         model.sample(1, label="darc")
+    with pytest.raises(UserError, match=r"^label: found '7', expected one of dark, bright\.$"):
+        model.sample(1, label=7)  # type: ignore[arg-type]
+    never = dataclasses.replace(model, description={**model.description, "label_counts": [5, 0, 0]})
+    with pytest.raises(UserError, match=r"^label: found 'bright', expected one of dark\.$"):
+        never.sample(1, label="bright")
+    unnamed = dataclasses.replace(model, description={**model.description, "labels": []})
+    with pytest.raises(UserError, match=r"^label: found 'dark', expected none, as the model does not name its classes"):
+        unnamed.sample(1, label="dark")
     plain = dataclasses.replace(model, run=told_run(classes=0))
     with pytest.raises(UserError, match=r"^label: found 'dark', expected none, as this model is told no classes"):
         plain.sample(1, label="dark")
+
+
+def test_weights_of_a_release_without_classes_are_told_none(tmp_path: Path) -> None:
+    run = told_run(classes=0)
+    about = {"run": run.describe()}
+    for section in ("model", "reference_model"):
+        del about["run"][section]["classes"]
+    save_model(tmp_path / "old.safetensors", build_network(run.model, 1).state_dict(), about)
+    assert load_model(tmp_path / "old.safetensors").label_counts is None
 
 
 @pytest.mark.parametrize("about", [{}, {"label_counts": [30, 10]}, {"label_counts": [0, 0, 0]}])

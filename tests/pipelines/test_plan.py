@@ -200,7 +200,10 @@ def train(
     for run, score in zip(params.runs(), scores, strict=True):
         key = re.sub("[^a-z0-9]+", "-", f"{name}/{run.seed}/{how}")
         entry = tracking.open_run(client, params.tracking.experiment, tracking.SAMPLING_HASH, key, name)
-        entry.log_params({**training_identity(run), "flip": False})
+        logged = {**training_identity(run), "flip": False}
+        if how.get("earlier"):  # Of a release whose networks could be told nothing.
+            logged["model"] = {k: v for k, v in logged["model"].items() if k != "classes"}
+        entry.log_params(logged)
         entry.set_tags({tracking.DATASET_DIGEST: how.get("digest", digest)})
         record = dataclasses.replace(SCORE, metrics={**SCORE.metrics, "fd_labels": score}, **how.get("terms", {}))
         entry.log_json("score.json", json.loads(record.to_json()))
@@ -215,11 +218,12 @@ def known(terms: ScoreRecord | None = None) -> list[Trained]:
 def test_only_settings_trained_alike_and_scored_on_the_same_terms_are_taken(project: Path) -> None:
     client = empty_store(project)
     train(client, (), [5.0, 7.0])
-    train(client, (300, 600), [8.0])
+    train(client, (300, 600), [8.0], earlier=True)
     train(client, (300,), [1.0], status="FAILED")
     train(client, (350,), [1.0], digest="of other data")
     train(client, (400,), [1.0], params={"training": {**TREE["training"], "images": 1280}})
     train(client, (450,), [1.0], terms={"sampling": {"rule": "ddim", "steps": 50}})
+    train(client, (500,), [1.0], params={"model": {**TREE["model"], "classes": 2}})
     found = known()
     assert [(entry.kind, entry.turning_points, entry.scores) for entry in found] == [
         ("ddpm", (), (7.0, 5.0)),

@@ -169,6 +169,7 @@ def test_scores_on_other_terms_are_marked_and_the_footnote_says_what_differs(pro
         ({"sampling": {"spacing": "quadratic"}}, "quadratic spacing"),
         ({"sampling": {"lift": "data"}}, "a lift with the variance of the data"),
         ({"model": {**SMALL, "networks": "per_level"}}, "one for each level, not one network for all levels"),
+        ({"model": {**SMALL, "classes": 10}}, "a network that is told classes"),
     ],
 )
 def test_true_fid_by_other_means_than_the_papers_is_marked_too(
