@@ -29,7 +29,7 @@ AUDIT_SOURCES = ("evaluation/audit.py",)
 #: Keys of the training section that do not touch the weights.
 OPERATIONAL = {
     "images", "budget", "checkpoint_images", "keep_checkpoints", "log_images", "preview_images", "preview_count",
-    "preview_steps", "loader_workers",
+    "preview_steps", "loader_workers", "recompute",
 }  # fmt: skip
 
 

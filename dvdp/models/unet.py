@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dvdp.config import ModelParams
 from dvdp.errors import UserError
@@ -26,10 +27,12 @@ class UNet(nn.Module):
         params: its size.
         levels: K of the process; the network serves levels 0 .. K.
         channels: of the images.
+        recompute: keep of every stage its input alone, and compute the rest again in the backward pass.
     """
 
-    def __init__(self, params: ModelParams, levels: int = 0, channels: int = 3) -> None:
+    def __init__(self, params: ModelParams, levels: int = 0, channels: int = 3, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         width = params.channels
         embedding = 4 * width
         self.time = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
@@ -95,29 +98,35 @@ class UNet(nn.Module):
         h = self.stem(x)
         skips = [h]
         for layers in self.encoder:
-            h = run(layers, h, embedding)
+            h = self._stage(layers, embedding, h)
             skips.append(h)
-        h = run(self.middle, h, embedding)
+        h = self._stage(self.middle, embedding, h)
         for layers in self.decoder:
-            h = run(layers, torch.cat([h, skips.pop()], dim=1), embedding)
+            h = self._stage(layers, embedding, h, skips.pop())
         return self.head(h)
+
+    def _stage(self, layers: nn.Module, embedding: Tensor, *parts: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(run, layers, embedding, *parts, use_reentrant=False)
+        return run(layers, embedding, *parts)
 
 
 class LevelNetworks(nn.Module):
     """One UNet for each level, as subspace diffusion has it; a step trains the one of its level alone."""
 
-    def __init__(self, params: ModelParams, levels: int, channels: int = 3) -> None:
+    def __init__(self, params: ModelParams, levels: int, channels: int = 3, recompute: bool = False) -> None:
         super().__init__()
-        self.networks = nn.ModuleList(UNet(params, 0, channels) for _ in range(levels + 1))
+        self.networks = nn.ModuleList(UNet(params, 0, channels, recompute) for _ in range(levels + 1))
 
     def forward(self, x: Tensor, t: Tensor, level: int, labels: Tensor | None = None) -> Tensor:
         """As :meth:`UNet.forward`."""
         return self.networks[level](x, t, 0, labels)
 
 
-def build_network(params: ModelParams, levels: int) -> UNet | LevelNetworks:
-    """The network, or networks, of a process with so many turning points."""
-    return LevelNetworks(params, levels) if params.networks == "per_level" else UNet(params, levels)
+def build_network(params: ModelParams, levels: int, recompute: bool = False) -> UNet | LevelNetworks:
+    """The network, or networks, of a process with so many turning points; see :class:`UNet`."""
+    kind = LevelNetworks if params.networks == "per_level" else UNet
+    return kind(params, levels, recompute=recompute)
 
 
 Resample = Literal["down", "up"] | None
@@ -166,9 +175,10 @@ class Attention(nn.Module):
         return x + self.out(attend(q, k, v).reshape(b, c, h, w))
 
 
-def run(layers: nn.ModuleList | nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
-    """Apply a stage's layers, giving the embedding to those that take it."""
-    for layer in layers:  # type: ignore[union-attr]
+def run(layers: nn.Module, embedding: Tensor, *parts: Tensor) -> Tensor:
+    """Apply a stage's layers to the joined parts, giving the embedding to those that take it."""
+    h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    for layer in layers.children():
         h = layer(h, embedding) if isinstance(layer, ResidualBlock) else layer(h)
     return h
 

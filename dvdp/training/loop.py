@@ -155,7 +155,7 @@ class Training:
         self.label_counts = label_counts(run, self.description)
 
         torch.manual_seed(derive_seed(run.seed, "weights"))
-        self.network = build_network(run.model, self.process.levels).to(device)
+        self.network = build_network(run.model, self.process.levels, run.training.recompute).to(device)
         self.ema = EMA(self.network, run.training.ema_halflife_images, run.training.ema_ramp)
         self.optimizers = build_optimizers(self.network, run.training)
         self.learning_rate = run.training.learning_rate

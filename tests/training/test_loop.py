@@ -183,6 +183,33 @@ def test_a_step_follows_the_gradient_of_the_mean_loss_over_its_images(
     assert training.window[1, :3].tolist() == counts
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("networks", ["shared", "per_level"])
+def test_activations_computed_again_take_less_memory_and_give_the_same_weights(
+    tmp_path: Path, images: ArrayImages, precision: str, networks: str
+) -> None:
+    weights, saved = [], []
+    for recompute in (False, True):
+        # Its dropout draws, and must draw the same again.
+        run = tiny_run(recompute=recompute, precision=precision, levels="all")
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, networks=networks))  # type: ignore[arg-type]
+        training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
+        kept = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            for step in range(3):
+                training.step(step, torch.arange(8, dtype=torch.uint8).reshape(8, 1, 1, 1).expand(8, 3, 16, 16) * 20)
+        weights.append(training.network.state_dict())
+        saved.append(kept)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert saved[1] < saved[0] / 3
+
+
 def test_timesteps_of_a_batch_are_one_from_each_of_equal_parts_of_the_level(
     tmp_path: Path, images: ArrayImages
 ) -> None:
