@@ -223,7 +223,7 @@ class TrainingParams(Section):
     accumulation: int = 1
     """Parts of a batch that go through the network one after the other."""
     recompute: bool = False
-    """Activations are computed again in the backward pass: much less memory for more time, and the same weights."""
+    """Activations are computed again in the backward pass: less memory, more time, the same weights."""
     levels: LevelDraw = "all"
     """Of a step: all of them, each with its share of the batch, or one, with the whole batch."""
     optimizer: Literal["adamw", "muon"] = "adamw"

@@ -121,6 +121,15 @@ def test_works_take_turns_and_memory_is_that_of_the_work() -> None:
     assert 200 * 2**20 < taken < 400 * 2**20
 
 
+def test_the_price_of_recomputing_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "recompute.json"
+    done = run_module("benchmarks.recompute", "--sides", 16, "--turns", 1, "--out", out)
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads(out.read_text())["cases"]
+    assert case["time_ratio"] == case["seconds"][1] / case["seconds"][0]
+    assert len(case["memory_gib"]) == 2
+
+
 def test_gpu_scripts_import_nothing_that_a_bare_machine_lacks() -> None:
     program = f"import sys, benchmarks.gpu.steps, benchmarks.gpu.cifar10; print(*sorted({HEAVY} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
