@@ -27,6 +27,7 @@ from dvdp.schedule import ATTENUATIONS, Schedule
 ProcessName = Literal["ddpm", "subspace", "dvdp"]
 Target = Literal["noise", "velocity", "clean"]
 LevelDraw = Literal["all", "one"]
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ class TrainingParams(Section):
     cooldown: float = 0.0
     """Share of the images, the last ones, over which the learning rate falls linearly to 0."""
     clip_norm: float = 1.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     ema_halflife_images: int = 20_000
     ema_ramp: float = 0.1
     """The half-life is at most this share of the images seen so far."""

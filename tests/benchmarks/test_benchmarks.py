@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from benchmarks import steps_report
 from benchmarks.baseline import compare, read_ratios
@@ -128,6 +129,26 @@ def test_the_price_of_recomputing_is_measured(tmp_path: Path) -> None:
     (case,) = json.loads(out.read_text())["cases"]
     assert case["time_ratio"] == case["seconds"][1] / case["seconds"][0]
     assert len(case["memory_gib"]) == 2
+
+
+def test_the_same_training_in_both_precisions_is_compared_and_drawn(tmp_path: Path) -> None:
+    tree = {
+        "dataset": {"resolution": 16},
+        "settings": [{"name": "small", "process": "dvdp", "turning_points": [500]}],
+        "model": {"channels": 8, "multipliers": [1, 2], "attention": [], "head_channels": 8, "classes": 10},
+        "training": {"budget": "images", "batch": 16, "warmup_images": 16, "preview_steps": 4},
+        "sampling": {"count": 16, "steps": 4},
+        "evaluation": {"samples": 16, "kid_subset": 8, "extractor_epochs": 1},
+    }
+    params, out, picture = (tmp_path / name for name in ("params.yaml", "precision.json", "precision.png"))
+    params.write_text(yaml.safe_dump(tree))
+    arguments = ("--params", params, "--images", 640, "--work", tmp_path / "work", "--out", out, "--picture", picture)
+    done = run_module("benchmarks.precision", *arguments)
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads(out.read_text())["cases"]
+    assert len(case["fp32"]["loss"]) == len(case["bf16"]["loss"]) == 20
+    assert 0 < case["mean_difference"] <= case["largest_difference"] < 0.1, "they start from the same seed"
+    assert picture.stat().st_size > 10_000
 
 
 def test_gpu_scripts_import_nothing_that_a_bare_machine_lacks() -> None:
