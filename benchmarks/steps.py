@@ -252,7 +252,7 @@ def step(training: Training, images: torch.Tensor, counts: list[int]) -> None:
     training.ema.update(100_000, len(images))
 
 
-def draw(training: Training, batch: int, level_seconds: list[list[float]] | None = None) -> None:
+def draw(training: Training, batch: int, level_seconds: list[list[float]] | None = None, steps: int = STEPS) -> None:
     """Whole samples, lifts included, from the averaged network; notes the seconds of each call by its level."""
     run, last = training.run, time.perf_counter()
 
@@ -266,7 +266,7 @@ def draw(training: Training, batch: int, level_seconds: list[list[float]] | None
     denoiser = NetworkDenoiser(training.ema.network, training.process, run.side, run.model.predicts)
     shape = (batch, 3, run.side, run.side)
     with torch.autocast(training.device.type, torch.bfloat16, enabled=run.training.precision == "bf16"):
-        sample(training.process, denoiser, shape, steps=STEPS, device=training.device, callback=note)
+        sample(training.process, denoiser, shape, steps=steps, device=training.device, callback=note)
 
 
 if __name__ == "__main__":

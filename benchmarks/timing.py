@@ -6,8 +6,10 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.nn.functional import conv2d
@@ -15,21 +17,36 @@ from tqdm import tqdm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+Found = TypeVar("Found")
 
-def take_turns(
-    works: Sequence[Callable[[], None]], turns: int, device: torch.device, title: str, warm_up: int = 1
-) -> list[float]:
-    """Median seconds of each; they take turns, so that a busy machine slows all alike."""
-    seconds: list[list[float]] = [[] for _ in works]
+
+def in_turns(
+    works: Sequence[Callable[[], Found]], turns: int, title: str, warm_up: int = 1
+) -> Iterator[tuple[Found, ...]]:
+    """What each found, turn by turn; turns, so that a busy machine slows all alike."""
     with tqdm(total=len(works) * (turns + warm_up), desc=title, leave=False, disable=None) as bar:
         for turn in range(turns + warm_up):
-            for work, times in zip(works, seconds, strict=True):
-                start = clock(device)
-                work()
-                if turn >= warm_up:
-                    times.append(clock(device) - start)
+            found = []
+            for work in works:
+                found.append(work())
                 bar.update()
-    return [statistics.median(times) for times in seconds]
+            if turn >= warm_up:
+                yield tuple(found)
+
+
+def take_turns(
+    works: Sequence[Callable[[], object]], turns: int, device: torch.device, title: str, warm_up: int = 1
+) -> list[float]:
+    """Median seconds of each; see :func:`in_turns`."""
+    timed = [partial(seconds, work, device) for work in works]
+    return [statistics.median(times) for times in zip(*in_turns(timed, turns, title, warm_up), strict=True)]
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """That a piece of work takes."""
+    start = clock(device)
+    work()
+    return clock(device) - start
 
 
 def clock(device: torch.device) -> float:
@@ -56,12 +73,7 @@ def peak_tflops(precision: str, device: torch.device) -> dict[str, float]:
     found = {}
     with torch.no_grad():
         for name, (work, flops) in works.items():
-            seconds = []
-            for _ in range(6):
-                start = clock(device)
-                work()
-                seconds.append(clock(device) - start)
-            found[name] = flops / min(seconds[1:]) / 1e12
+            found[name] = flops / min(seconds(work, device) for _ in range(6)) / 1e12
     return found
 
 

@@ -49,6 +49,7 @@ PAPER = {
         ModelParams(channels=128, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), head_channels=64),
     ),
 }
+MODES = ("eager", "channels_last", "compiled")
 #: In one piece of work that is timed.
 REPEATS = 5
 SAMPLE_STEPS = 10
@@ -58,7 +59,7 @@ def main() -> None:
     """Measure each mode and write what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, choices=list(PAPER), default=256)
-    parser.add_argument("--mode", nargs="+", choices=["eager", "channels_last", "compiled"], default=["eager"])
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=["eager"])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
@@ -68,8 +69,6 @@ def main() -> None:
     side, repeats = options.side, REPEATS
     if options.toy:
         (side, (train_batch, model)), repeats, sample_batch = next(iter(TOY.items())), 1, 2
-    # Each level has a shape of its own, in training and in sampling.
-    torch._dynamo.config.recompile_limit = 64
     torch.backends.cudnn.benchmark = True
     result: dict[str, Any] = {
         "machine": machine(),
@@ -84,17 +83,25 @@ def main() -> None:
     for mode in options.mode:
         settings = TrainingParams(batch=train_batch, precision="bf16")
         ddpm, dvdp = (start(make_run(points, side, model, settings), pixels, device) for points in ((), turning_points))
-        for network in (ddpm.network, ddpm.ema.network, dvdp.network, dvdp.ema.network):
-            if mode != "eager":
-                network.to(memory_format=torch.channels_last)
-            if mode == "compiled":
-                network.compile(dynamic=False)
+        for training in (ddpm, dvdp):
+            arrange(training, mode)
         images, together = torch.from_numpy(pixels).to(device), mode != "compiled"
         result["modes"][mode] = measure_training(ddpm, dvdp, images, repeats, options.turns, together)
         write_atomically(options.out, json.dumps(result, indent=2) + "\n")
         result["modes"][mode] |= measure_sampling(ddpm, dvdp, sample_batch, options.turns)
         write_atomically(options.out, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
+
+
+def arrange(training: Training, mode: str) -> None:
+    """Make its networks run in a mode."""
+    # Each level has a shape of its own, in training and in sampling.
+    torch._dynamo.config.recompile_limit = 64
+    for network in (training.network, training.ema.network):
+        if mode != "eager":
+            network.to(memory_format=torch.channels_last)
+        if mode == "compiled":
+            network.compile(dynamic=False)
 
 
 def measure_training(

@@ -73,7 +73,7 @@ def decode(value: Any, form: Form) -> tuple[Image, int]:
     if form.encoding == "raw":
         return np.frombuffer(value[4:], dtype=np.uint8).reshape(3, side, side).copy(), label
     with PillowImage.open(io.BytesIO(value[4:])) as image:
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), label
+        return np.stack([np.asarray(plane) for plane in image.split()]), label
 
 
 def digests_of(pixels: Image, label: int) -> tuple[bytes, bytes]:

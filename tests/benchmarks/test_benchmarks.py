@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import steps_report
+from benchmarks import steps_report, throughput
 from benchmarks.baseline import compare, read_ratios
 from benchmarks.gpu.cifar10 import frechet
 from benchmarks.ranks import computed, slowest_level
-from benchmarks.timing import peak_memory, take_turns
+from benchmarks.timing import in_turns, peak_memory, take_turns
 from dvdp.errors import UserError
 
 PROJECT = Path(__file__).parents[2]
@@ -118,6 +118,7 @@ def test_works_take_turns_and_memory_is_that_of_the_work() -> None:
     works = [lambda: order.append("a"), lambda: order.append("b")]
     assert len(take_turns(works, 2, torch.device("cpu"), "test")) == 2
     assert order == ["a", "b"] * 3
+    assert list(in_turns([lambda: len(order), lambda: 1], 2, "test", warm_up=0)) == [(6, 1), (6, 1)]
     taken = peak_memory(lambda: torch.ones(64 * 2**20).sum().item(), torch.device("cpu"))
     assert 200 * 2**20 < taken < 400 * 2**20
 
@@ -152,7 +153,10 @@ def test_the_same_training_in_both_precisions_is_compared_and_drawn(tmp_path: Pa
 
 
 def test_gpu_scripts_import_nothing_that_a_bare_machine_lacks() -> None:
-    program = f"import sys, benchmarks.gpu.steps, benchmarks.gpu.cifar10; print(*sorted({HEAVY} & set(sys.modules)))"
+    program = (
+        "import sys, benchmarks.gpu.steps, benchmarks.gpu.cifar10, benchmarks.throughput;"
+        f"print(*sorted({HEAVY} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
@@ -164,6 +168,55 @@ def test_the_gpu_benchmark_of_steps_runs_at_toy_size(tmp_path: Path) -> None:
     for mode in json.loads(path.read_text())["modes"].values():
         assert mode["training_ratio"]["bound"] > 2
         assert mode["sampling_seconds_per_image_of_1000_steps"]["dvdp"] > 0
+
+
+def test_throughput_is_marked_where_it_is_not_the_protocols(tmp_path: Path) -> None:
+    path = tmp_path / "throughput.json"
+    common = ["benchmarks.throughput", "--toy", "--side", 32, "--batches", 2, "--steps", 3, "--out", path]
+    done = run_module(*common, "--levels", "all", "--iterations", 2)
+    assert done.returncode == 0, done.stderr
+    assert "**Shortened, not the protocol**: 2 of 4,000 iterations, 2 of 100 batches, 3 of 1,000 steps." in done.stdout
+    record = json.loads(path.read_text())
+    assert record["shortened"] is True
+    assert record["done"] == {"iterations": 2, "batches": 2, "steps": 3}
+    assert (record["precision"], record["mode"]) == ("bf16", "eager")
+    for kind, unit in (("training", "iteration"), ("sampling", "sample")):
+        for name in ("ddpm", "dvdp"):
+            found = record[kind][name]
+            assert found[f"seconds_per_{unit}"] > 0
+            peak = max(record["peak_tflops"].values())
+            assert found["share_of_peak"] == pytest.approx(found["tflops_per_second"] / peak)
+    whole = throughput.table({**record, "done": throughput.PROTOCOL, "shortened": False})
+    assert "The whole protocol: 4,000 of 4,000 iterations, 100 of 100 batches, 1,000 of 1,000 steps." in whole
+    done = run_module(*common, "--levels", "one", "--iterations", 150)
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("--iterations: found 150, expected a multiple of 100")
+
+
+def test_a_mean_is_of_all_turns_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "taken", lambda work, device: work())
+    taken = iter([1.0, 30.0, 2.0, 10.0, 6.0, 50.0])
+    works = [lambda: next(taken), lambda: next(taken)]
+    found = list(throughput.means_so_far(works, 3, "test", torch.device("cpu")))
+    assert found == [(1, [1.0, 30.0]), (2, [1.5, 20.0]), (3, [3.0, 30.0])]
+
+
+def test_loading_is_measured_beside_an_image_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DVDP_TEST_DATA", raising=False)
+    path = tmp_path / "loading.json"
+    small = ["--count", 3, "--batch", 2, "--turns", 1, "--seconds", 0.01]
+    done = run_module("benchmarks.loading", *small, "--out", path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())
+    assert (found["images"], found["page_cache"]) == ("synthetic", "warm")
+    names = [way["name"] for way in found["ways"]]
+    assert [name for name in names if name.startswith("ours")] == ["ours, raw", "ours, png", "ours, jpeg"]
+    assert len(names) == 7
+    for way in found["ways"]:
+        assert way["workers"] == [0, 1]
+        assert all(rate > 0 for rate in way["images_per_second_and_core"])
+        assert f"| {way['name']} |" in done.stdout
+    assert len(found["ratios"]) == 3 * 4
 
 
 def test_the_gpu_benchmark_of_scores_runs_at_toy_size(tmp_path: Path) -> None:
