@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,9 +116,9 @@ def audit_jobs(audits: list[AuditJob]) -> list[Audit]:
     """The audits, of which those that are there already are read; starts a cluster if anything is left to draw."""
     work = {each.job.name: _missing(each) for each in audits if not each.result.exists()}
     if any(work.values()):
-        with cluster(audits[0].job.params.cluster):
+        with cluster(audits[0].job.params.cluster) as room, room:
             for name, tasks in work.items():
-                _draw_all(name, tasks, audits[0].job.params.cluster)
+                _draw_all(name, tasks, audits[0].job.params.cluster, room)
     return [_finish(each) for each in audits]
 
 
@@ -183,10 +184,10 @@ def _missing(audit: AuditJob) -> list[tuple[Any, ...]]:
     ]
 
 
-def _draw_all(name: str, tasks: list[tuple[Any, ...]], params: ClusterParams) -> None:
+def _draw_all(name: str, tasks: list[tuple[Any, ...]], params: ClusterParams, room: threading.Semaphore) -> None:
     total = sum(task[-2] for task in tasks)
     with tqdm(total=total, desc=f"draw for the audit of {name}", unit="image", mininterval=1, disable=not tasks) as bar:
-        for count in on_workers(params, draw_part, tasks):
+        for count in on_workers(params, draw_part, tasks, room):
             bar.update(count)
 
 

@@ -275,9 +275,9 @@ def _sample(options: argparse.Namespace) -> None:
                 f"sample: found no weights of {job.name} in '{job.folder}', expected a finished run;"
                 " run `dvdp train` with the same params first."
             )
-    with cluster(params.cluster):
+    with cluster(params.cluster) as room, room:
         for job in chosen:
-            print(f"{job.name}: {sample_job(job)}")
+            print(f"{job.name}: {sample_job(job, room)}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import signal
 import socket
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ WORKER_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # A call after the cluster has ended must fail, not start another one.
     "RAY_ENABLE_AUTO_CONNECT": "0",
+    # A process for each run, which tells training of a node that is about to go; ours goes on from its checkpoints.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
 }
 
@@ -38,10 +40,10 @@ LOG = "log.txt"
 
 
 @contextlib.contextmanager
-def cluster(params: ClusterParams) -> Iterator[int]:
+def cluster(params: ClusterParams) -> Iterator[threading.Semaphore]:
     """Join the cluster at ``RAY_ADDRESS``, or start one on this machine for as long as the block lasts.
 
-    Yields how many training runs it has room for at a time.
+    Yields its room: each training run holds one of it, and there is as much as runs fit at a time.
 
     Raises:
         UserError: the cluster does not answer, or has not the CPUs and GPUs that a run asks for.
@@ -74,7 +76,7 @@ def cluster(params: ClusterParams) -> Iterator[int]:
                 f"RAY_ADDRESS: found no cluster at '{address}' ({error}); start it, or unset RAY_ADDRESS to run here."
             ) from None
         try:
-            yield _slots(params, ray.cluster_resources())
+            yield threading.Semaphore(_slots(params, ray.cluster_resources()))
         finally:
             ray.shutdown()
 
@@ -121,21 +123,36 @@ def restored_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def on_workers(params: ClusterParams, work: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> Iterator[Any]:
-    """Run ``work(*arguments[i])`` on the cluster, and yield the results as they come."""
+def on_workers(
+    params: ClusterParams, work: Callable[..., Any], arguments: list[tuple[Any, ...]], room: threading.Semaphore
+) -> Iterator[Any]:
+    """Run ``work(*arguments[i])`` on the cluster, and yield the results as they come.
+
+    Args:
+        room: of the cluster. The caller holds one of it, for as many tasks at a time as a run has ranks. What nobody
+            else holds, now or later, is taken as well until all is done.
+    """
     import ray
 
     remote = ray.remote(num_cpus=params.threads, num_gpus=int(params.gpu), max_retries=params.max_failures)(work)
-    left = iter(arguments)
-    # No more at a time than a run has ranks: the rest of the cluster is for other settings.
-    waiting = [remote.remote(*each) for each in itertools.islice(left, params.num_workers)]
-    while waiting:
-        done, waiting = ray.wait(waiting)
-        waiting += [remote.remote(*each) for each in itertools.islice(left, len(done))]
-        try:
-            yield from ray.get(done)
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, UserError) else error) from None
+    left, taken = deque(arguments), 0
+    waiting: list[Any] = []
+    try:
+        while left or waiting:
+            while left:
+                if len(waiting) == (1 + taken) * params.num_workers:
+                    if not room.acquire(blocking=False):
+                        break
+                    taken += 1
+                waiting.append(remote.remote(*left.popleft()))
+            done, waiting = ray.wait(waiting)
+            try:
+                yield from ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, UserError) else error) from None
+    finally:
+        for _ in range(taken):
+            room.release()
 
 
 def train_on_workers(

@@ -120,8 +120,8 @@ def evaluate(subject: Job | RegisteredModel, statistics: Path | None = None) -> 
     else:
         read_statistics(statistics, extractor_of(params).features)
     if missing_shards(subject):
-        with cluster(params.cluster):
-            sample_job(subject)
+        with cluster(params.cluster) as room, room:
+            sample_job(subject, room)
     return score_job(subject, statistics, [] if statistics else _foreign(subject))
 
 

@@ -84,13 +84,13 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
     torch.set_num_threads(params.cluster.threads)
     results: list[Result] = []
     failures: dict[str, str] = {}
-    with cluster(params.cluster) as slots:
-        futures, room, listed = {}, threading.Semaphore(slots), jobs(params)
+    with cluster(params.cluster) as room:
+        futures, listed = {}, jobs(params)
         # The longest first, so that none runs on alone.
         for job in sorted(listed, key=_length, reverse=True):
             # As many at a time as there is room for; after Ctrl-C, which is heard here, none begins any more.
             room.acquire()
-            futures[job.name] = run_setting.submit(job)
+            futures[job.name] = run_setting.submit(job, room)
             futures[job.name].add_done_callback(lambda _: room.release())
         outcomes = {job.name: futures[job.name].result(raise_on_failure=False) for job in listed}
     for name, outcome in outcomes.items():
@@ -113,11 +113,11 @@ def _length(job: Job) -> float:
 
 
 @task(task_run_name="{job.name}", cache_policy=NO_CACHE)
-def run_setting(job: Job) -> Result:
+def run_setting(job: Job, room: threading.Semaphore) -> Result:
     """One setting from training to registration."""
     try:
         train(job)
-        sample(job)
+        sample(job, room)
         record = score(job)
     except BaseException:
         # As well as MLflow answers: it is no reason to fail differently.
@@ -152,9 +152,9 @@ def train(job: Job) -> None:
 
 
 @task(task_run_name="sample {job.name}", cache_policy=NO_CACHE)
-def sample(job: Job) -> None:
+def sample(job: Job, room: threading.Semaphore) -> None:
     """Draw images from the EMA weights, and one with all its states."""
-    sample_job(job)
+    sample_job(job, room)
     draw_process(job)
 
 

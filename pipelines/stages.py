@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -142,7 +143,7 @@ def extractor_of(params: Params) -> Extractor:
     return load_extractor(Places.of(params).extractor)
 
 
-#: Images in one file of samples, and in one task of a worker; also the most that ``sampling.batch`` can give.
+#: Images in one file of samples, and in one task of a worker, at most; also the most that ``sampling.batch`` can give.
 SHARD_IMAGES = 256
 #: Sampler steps of the process picture, at most.
 PICTURE_STEPS = 100
@@ -302,26 +303,41 @@ def train_job(job: Job, description: Mapping[str, str]) -> Path:
     return job.weights
 
 
-def sample_job(job: Sampled) -> Path:
+def sample_job(job: Sampled, room: threading.Semaphore) -> Path:
     """Draw ``sampling.count`` images from the EMA weights on the cluster; returns their folder.
 
     Shards that are there already are kept. Beside each lies ``<shard>.seconds``, what it took.
+
+    Args:
+        room: of the cluster, see :func:`pipelines.cluster.on_workers`.
     """
     missing = missing_shards(job)
     places = str(job.weights.resolve()), str(job.samples.resolve())
     work = [(*places, first, size, job.run.sampling, job.params.cluster) for first, size in missing]
     left = sum(size for _, size in missing)
     with tqdm(total=left, desc=f"sample {job.name}", unit="image", mininterval=1, disable=not work) as bar:
-        for drawn in on_workers(job.params.cluster, sample_shard, work):
+        for drawn in on_workers(job.params.cluster, sample_shard, work, room):
             bar.update(drawn)
     return job.samples
 
 
 def missing_shards(job: Sampled) -> list[tuple[int, int]]:
-    """The first image and the number of images of each shard that is still to be drawn."""
+    """The first image and the number of images of each shard that is still to be drawn.
+
+    Whatever lies there is kept, however it was divided.
+    """
     count = job.run.sampling.count
-    shards = [(first, min(SHARD_IMAGES, count - first)) for first in range(0, count, SHARD_IMAGES)]
-    return [(first, size) for first, size in shards if _images_in(job.samples / f"{first:08d}.npy") < size]
+    # On a GPU a task is a new process, which takes seconds to start; small shards keep all cores of a CPU busy.
+    most = SHARD_IMAGES if job.params.cluster.gpu else min(SHARD_IMAGES, job.run.sampling.batch)
+    there = {int(path.stem): _images_in(path) for path in job.samples.glob("*.npy")}
+    missing, first = [], 0
+    while first < count:
+        size = there.get(first, 0)
+        if not size:
+            size = min([most, count - first, *(start - first for start in there if start > first)])
+            missing.append((first, size))
+        first += size
+    return missing
 
 
 def sample_shard(
@@ -351,7 +367,7 @@ def draw_process(job: Job) -> Path:
         store = Places.of(job.params).store
         paths = (str(path.resolve()) for path in (job.weights, store, picture))
         arguments = (*paths, job.name, job.run.sampling, job.params.cluster)
-        list(on_workers(job.params.cluster, draw_process_on_worker, [arguments]))
+        list(on_workers(job.params.cluster, draw_process_on_worker, [arguments], threading.Semaphore(0)))
     return picture
 
 

@@ -76,16 +76,30 @@ def test_images_are_the_same_from_any_number_of_tasks_in_any_batch(tmp_path: Pat
         assert np.abs(found.astype(int) - expected).max() <= 1
 
 
-def test_only_shards_that_are_missing_or_too_short_are_left_to_draw(tmp_path: Path) -> None:
+def test_only_images_that_are_in_no_shard_are_left_to_draw(tmp_path: Path) -> None:
     (run,) = params(tmp_path).runs()
-    job = Job(params(tmp_path), replace(run, sampling=replace(run.sampling, count=700)), "digest")
-    assert missing_shards(job) == [(0, 256), (256, 256), (512, 188)]
+    job = Job(params(tmp_path), replace(run, sampling=replace(run.sampling, count=700, batch=64)), "digest")
+    assert missing_shards(job) == [*((first, 64) for first in range(0, 640, 64)), (640, 60)]
     images = torch.zeros((256, 3, 16, 16), dtype=torch.uint8)
-    for first, size in ((256, 256), (512, 100)):
+    # Drawn by another batch, or when fewer were asked for.
+    for first, size in ((100, 256), (512, 100)):
         write_shard(job.samples / f"{first:08d}.npy", images[:size])
     # What a killed worker leaves of a shard is none.
     (job.samples / ".00000000.npy.17.part").write_bytes(b"half")
-    assert missing_shards(job) == [(0, 256), (512, 188)]
+    left = missing_shards(job)
+    assert left == [(0, 64), (64, 36), (356, 64), (420, 64), (484, 28), (612, 64), (676, 24)]
+    for first, size in left:
+        write_shard(job.samples / f"{first:08d}.npy", images[:size])
+    assert missing_shards(job) == []
+    assert len(SampleShards(job.samples)) == 700
+
+
+def test_a_task_that_is_a_process_draws_more_images(tmp_path: Path) -> None:
+    asked = params(tmp_path)
+    (run,) = asked.runs()
+    asked = replace(asked, cluster=replace(asked.cluster, gpu=True))
+    job = Job(asked, replace(run, sampling=replace(run.sampling, count=700, batch=64)), "digest")
+    assert missing_shards(job) == [(0, 256), (256, 256), (512, 188)]
 
 
 def test_a_registered_model_samples_by_default_as_its_own_setting_does(tmp_path: Path) -> None:
