@@ -61,6 +61,7 @@ def main() -> int:
     """Measure, write the results, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", type=int, nargs="+", choices=[*SIZES, *TOY], default=list(SIZES))
+    parser.add_argument("--batch", type=int, help="images a step, in place of each size's own")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--turns", type=int, default=3, help="of training steps; sampling has one less, at least one")
     parser.add_argument("--out", type=Path)
@@ -91,7 +92,8 @@ def run(options: argparse.Namespace) -> None:
         for precision, best in peaks.items():
             for name, value in peak_tflops(precision, device).items():
                 best[name] = max(value, best.get(name, 0.0))
-        case = measure(side, *sizes[side], options.precisions, options.turns, device)
+        batch, model = sizes[side]
+        case = measure(side, options.batch or batch, model, options.precisions, options.turns, device)
         result["cases"].append(case)
         result["ratios"] |= ratios(case)
         if options.out:
