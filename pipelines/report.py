@@ -92,7 +92,8 @@ def write_report(
     page = environment.get_template("report.html").render(
         title=f"DVDP on {params.dataset.name}",
         subtitle=f"{_count(len(rows), 'setting')}, {_count(len(params.seeds), 'seed')},"
-        f" {params.dataset.resolution} px images",
+        f" {params.dataset.resolution} px images"
+        + (f", networks told {params.model.classes} classes" if params.model.classes else ""),
         headings=headings,
         cells=cells,
         legend=legend(rows, record),
