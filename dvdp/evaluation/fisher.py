@@ -43,8 +43,8 @@ def orthogonal_divergences(
         denoiser: predicts the noise, as for :func:`dvdp.sampling.sample`.
         images: (n, C, H, W) clean images in [-1, 1], on the denoiser's device.
         times: candidates for a turning point, 1 .. T.
-        labels: (n,) classes of the images, -1 for none, for a denoiser that is told them.
         halvings: how many bands to look at: dropping the first k of them halves the side k times.
+        labels: (n,) classes of the images, -1 for none, for a denoiser that is told them.
 
     Returns:
         For each time, for band 0 .. halvings - 1; None where the process has dropped the band already.

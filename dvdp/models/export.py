@@ -104,7 +104,7 @@ class TrainedModel:
         """The number of a class."""
         if not self.run.model.classes:
             raise UserError(f"label: found '{label}', expected none, as this model is told no classes; leave it out.")
-        counted = zip(self.description.get("labels", []), label_counts(self.run, self.description) or [], strict=False)
+        counted = zip(self.description.get("labels", []), self.label_counts or [], strict=False)
         names = [name for name, count in counted if count]
         if label not in names:
             known = f"one of {', '.join(names)}" if names else "none, as the model does not name its classes"

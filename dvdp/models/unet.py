@@ -89,7 +89,7 @@ class UNet(nn.Module):
         if self.classes is not None:
             if labels is None:
                 raise UserError(
-                    f"labels: found none, expected one for each image, as this network is told"
+                    "labels: found none, expected one for each image, as this network is told"
                     f" {self.classes.num_embeddings - 1} classes; give them, or draw with TrainedModel.sample."
                 )
             # Not by indexing the weights, whose gradient threads of a CPU add in any order.

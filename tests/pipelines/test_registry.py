@@ -17,11 +17,14 @@ import pandas as pd
 import pytest
 import requests
 from mlflow import MlflowClient
+from PIL import Image
 from tracking_store import empty_store, free_port, kill, mlflow_server, small_model, wait_until
 
 from dvdp.errors import UserError
+from dvdp.evaluation.figures import grid
 from dvdp.evaluation.scores import ScoreRecord
 from dvdp.models.export import load_model, save_model
+from pipelines.cli import main
 from pipelines.registry import CHAMPION, Promotion, promote, register, requirements
 from pipelines.services import healthy
 from pipelines.tracking import SEED, TRAINING_HASH, TrackedRun, connect, open_run
@@ -196,6 +199,16 @@ def test_of_a_model_that_is_told_classes_one_can_be_asked_for(tmp_path: Path) ->
     expected = [model.sample(2, label=label).permute(0, 2, 3, 1).numpy() for label in ("7", None, "0")]
     np.testing.assert_array_equal(images, np.concatenate(expected))
     assert not np.array_equal(expected[0], expected[2])
+
+
+def test_the_command_draws_the_class_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, out = small_model(tmp_path / "m.safetensors", labels=["0", "7"]), tmp_path / "sevens.png"
+    command = ["draw", str(weights), "--count", "4", "--out", str(out), "--label"]
+    assert main([*command, "7"]) == 0
+    expected = grid(load_model(weights).sample(4, label="7"))
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(expected))
+    assert main([*command, "8"]) == 2
+    assert "label: found '8', expected one of 0, 7." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
