@@ -55,7 +55,7 @@ def train_transform() -> Callable[[Image, int], Image]:
 
     def transform(image: Image, seed: int) -> Image:
         flip.set_random_seed(seed)
-        # The planes as one tall picture: interleaving the colours and back would take fifty times as long.
+        # The planes as one tall picture: interleaving the colours and back takes fifteen times as long.
         mirrored: Image = flip(image=image.reshape(-1, image.shape[2]))["image"]
         return mirrored.reshape(image.shape)
 
