@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
+from e2e_support import Project
 
 from benchmarks.orchestration import Line, Span, covered, measure, run, uncovered
 from dvdp.errors import UserError
@@ -92,14 +92,7 @@ def test_what_is_missing_is_named_in_one_sentence(project: Path) -> None:
 
 @pytest.mark.slow
 def test_a_small_run_is_measured(tmp_path: Path) -> None:
-    project = tmp_path / "project"
-    subprocess.run(["git", "clone", "--quiet", str(SOURCES), str(project)], check=True)
-    params = yaml.safe_load((project / "params.yaml").read_text())
-    params["settings"] = params["settings"][1:2]
-    params["training"] |= {"images": 800, "log_images": 320}
-    params["sampling"] |= {"count": 32, "steps": 4}
-    params["evaluation"] |= {"samples": 32, "kid_subset": 16, "extractor_epochs": 1}
-    (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    project = Project.create(tmp_path / "project", training={"images": 800}).folder
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "benchmarks.orchestration", "--project", str(project), "--out", str(out)]
     done = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True, check=False)
