@@ -225,6 +225,8 @@ class TrainingParams(Section):
     """Parts of a batch that go through the network one after the other."""
     recompute: bool = False
     """Activations are computed again in the backward pass: less memory, more time, the same weights."""
+    compile: bool = False
+    """The network by torch.compile, for each level and number of images by itself."""
     levels: LevelDraw = "all"
     """Of a step: all of them, each with its share of the batch, or one, with the whole batch."""
     optimizer: Literal["adamw", "muon"] = "adamw"

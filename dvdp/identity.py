@@ -16,8 +16,8 @@ from dvdp.training.budget import training_images
 #: Sources whose change changes trained weights; comments count too, which only costs a retraining.
 TRAINING_SOURCES = (
     "bands.py", "schedule.py", "process.py", "randomness.py", "pixels.py", "models/ops.py", "models/unet.py",
-    "models/denoiser.py", "training/levels.py", "training/optimizer.py", "training/ema.py", "training/loop.py",
-    "data/transforms.py", "data/loading.py",
+    "models/denoiser.py", "training/levels.py", "training/optimizer.py", "training/compilation.py", "training/ema.py",
+    "training/loop.py", "data/transforms.py", "data/loading.py",
 )  # fmt: skip
 SAMPLING_SOURCES = ("grids.py", "rules.py", "sampling.py", "models/export.py")
 EVALUATION_SOURCES = (

@@ -27,6 +27,8 @@ from dvdp.planning import Plan
 FEWEST = 8
 #: Nats below which lifts lose nothing that could matter.
 _NOTHING = 1e-3
+#: Of runs from before there were these keys.
+_EARLIER = {"model.classes": "0", "training.compile": "false"}
 #: Runs of a data set that are looked at, the newest first.
 _MOST = 5000
 
@@ -105,8 +107,7 @@ def _scored_runs(params: Params, run: Run, digest: str) -> Iterator[tuple[Run, S
                 if alike is None:
                     continue
                 identity = {**training_identity(alike), "flip": params.dataset.flip}
-                # Runs from before networks could be told classes were told none.
-                if tracking.flatten(identity) != {"model.classes": "0", **entry.data.params}:
+                if tracking.flatten(identity) != {**_EARLIER, **entry.data.params}:
                     continue
                 text = tracking.read_text(client, entry.info.run_id, "score.json")
                 if text is None:

@@ -31,6 +31,7 @@ from dvdp.config import ModelParams, TrainingParams
 from dvdp.files import write_atomically
 from dvdp.grids import share_steps
 from dvdp.training.budget import level_flops
+from dvdp.training.compilation import compile_network
 from dvdp.training.levels import level_counts
 from dvdp.training.loop import Training
 
@@ -95,13 +96,11 @@ def main() -> None:
 
 def arrange(training: Training, mode: str) -> None:
     """Make its networks run in a mode."""
-    # Each level has a shape of its own, in training and in sampling.
-    torch._dynamo.config.recompile_limit = 64
     for network in (training.network, training.ema.network):
         if mode != "eager":
             network.to(memory_format=torch.channels_last)
         if mode == "compiled":
-            network.compile(dynamic=False)
+            compile_network(network)
 
 
 def measure_training(

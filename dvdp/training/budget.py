@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import resource
 import time
 from collections.abc import Callable
@@ -69,22 +68,21 @@ class Estimate:
         )
 
 
-def estimate(run: Run, network: nn.Module, step: Callable[[nn.Module, int], int], device: torch.device) -> Estimate:
+def estimate(run: Run, network: nn.Module, step: Callable[[int], int], device: torch.device) -> Estimate:
     """Time what a step does at each level.
 
     Args:
-        network: copied; the copy is trained a little and thrown away.
-        step: runs the images that a step has of a level forward and backward through the network it is given; returns
-            how many, over all ranks.
+        network: gathers gradients; hand it a copy.
+        step: runs the images that a step has of a level forward and backward through the network; returns how many,
+            over all ranks.
     """
-    trial = copy.deepcopy(network)
     seconds = []
     for level in range(len(run.turning_points) + 1):
-        count, times = step(trial, level), []
+        count, times = step(level), []
         for _ in range(3):
             _wait(device)
             start = time.perf_counter()
-            step(trial, level)
+            step(level)
             _wait(device)
             times.append(time.perf_counter() - start)
         # The least disturbed: other runs may be starting.

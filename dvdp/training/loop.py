@@ -7,6 +7,7 @@ is a function of (run seed, step, rank), so an interrupted run goes on as if not
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from dvdp.randomness import derive_seed, image_labels
 from dvdp.sampling import sample
 from dvdp.training import checkpoints, ledger
 from dvdp.training.budget import estimate, mean_flops, peak_memory, training_images
+from dvdp.training.compilation import compile_network, explained
 from dvdp.training.ema import EMA
 from dvdp.training.levels import level_counts
 from dvdp.training.optimizer import build_optimizers, pack_optimizers, unpack_optimizers
@@ -80,7 +82,8 @@ def train(
 
     Raises:
         UserError: a checkpoint is damaged or of another configuration, the batch does not divide over ranks, the
-            loss is no longer finite, or another process goes on training this run. All ranks raise it alike.
+            loss is no longer finite, ``training.compile`` finds no compiler, or another process goes on training this
+            run. All ranks raise it alike.
     """
     device, folder = torch.device(device), Path(folder)
     with _alone(folder) as free:
@@ -93,8 +96,9 @@ def train(
             if trained != training_hash:
                 raise UserError(f"'{folder}' holds the finished run {trained}, expected {training_hash}.")
             return
-        training = Training(run, images, folder, training_hash, flip, device, preview, say, description)
-        training.run_to_end(seen)
+        with explained() if run.training.compile else contextlib.nullcontext():
+            training = Training(run, images, folder, training_hash, flip, device, preview, say, description)
+            training.run_to_end(seen)
 
 
 @contextlib.contextmanager
@@ -159,6 +163,8 @@ class Training:
         self.ema = EMA(self.network, run.training.ema_halflife_images, run.training.ema_ramp)
         self.optimizers = build_optimizers(self.network, run.training)
         self.learning_rate = run.training.learning_rate
+        if run.training.compile:
+            compile_network(self.network)
         self.live: nn.Module = self.network
         if self.world_size > 1:
             self.live = DistributedDataParallel(
@@ -308,16 +314,19 @@ class Training:
     def _estimate(self) -> None:
         settings, side = self.run.training, self.run.side
         shares = self.process.schedule.shares()
+        trial = copy.deepcopy(self.network)
+        if settings.compile:
+            compile_network(trial)
 
-        def try_level(network: nn.Module, level: int) -> int:
+        def try_level(level: int) -> int:
             size = settings.batch // self.world_size
             count = max(1, round(shares[level] * size)) if settings.levels == "all" else size
             counts = [count if k == level else 0 for k in range(len(shares))]
             images, labels = torch.zeros((count, 3, side, side), dtype=torch.uint8), torch.full((count,), -1)
-            self._backward(network, images, counts, labels)
+            self._backward(trial, images, counts, labels)
             return count * self.world_size
 
-        expected = estimate(self.run, self.network, try_level, self.device)
+        expected = estimate(self.run, trial, try_level, self.device)
         self.window.zero_()
         write_atomically(self.folder / "estimate.json", json.dumps(asdict(expected), indent=2) + "\n")
         self.say(f"{self._name()}: {expected.sentence()}")

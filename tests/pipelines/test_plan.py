@@ -201,8 +201,9 @@ def train(
         key = re.sub("[^a-z0-9]+", "-", f"{name}/{run.seed}/{how}")
         entry = tracking.open_run(client, params.tracking.experiment, tracking.SAMPLING_HASH, key, name)
         logged = {**training_identity(run), "flip": False}
-        if how.get("earlier"):  # Of a release whose networks could be told nothing.
+        if how.get("earlier"):  # Of a release that knew neither key.
             logged["model"] = {k: v for k, v in logged["model"].items() if k != "classes"}
+            logged["training"] = {k: v for k, v in logged["training"].items() if k != "compile"}
         entry.log_params(logged)
         entry.set_tags({tracking.DATASET_DIGEST: how.get("digest", digest)})
         record = dataclasses.replace(SCORE, metrics={**SCORE.metrics, "fd_labels": score}, **how.get("terms", {}))

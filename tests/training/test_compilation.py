@@ -1,0 +1,91 @@
+"""``training.compile``: the same training by torch.compile."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dvdp.config import Run, parse_params
+from dvdp.data.loading import ArrayImages
+from dvdp.training.loop import train
+
+IMAGES = ArrayImages(np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dtype=np.uint8))
+
+
+def tiny_run(*, compiled: bool) -> Run:
+    tree = {
+        "dataset": {"resolution": 8},
+        "settings": [{"name": "small", "process": "dvdp", "turning_points": [500]}],
+        "model": {"channels": 4, "multipliers": [1], "attention": [], "head_channels": 4},
+        "training": {
+            "images": 48, "budget": "images", "batch": 8, "warmup_images": 8, "checkpoint_images": 24, "log_images": 8,
+            "preview_images": 0, "compile": compiled,
+        },
+    }  # fmt: skip
+    return parse_params(tree).runs()[0]
+
+
+class InterruptedHere(Exception):  # noqa: N818
+    """What a test throws into a run."""
+
+
+def stop_after_32(line: str) -> None:
+    if " 32 / " in line:
+        raise InterruptedHere
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_a_compiled_network_trains_as_the_other_does_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    run = tiny_run(compiled=True)
+    train(tiny_run(compiled=False), IMAGES, tmp_path / "eager", "abc", say=quiet)
+    train(run, IMAGES, tmp_path / "whole", "abc", say=quiet)
+    with pytest.raises(InterruptedHere):
+        train(run, IMAGES, tmp_path / "broken", "abc", say=stop_after_32)
+    train(run, IMAGES, tmp_path / "broken", "abc", say=quiet)
+    eager, whole, broken = (load_file(tmp_path / name / "weights.safetensors") for name in ("eager", "whole", "broken"))
+    for name, weight in eager.items():
+        torch.testing.assert_close(whole[name], weight, atol=1e-4, rtol=1e-3)
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_one_sentence_says_what_to_do(tmp_path: Path) -> None:
+    """In a process of its own, as torch finds its compiler once."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from test_compilation import IMAGES, quiet, tiny_run\n"
+        "from dvdp.errors import UserError\n"
+        "from dvdp.training.loop import train\n"
+        "try: train(tiny_run(compiled=True), IMAGES, Path(sys.argv[2]), 'abc', say=quiet)\n"
+        "except UserError as error: print(error)\n"
+    )
+    environment = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    sentence = done.stdout.splitlines()[-1]
+    assert sentence.startswith("training.compile: found true, but torch.compile fails here ("), done.stdout
+    assert sentence.endswith("install it, or set it to false.")
+
+
+def test_weights_of_a_compiled_run_have_a_name_of_their_own() -> None:
+    from dvdp.identity import training_hash
+
+    runs = [tiny_run(compiled=compiled) for compiled in (True, False)]
+    assert dataclasses.replace(runs[0], training=runs[1].training) == runs[1]
+    assert len({training_hash(run, "digest", False, 1) for run in runs}) == 2
