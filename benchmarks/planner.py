@@ -4,8 +4,8 @@
     python -m benchmarks.planner --params presets/plan-small.yaml --out planner.json --picture planner.png
 
 Reads from MLflow, in the folder it is started in, what the settings of the params scored. The first eight are fitted;
-what the fit expects of the others is compared with what they scored, in rank (Spearman). Beside it the exact recursion
-and the loss at the lifts alone, which are fitted to nothing.
+what the fit expects of the others is compared with what they scored, in rank (Spearman). Beside it what is fitted to
+nothing: the exact recursion, the loss at the lifts, the cost of training, and T_1.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def main() -> None:
             "left out one at a time": everything.rank_correlation,
             "held out, by the recursion's error alone": ranked(lambda plan: plan.error),
             "held out, by the nats lost alone": ranked(lambda plan: sum(plan.lift_losses)),
+            "held out, by the cost of training alone": ranked(lambda plan: 1 / plan.training_speedup),
+            "held out, by T_1 alone": ranked(lambda plan: plan.shares[0]),
         },
         "settings": [
             {
@@ -96,9 +98,14 @@ def _draw(path: Path, trained: Sequence[Trained], expected: Sequence[float], met
         means = [entry.mean for entry in trained[part]]
         spreads = [entry.spread for entry in trained[part]]
         axes.errorbar(expected[part], means, spreads, fmt="o", color=colour, capsize=3, label=name)
-    for entry, x in zip(trained, expected, strict=True):
-        label = ", ".join(map(str, entry.turning_points)) or "none"
-        axes.annotate(label, (x, entry.mean), (6, -10), textcoords="offset points", fontsize=8)
+    for i, j in enumerate(sorted(range(len(trained)), key=expected.__getitem__)):
+        # Above and below by turns, as neighbours lie close.
+        way, align = (-1, "top") if i % 2 else (1, "bottom")
+        label = ", ".join(map(str, trained[j].turning_points)) or "none"
+        end = (expected[j], trained[j].mean + way * trained[j].spread)
+        axes.annotate(
+            label, end, (0, 5 * way), textcoords="offset points", va=align, ha="center", rotation=90, fontsize=8
+        )
     low, high = min(expected), max(expected)
     axes.plot([low, high], [low, high], color="#5b6578", linestyle="--", linewidth=1)
     axes.set(xlabel=f"expected {metric}", ylabel=f"{metric} over seeds (lower is better)")
