@@ -163,7 +163,7 @@ class SettingParams(Section):
 class ModelParams(Section):
     """The UNet of Dhariwal & Nichol (2021), and what it predicts."""
 
-    predicts: Target = "noise"
+    predicts: Target = "velocity"
     channels: int = 32
     """Width of the first stage; multiple of 4."""
     multipliers: tuple[int, ...] = (1, 2, 2)

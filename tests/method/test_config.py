@@ -219,7 +219,7 @@ def test_overrides_apply_to_their_setting_alone() -> None:
                     **DVDP,
                     "overrides": {
                         "process": {"floor": 0.3},
-                        "model": {"predicts": "velocity", "attention": []},
+                        "model": {"predicts": "clean", "attention": []},
                         "training": {"batch": 8},
                         "sampling": {"steps": 30},
                     },
@@ -236,7 +236,7 @@ def test_overrides_apply_to_their_setting_alone() -> None:
         params.sampling,
     )
     assert changed.process == dataclasses.replace(params.process, floor=0.3)
-    assert changed.model == dataclasses.replace(params.model, predicts="velocity", attention=())
+    assert changed.model == dataclasses.replace(params.model, predicts="clean", attention=())
     assert changed.training == dataclasses.replace(params.training, batch=8)
     assert changed.sampling == dataclasses.replace(params.sampling, steps=30)
     assert dataclasses.replace(other, setting="a") == dataclasses.replace(

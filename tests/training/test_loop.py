@@ -268,7 +268,7 @@ def test_a_lift_with_the_datas_variance_needs_its_deviations_with_the_model(
     run = dataclasses.replace(run, sampling=dataclasses.replace(run.sampling, lift="data"))
     with pytest.raises(UserError, match=r"sampling\.lift: found 'data' and no band deviations"):
         train(run, images, tmp_path, "abc", say=quiet)
-    deviations = [0.1, 0.2, 0.9]
+    deviations = [3.0, 3.0, 0.9]
     train(run, images, tmp_path, "abc", say=quiet, description={"band_deviations": deviations})
     model = load_model(tmp_path / "weights.safetensors")
     assert model.lift_deviations == deviations
