@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import (
     cache_lookup_group_recompute_all_on_any_miss,
@@ -25,14 +24,13 @@ from torch_fidelity.utils import (
 )
 from tqdm import tqdm
 
+from dvdp.evaluation.coverage import precision_recall
 from dvdp.evaluation.extractors import Extractor, load_network
 from dvdp.evaluation.published import Statistics
 from dvdp.randomness import generator
 
 LIBRARY = f"torch-fidelity {torch_fidelity.__version__}"
 
-#: Neighbours that make the balls of precision and recall (Kynkaanniemi et al. 2019).
-NEIGHBOURS = 3
 #: Fixed: convolutions of other batches differ in bits.
 BATCH = 64
 #: Parts of the samples that an inception score is the mean of (Salimans et al. 2016).
@@ -206,10 +204,8 @@ def compare(
     )
     found = {torch_fidelity.KEY_METRIC_FID: distance(features, statistics(cache, extractor.name), extractor)}
     found |= kid_features_to_metric(features[kid], known[kid], kid_subset_size=kid_subset, verbose=False)
-    # The order decides which is precision and which is recall: the first set is generated, the second is real.
-    found |= prc_features_to_metric(
-        features[prc], known[prc], prc_neighborhood=NEIGHBOURS, prc_batch_size=2000, save_cpu_ram=True, verbose=False
-    )
+    precision, recall = precision_recall(features[prc], known[prc])
+    found |= {torch_fidelity.KEY_METRIC_PRECISION: precision, torch_fidelity.KEY_METRIC_RECALL: recall}
     if len(features[isc]) >= SPLITS:
         found |= isc_features_to_metric(features[isc], SPLITS)
     return {ours: float(found[theirs]) for theirs, ours in metric_names(extractor.name).items() if theirs in found}

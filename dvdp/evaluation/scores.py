@@ -1,7 +1,8 @@
 """Scores of generated images against a reference, and the record of all that they depend on.
 
 ``make_reference`` runs once per data set and extractor; ``score`` compares samples with it, ``score_published`` with
-statistics that others publish. All figures are torch-fidelity's, which is imported when the first score is made.
+statistics that others publish. All figures are torch-fidelity's, which is imported when the first score is made, or
+equal to them (:mod:`dvdp.evaluation.coverage`).
 """
 
 from __future__ import annotations
