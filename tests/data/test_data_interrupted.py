@@ -58,19 +58,27 @@ def committed(out: Path) -> int:
     return int(found[0].name.removeprefix("progress-")) if found else 0
 
 
-def killed(function: Callable[[], object], out: Path, commits: int, seconds: float) -> bool:
-    """End it so long after it has made so many commits; False if it finished before."""
-    pid = forked(function)
-    seen = {committed(out)}
-    while len(seen) <= commits:
-        if os.waitpid(pid, os.WNOHANG)[0]:
-            return False
-        seen.add(committed(out))
-    time.sleep(seconds)
-    if os.waitpid(pid, os.WNOHANG)[0]:
-        return False
-    os.kill(pid, signal.SIGKILL)
-    return os.waitpid(pid, 0)[1] == signal.SIGKILL
+def killed(function: Callable[[], object], commits: int, seconds: float) -> bool:
+    """End it so long after so many commits; False if it finished before."""
+
+    def doomed() -> None:
+        left = commits
+        commit = writer_module.StoreWriter._commit
+
+        def counted(writer: writer_module.StoreWriter) -> None:
+            nonlocal left
+            commit(writer)
+            left -= 1
+            if left == 0:
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+
+        # Unhandled, it ends the process at once, wherever it is.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        with pytest.MonkeyPatch.context() as context:
+            context.setattr(writer_module.StoreWriter, "_commit", counted)
+            function()
+
+    return os.waitpid(forked(doomed), 0)[1] == signal.SIGALRM
 
 
 def finished(function: Callable[[], object]) -> None:
@@ -89,7 +97,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path, seed: int) -> No
 
     out, report = tmp_path / "out" / "store", tmp_path / "out" / "prepare.json"
     seen = [0]
-    while killed(lambda: prepare(params, out, report), out, draw.randint(0, 3), draw.uniform(0, 0.03)):
+    while killed(lambda: prepare(params, out, report), draw.randint(1, 3), draw.uniform(1e-6, 0.01)):
         if out.exists():
             break
         seen.append(committed(out))
