@@ -12,7 +12,8 @@ import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from dvdp.config import ClusterParams, Params, Run, SamplingParams
@@ -46,6 +48,7 @@ from dvdp.models.export import load_model
 from dvdp.pixels import to_float
 from dvdp.randomness import image_labels
 from dvdp.training.loop import is_finished
+from dvdp.transfer import to_host
 from pipelines.cluster import on_workers, train_on_workers
 from pipelines.places import Places
 
@@ -143,7 +146,7 @@ def extractor_of(params: Params) -> Extractor:
     return load_extractor(Places.of(params).extractor)
 
 
-#: Images in one file of samples, and in one task of a worker, at most; also the most that ``sampling.batch`` can give.
+#: Images in one task of a worker, at most, and so in one file of samples and in a batch.
 SHARD_IMAGES = 256
 #: Sampler steps of the process picture, at most.
 PICTURE_STEPS = 100
@@ -322,12 +325,12 @@ def sample_job(job: Sampled, room: threading.Semaphore) -> Path:
 
 
 def missing_shards(job: Sampled) -> list[tuple[int, int]]:
-    """The first image and the number of images of each shard that is still to be drawn.
+    """The first image and the number of images of each task that is still to be done.
 
     Whatever lies there is kept, however it was divided.
     """
     count = job.run.sampling.count
-    # On a GPU a task is a new process, which takes seconds to start; small shards keep all cores of a CPU busy.
+    # On a GPU a task is a new process, which takes seconds to start; small tasks keep all cores of a CPU busy.
     most = SHARD_IMAGES if job.params.cluster.gpu else min(SHARD_IMAGES, job.run.sampling.batch)
     there = {int(path.stem): _images_in(path) for path in job.samples.glob("*.npy")}
     missing, first = [], 0
@@ -343,15 +346,32 @@ def missing_shards(job: Sampled) -> list[tuple[int, int]]:
 def sample_shard(
     weights: str, folder: str, first: int, count: int, sampling: SamplingParams, params: ClusterParams
 ) -> int:
-    """Draw images number ``first`` on, into one file; returns their number."""
+    """Draw images number ``first`` on, each batch into a file of its own; returns their number.
+
+    A batch is written while the next one is drawn.
+    """
     torch.set_num_threads(params.threads)
     model = load_model(weights, "cuda" if params.gpu else "cpu", sampling)
-    start = time.perf_counter()
-    images = model.sample(count, first=first)
-    path = Path(folder) / f"{first:08d}.npy"
-    write_atomically(path.with_suffix(".seconds"), str(time.perf_counter() - start))
-    write_shard(path, images)
+    end = first + count
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        # Whatever it does says when the next batch was begun: its first task, now.
+        writing = writer.submit(time.perf_counter)
+        for start in range(first, end, sampling.batch):
+            images = to_host(model.draw(min(sampling.batch, end - start), start))
+            # One batch waits at most, and what went wrong with it ends the task.
+            begun = writing.result()
+            writing = writer.submit(_write_batch, Path(folder) / f"{start:08d}.npy", images, begun)
+        writing.result()
     return count
+
+
+def _write_batch(path: Path, images: Callable[[], Tensor], begun: float) -> float:
+    """Write images once they are there; returns when that was, by the clock that says when they were begun."""
+    drawn, there = images(), time.perf_counter()
+    write_atomically(path.with_suffix(".seconds"), str(there - begun))
+    # Last: a shard that is there is complete.
+    write_shard(path, drawn)
+    return there
 
 
 def seconds_per_sample(job: Job) -> float:

@@ -80,25 +80,43 @@ class TrainedModel:
         given = {"seed": seed, "rule": rule, "eta": eta, "variance": variance, "clip": clip}
         chosen = {name: value for name, value in given.items() if value is not None}
         options = {**self.run.sampling.options(steps), **chosen}
-        size, counts = batch or self.run.sampling.batch, self.label_counts
-        parts = []
-        for start in range(0, count, size):
-            number = min(size, count - start)
-            images = sample(
-                self.process,
-                self.denoiser,
-                (number, 3, self.side, self.side),
-                first=first + start,
-                device=self.device,
-                callback=callback,
-                lift_deviations=self.lift_deviations,
-                labels=torch.full((number,), asked)
-                if asked is not None
-                else image_labels(counts, options["seed"], first + start, number),
-                **options,
-            )
-            parts.append(to_uint8(images).cpu())
+        size = batch or self.run.sampling.batch
+        parts = [
+            self.draw(min(size, count - start), first + start, options, asked, callback).cpu()
+            for start in range(0, count, size)
+        ]
         return torch.cat(parts) if parts else torch.empty((0, 3, self.side, self.side), dtype=torch.uint8)
+
+    def draw(
+        self,
+        count: int,
+        first: int = 0,
+        options: Mapping[str, Any] | None = None,
+        asked: int | None = None,
+        callback: Callable[[Progress], None] | None = None,
+    ) -> Tensor:
+        """Draw one batch, as uint8 (count, 3, H, W) on the model's device, which may still be at work on it.
+
+        Args:
+            first: number of the first image.
+            options: of :func:`dvdp.sampling.sample`, in place of those of the run's ``sampling`` section.
+            asked: number of the class of all images, for a model that is told classes; without it classes are drawn.
+        """
+        options = self.run.sampling.options() if options is None else options
+        images = sample(
+            self.process,
+            self.denoiser,
+            (count, 3, self.side, self.side),
+            first=first,
+            device=self.device,
+            callback=callback,
+            lift_deviations=self.lift_deviations,
+            labels=torch.full((count,), asked)
+            if asked is not None
+            else image_labels(self.label_counts, options["seed"], first, count),
+            **options,
+        )
+        return to_uint8(images)
 
     def _class(self, label: str) -> int:
         """The number of a class."""

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from dvdp.training.compilation import compile_network, explained
 from dvdp.training.ema import EMA
 from dvdp.training.levels import level_counts
 from dvdp.training.optimizer import build_optimizers, pack_optimizers, unpack_optimizers
+from dvdp.transfer import to_device
 
 Say = Callable[[str], None]
 #: Shows previews: (images seen, samples as uint8 (n, 3, H, W), file to write).
@@ -189,13 +191,15 @@ class Training:
             ledger.truncate(folder / "metrics.jsonl", seen)
             if seen == 0:
                 self._estimate()
-        steps = range(seen // settings.batch, self.total // settings.batch)
-        batches = self._batches(steps.start)
+        batches = self._batches(seen // settings.batch)
+        batch = next(batches, None)
         clock, clocked = time.perf_counter(), seen
-        for step in steps:
-            self.step(step, *next(batches))
+        while batch is not None:
+            self.step(seen // settings.batch, *batch)
             before, seen = seen, seen + settings.batch
             self.ema.update(seen, settings.batch)
+            # A GPU is still at work on the step: the next batch is read and copied before anything waits for it.
+            batch = next(batches, None)
 
             def due(every: int, before: int = before, seen: int = seen) -> bool:
                 return every > 0 and (seen // every > before // every or seen == self.total)
@@ -217,7 +221,8 @@ class Training:
             dist.barrier()
 
     def _batches(self, start_step: int) -> Iterator[Batch]:
-        return training_batches(
+        """Of all steps from this one to the last."""
+        endless = training_batches(
             self.images,
             batch=self.run.training.batch,
             seed=self.run.seed,
@@ -227,6 +232,7 @@ class Training:
             flip=self.flip,
             workers=self.run.training.loader_workers,
         )
+        return to_device(islice(endless, self.total // self.run.training.batch - start_step), self.device)
 
     def step(self, step: int, images: Tensor, labels: Tensor | None = None) -> None:
         """Step number ``step`` (from 0) on this rank's images: all that is random in it comes from the number.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +17,10 @@ from dvdp.data.records import Form, encode
 from dvdp.data.writer import StoreWriter
 from dvdp.errors import UserError
 from dvdp.evaluation.scores import SampleShards, write_shard
-from dvdp.models.export import load_model, save_model
+from dvdp.models.export import TrainedModel, load_model, save_model
 from dvdp.models.unet import build_network
-from pipelines.stages import Job, jobs, missing_shards, sample_shard
+from pipelines import stages
+from pipelines.stages import Job, jobs, missing_shards, sample_shard, seconds_per_sample
 from pipelines.tracked import model_file
 from pipelines.tracking import SETTING
 
@@ -75,6 +79,83 @@ def test_images_are_the_same_from_any_number_of_tasks_in_any_batch(tmp_path: Pat
         shards = SampleShards(folder)
         found = np.stack([shards[i].numpy() for i in range(len(shards))])
         assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_a_task_of_several_batches_leaves_a_file_of_each_and_what_it_took(tmp_path: Path) -> None:
+    (run,) = params(tmp_path).runs()
+    job = Job(params(tmp_path), replace(run, sampling=replace(run.sampling, batch=3)), "digest")
+    weights = str(trained(run, job.weights))
+    begun = time.perf_counter()
+    sample_shard(weights, str(job.samples), 0, 8, job.run.sampling, job.params.cluster)
+    elapsed = time.perf_counter() - begun
+    found = {path.name: np.load(path) for path in job.samples.glob("*.npy")}
+    assert {name: len(images) for name, images in found.items()} == {
+        "00000000.npy": 3,
+        "00000003.npy": 3,
+        "00000006.npy": 2,
+    }
+    expected = load_model(weights, sampling=job.run.sampling).sample(8).numpy()
+    np.testing.assert_array_equal(np.concatenate([images for _, images in sorted(found.items())]), expected)
+    assert 0 < 8 * seconds_per_sample(job) < elapsed
+
+
+def test_a_batch_is_written_while_the_next_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run,) = params().runs()
+    weights = trained(run, tmp_path / "weights.safetensors")
+    second, draw = threading.Event(), TrainedModel.draw
+
+    def spy(model: TrainedModel, count: int, first: int) -> torch.Tensor:
+        if first:
+            second.set()
+        return draw(model, count, first)
+
+    def write_late(path: Path, images: torch.Tensor) -> None:
+        assert second.wait(timeout=20), "nothing was drawn meanwhile"
+        write_shard(path, images)
+
+    monkeypatch.setattr(TrainedModel, "draw", spy)
+    monkeypatch.setattr(stages, "write_shard", write_late)
+    changed = replace(run.sampling, batch=4)
+    sample_shard(str(weights), str(tmp_path / "samples"), 0, 8, changed, params().cluster)
+    assert len(SampleShards(tmp_path / "samples")) == 8
+
+
+@pytest.mark.parametrize("failing", ["00000000.npy", "00000003.npy", "00000006.npy"])
+def test_what_goes_wrong_while_writing_ends_the_task_and_keeps_the_batches_before(tmp_path: Path, failing: str) -> None:
+    (run,) = params().runs()
+    weights, folder = trained(run, tmp_path / "weights.safetensors"), tmp_path / "samples"
+    (folder / failing).mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match=failing):
+        sample_shard(str(weights), str(folder), 0, 8, replace(run.sampling, batch=3), params().cluster)
+    left = sorted(path.name for path in folder.glob("*.npy") if path.is_file())
+    assert left == [name for name in ("00000000.npy", "00000003.npy") if name < failing]
+
+
+@pytest.mark.slow
+def test_a_killed_task_of_several_batches_keeps_those_it_has_finished(tmp_path: Path) -> None:
+    asked = params(tmp_path)
+    (run,) = asked.runs()
+    asked = replace(asked, cluster=replace(asked.cluster, gpu=True))
+    job = Job(asked, replace(run, sampling=replace(run.sampling, count=60, steps=40, batch=4)), "digest")
+    weights, count = str(trained(run, job.weights)), job.run.sampling.count
+    assert missing_shards(job) == [(0, count)]
+    arguments = (weights, str(job.samples), 0, count, job.run.sampling, params().cluster)
+    process = multiprocessing.get_context("spawn").Process(target=sample_shard, args=arguments)
+    process.start()
+    while len(list(job.samples.glob("*.npy"))) < 3:
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    kept = {path: path.read_bytes() for path in job.samples.glob("*.npy")}
+    assert 3 <= len(kept) < 15
+    assert missing_shards(job) == [(4 * len(kept), count - 4 * len(kept))]
+    for first, size in missing_shards(job):
+        sample_shard(weights, str(job.samples), first, size, job.run.sampling, params().cluster)
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    shards = SampleShards(job.samples)
+    expected = load_model(weights, sampling=job.run.sampling).sample(count)
+    assert torch.equal(torch.stack([shards[i] for i in range(len(shards))]), expected)
 
 
 def test_only_images_that_are_in_no_shard_are_left_to_draw(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Training in one process: what it leaves behind, and that it goes on to the bit."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from dvdp import UserError
@@ -110,6 +112,50 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(
         return [(e.images, {k: v for k, v in e.metrics.items() if k.startswith("loss")}) for e in entries]
 
     assert losses("whole") == losses("broken"), "one value for each step, and the same"
+
+
+class Counted(ArrayImages):
+    """Notes which images are read."""
+
+    read: list[int]
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def test_the_images_of_the_next_step_are_read_before_a_log_waits_and_none_after_the_last(
+    tmp_path: Path, images: ArrayImages
+) -> None:
+    counted = Counted(np.stack([images[i][0] for i in range(len(images))]))
+    counted.read, logged = [], []
+
+    def say(line: str) -> None:
+        logged.append((int(found[1]) if (found := re.search(r" (\d+) / ", line)) else 0, len(counted.read)))
+
+    run = tiny_run(preview_images=0)
+    train(run, counted, tmp_path / "whole", "abc", say=say)
+    ahead = [(seen, min(seen + 8, 160)) for seen in (24, 48, 72, 96, 120, 144, 160)]
+    assert logged == [(0, 0), *ahead]
+    assert len(counted.read) == 160
+    whole = counted.read
+
+    counted.read = []
+    with pytest.raises(InterruptedHere):
+        train(run, counted, tmp_path / "broken", "abc", say=stop_after(72))
+    assert counted.read == whole[:80]
+    # It goes on after what steps have seen, not after what was read.
+    counted.read = []
+    train(run, counted, tmp_path / "broken", "abc", say=quiet)
+    assert counted.read == whole[56:]
+    # Killed between the last checkpoint and the weights, it has nothing left to read.
+    weights = tmp_path / "broken" / "weights.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    counted.read = []
+    train(run, counted, tmp_path / "broken", "abc", say=quiet)
+    assert counted.read == []
+    assert weights.read_bytes() == content
 
 
 def test_a_run_leaves_weights_metrics_estimate_previews_and_the_last_checkpoints(
