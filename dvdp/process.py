@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dvdp import bands
+from dvdp.bands import Pyramid
 from dvdp.errors import UserError
 from dvdp.schedule import Schedule
 
 Variance = Literal["lower", "upper"]
+
+#: (signal, noise, level) -> tables of factors, one for each image that is combined: of (T+1, n) all, in float64.
+Factors = Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]
 
 
 class StepCoefficients(NamedTuple):
@@ -35,7 +40,7 @@ class Process:
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[Factors, int, torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     @property
     def levels(self) -> int:
@@ -64,13 +69,22 @@ class Process:
                 " points; resize the images or use fewer turning points."
             )
 
-    def signal(self, t: int | Tensor, level: int, like: Tensor) -> Tensor:
-        """lambda-bar of the level's bands, (n,) or (B, n), as ``like`` in type and device."""
-        return self._look_up(0, t, level, like)
+    def factors(self, of: Factors, t: int | Tensor, level: int, like: Tensor) -> tuple[Tensor, ...]:
+        """What the bands of a level are multiplied by at ``t``, for :func:`dvdp.bands.combine`.
 
-    def noise(self, t: int | Tensor, level: int, like: Tensor) -> Tensor:
-        """sigma-bar of the level's bands, (n,) or (B, n), as ``like`` in type and device."""
-        return self._look_up(1, t, level, like)
+        Args:
+            of: makes the tables, once for each level, type and device; a function of a module, not made for the call.
+            like: of which type and where.
+
+        Returns:
+            For each image (n,) or (B, n), finest band first; (1,) or (B, 1) where all bands have the same.
+        """
+        key = (of, level, like.device, like.dtype)
+        if key not in self._tables:
+            # Noise that is white, as all our schedules have it, stays one number for all bands.
+            signal, noise = (bands.merge(table[level:].T) for table in (self.schedule.signal, self.schedule.noise))
+            self._tables[key] = tuple(table.to(like) for table in of(signal, noise, level))
+        return tuple(table[t] for table in self._tables[key])
 
     def diffuse(self, x0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """Draw x_t given clean images (5, 6).
@@ -81,20 +95,22 @@ class Process:
             noise: (B, C, H / 2^k, W / 2^k) standard normal; its size says the level.
         """
         level = (x0.shape[-1] // noise.shape[-1]).bit_length() - 1
-        clean = bands.scale(bands.to_level(x0, level), self.signal(t, level, x0))
-        return clean + bands.scale(noise, self.noise(t, level, x0))
+        return self.state(bands.to_level(x0, level), t, noise, level)
 
-    def predict_clean(self, x: Tensor, t: int | Tensor, eps: Tensor, level: int | None = None) -> Tensor:
+    def state(self, clean: Tensor | Pyramid, t: int | Tensor, noise: Tensor, level: int) -> Tensor:
+        """x_t from the clean image of a level (5, 6), which :meth:`diffuse` halves first."""
+        of_clean, of_noise = self.factors(_state, t, level, noise)
+        return bands.combine((clean, of_clean), (noise, of_noise))
+
+    def predict_clean(self, x: Tensor | Pyramid, t: int | Tensor, eps: Tensor, level: int | None = None) -> Tensor:
         """The clean image of the state's level that a predicted noise implies (10)."""
-        level = self.level(t) if level is None else level
-        signal, noise = self.signal(t, level, x), self.noise(t, level, x)
-        return bands.scale(x, 1 / signal) - bands.scale(eps, noise / signal)
+        of_x, of_eps = self.factors(_clean_from_noise, t, self.level(t) if level is None else level, eps)
+        return bands.combine((x, of_x), (eps, of_eps))
 
-    def predict_noise(self, x: Tensor, t: int | Tensor, x0: Tensor, level: int | None = None) -> Tensor:
+    def predict_noise(self, x: Tensor | Pyramid, t: int | Tensor, x0: Tensor, level: int | None = None) -> Tensor:
         """The noise that a clean image of the state's level implies; the inverse of :meth:`predict_clean`."""
-        level = self.level(t) if level is None else level
-        signal, noise = self.signal(t, level, x), self.noise(t, level, x)
-        return bands.scale(x, 1 / noise) - bands.scale(x0, signal / noise)
+        of_x, of_x0 = self.factors(_noise_from_clean, t, self.level(t) if level is None else level, x0)
+        return bands.combine((x, of_x), (x0, of_x0))
 
     def posterior(self, t: Tensor, s: Tensor, level: int, variance: Variance = "lower") -> StepCoefficients:
         """q(x_s | x_t, x_0) per band, from t to any s < t of the same level (8, 9).
@@ -146,9 +162,17 @@ class Process:
     def _bands(self, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
         return self.schedule.signal[level:, t].movedim(0, -1), self.schedule.noise[level:, t].movedim(0, -1)
 
-    def _look_up(self, table: int, t: int | Tensor, level: int, like: Tensor) -> Tensor:
-        tables = self._tables.get(like.device)
-        if tables is None:
-            tables = (self.schedule.signal.to(like.device), self.schedule.noise.to(like.device))
-            self._tables[like.device] = tables
-        return tables[table][level:, t].movedim(0, -1).to(like.dtype)
+
+def _state(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    """``x = signal clean + noise eps``."""
+    return signal, noise
+
+
+def _clean_from_noise(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    """``clean = (x - noise eps) / signal``."""
+    return 1 / signal, -noise / signal
+
+
+def _noise_from_clean(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    """``eps = (x - signal clean) / noise``; endless at t = 0, where nobody asks."""
+    return 1 / noise, -signal / noise

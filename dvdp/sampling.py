@@ -3,6 +3,7 @@
 A *denoiser* is any callable ``denoiser(x, t)`` with x (B, C, h, w) at the level of t, and t (B,) integer timesteps
 of one level; it returns the predicted noise, of x's shape. A trained network (:mod:`dvdp.models.denoiser`), an exact
 posterior and a test double are the same thing here. One that is told classes is called ``denoiser(x, t, labels)``.
+One that has a method ``predict_clean(Pyramid(x), t[, labels])`` is asked for the clean image in place of the noise.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dvdp import bands
+from dvdp.bands import Pyramid
 from dvdp.errors import UserError
 from dvdp.grids import Share, step_grid
 from dvdp.process import Process, Variance
@@ -110,8 +112,8 @@ def sample(
     call = 0
     with torch.no_grad():
         if start is None:
-            x = normal(process.levels)
-            x = bands.scale(x, process.noise(process.schedule.timesteps, process.levels, x))
+            # The coarsest level has one band.
+            x = process.schedule.noise[-1, -1].item() * normal(process.levels)
         else:
             x = start[0].to(device, dtype)
             grid = [part for part in grid if part[0] <= _level_to_enter(process, (height, width), x, start[1])]
@@ -121,27 +123,34 @@ def sample(
                 x = process.lift(x, level + 1, normal(level), lifted[level])
             step = tables(process, times, level)
             noisy = (step.z > 0).any(dim=1).tolist()
-            x_table, history, z_table = (table.to(device, dtype) for table in step[1:])
-            predictions: list[Tensor] = []
+            x_table, history, z_table = (bands.merge(table).to(device, dtype) for table in step[1:])
+            predictions: list[Pyramid] = []
             for i, (t, s) in enumerate(pairwise(times)):
-                eps = denoiser(x, torch.full((n,), t, device=device), *told).to(dtype)
-                x0 = process.predict_clean(x, t, eps, level)
+                state = Pyramid(x)
+                x0 = _clean_image(process, denoiser, state, t, level, told)
                 if clip:
                     x0 = x0.clamp(-(2.0**level), 2.0**level)
-                if step.predicts == "noise":
-                    predictions.insert(0, process.predict_noise(x, t, x0, level) if clip else eps)
-                else:
-                    predictions.insert(0, x0)
-                x = bands.scale(x, x_table[i])
-                for weights, prediction in zip(history[:, i], predictions, strict=False):
-                    x = x + bands.scale(prediction, weights)
+                prediction = x0 if step.predicts == "clean" else process.predict_noise(state, t, x0, level)
+                predictions.insert(0, Pyramid(prediction))
+                terms = [(state, x_table[i]), *zip(predictions, history[:, i], strict=False)]
                 if noisy[i]:
-                    x = x + bands.scale(normal(level), z_table[i])
+                    terms.append((Pyramid(normal(level)), z_table[i]))
+                x = bands.combine(*terms)
                 del predictions[len(history) - 1 :]
                 call += 1
                 if callback:
                     callback(Progress(call, steps, level, t, s, x, x0))
     return x
+
+
+def _clean_image(
+    process: Process, denoiser: Denoiser, state: Pyramid, t: int, level: int, told: Sequence[Tensor]
+) -> Tensor:
+    """What a denoiser makes of a state: the clean image itself where it tells that, else what its noise implies."""
+    x, times = state.image, torch.full((len(state.image),), t, device=state.image.device)
+    if hasattr(denoiser, "predict_clean"):
+        return denoiser.predict_clean(state, times, *told).to(x.dtype)
+    return process.predict_clean(state, t, denoiser(x, times, *told).to(x.dtype), level)
 
 
 def _level_to_enter(process: Process, size: tuple[int, int], x: Tensor, t: int) -> int:

@@ -1,9 +1,9 @@
-"""A network as a denoiser: whatever it predicts, the sampler is given noise.
+"""A network as a denoiser: whatever it predicts, the sampler is given noise, or the clean image.
 
 Clean images of level k are counted in units of the level's pixel range, 2^k, so that all levels ask for outputs of
 one size. With ``a = 2^k signal``, ``x0 = 2^k y`` and ``r^2 = a^2 + noise^2``, the velocity per band is
-``v = (a eps - noise y) / r`` (Salimans & Ho 2022, scaled to unit size). Then ``eps = (noise x + r a v) / r^2``, which
-divides by no small signal.
+``v = (a eps - noise y) / r`` (Salimans & Ho 2022, scaled to unit size). Then ``y = (a x - r noise v) / r^2`` and
+``eps = (noise x + r a v) / r^2``, which divide by no small signal.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dvdp import bands
+from dvdp.bands import Pyramid
 from dvdp.config import Target
 from dvdp.process import Process
 
@@ -41,22 +42,54 @@ class NetworkDenoiser:
             return output
         if self.predicts == "clean":
             return self.process.predict_noise(x, t, 2**level * output, level)
-        a, noise, r = _polar(self.process, level, t, x)
-        return bands.scale(x, noise / r.square()) + bands.scale(output, a / r)
+        of_x, of_v = self.process.factors(_noise_from_velocity, t, level, output)
+        return bands.combine((x, of_x), (output, of_v))
+
+    def predict_clean(self, x: Pyramid, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The clean image of the state's level, without the way through the noise; see :mod:`dvdp.sampling`."""
+        level = self.level(x.image)
+        output = self.network(x.image, t, level, labels).float()
+        if self.predicts == "noise":
+            return self.process.predict_clean(x, t, output, level)
+        if self.predicts == "clean":
+            return 2**level * output
+        of_x, of_v = self.process.factors(_clean_from_velocity, t, level, output)
+        return bands.combine((x, of_x), (output, of_v))
 
 
-def target(process: Process, predicts: Target, level: int, t: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    """What the network should predict for states of ``level`` drawn from x0 (full size) with ``noise``."""
+def example(
+    process: Process, predicts: Target, level: int, t: Tensor, x0: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """States of ``level`` drawn from x0 (full size) with ``noise``, and what the network should predict for them."""
+    clean = Pyramid(bands.to_level(x0, level))
+    x = process.state(clean, t, noise, level)
     if predicts == "noise":
-        return noise
-    clean = bands.to_pixels(bands.to_level(x0, level), level)
+        return x, noise
     if predicts == "clean":
-        return clean
-    a, deviation, r = _polar(process, level, t, x0)
-    return bands.scale(noise, a / r) - bands.scale(clean, deviation / r)
+        return x, bands.to_pixels(clean.image, level)
+    of_clean, of_noise = process.factors(_velocity, t, level, noise)
+    return x, bands.combine((clean, of_clean), (noise, of_noise))
 
 
-def _polar(process: Process, level: int, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``a``, noise and ``r`` of the level's bands."""
-    a, noise = 2**level * process.signal(t, level, like), process.noise(t, level, like)
-    return a, noise, torch.hypot(a, noise)
+def _velocity(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    """``v = (a eps - noise x0 / 2^k) / r``."""
+    a, r = _polar(signal, noise, level)
+    return -noise / r / 2**level, a / r
+
+
+def _clean_from_velocity(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    """``x0 = 2^k (a x - r noise v) / r^2``."""
+    a, r = _polar(signal, noise, level)
+    return 2**level * a / r.square(), -(2**level) * noise / r
+
+
+def _noise_from_velocity(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    """``eps = (noise x + r a v) / r^2``."""
+    a, r = _polar(signal, noise, level)
+    return noise / r.square(), a / r
+
+
+def _polar(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    """``a`` and ``r``."""
+    a = 2**level * signal
+    return a, torch.hypot(a, noise)

@@ -26,7 +26,7 @@ from dvdp.config import Run
 from dvdp.data.loading import Batch, Images, training_batches
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
-from dvdp.models.denoiser import NetworkDenoiser, target
+from dvdp.models.denoiser import NetworkDenoiser, example
 from dvdp.models.export import label_counts, lift_deviations, load_model, save_model
 from dvdp.models.unet import build_network
 from dvdp.pixels import to_float, to_uint8
@@ -311,8 +311,7 @@ class Training:
         t = (low + 1 + strata / len(x0) * (high - low)).long().clamp(max=high)
         side = self.run.side >> level
         noise = torch.randn((*x0.shape[:2], side, side), device=self.device)
-        x = self.process.diffuse(x0, t, noise)
-        wanted = target(self.process, self.run.model.predicts, level, t, x0, noise)
+        x, wanted = example(self.process, self.run.model.predicts, level, t, x0, noise)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.training.precision == "bf16"):
             output = network(x, t, level, labels)
         return F.mse_loss(output.float(), wanted)

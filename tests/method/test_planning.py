@@ -230,7 +230,7 @@ def test_a_network_that_sees_no_data_diverges_by_what_it_misses(kind: str) -> No
     schedule, images = process.schedule, normal_images(100)
 
     def blind(x: Tensor, t: Tensor) -> Tensor:
-        return bands.scale(x, 1 / process.noise(int(t[0]), process.level(int(t[0])), x))
+        return x / schedule.noise[-1, int(t[0])]
 
     energies = bands.energies(images, 2).mean(0)
     for t, row in zip(TIMES, orthogonal_divergences(process, blind, images, TIMES, 2), strict=True):

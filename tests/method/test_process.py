@@ -109,6 +109,36 @@ def test_diffused_images_have_the_promised_mean_and_white_noise() -> None:
         assert ((x.T.cov() / sigma**2 - torch.eye(side * side)).abs() < 6 * 2**0.5 / n**0.5).all()
 
 
+def test_noise_may_differ_from_band_to_band() -> None:
+    """None of our schedules has it so; theirs is white, and takes one multiplication."""
+    white = Schedule.dvdp([300])
+    factors = torch.tensor([[0.5], [1.0]], dtype=torch.float64)
+    process = Process(Schedule(white.signal, white.noise * factors, white.turning_points))
+    z = images(SIDE, 2, 3, seed=1)
+    found = process.diffuse(images(SIDE, 2, 3, seed=0), 200, z)
+    expected = Process(white).diffuse(images(SIDE, 2, 3, seed=0), 200, bands.scale(z, factors[:, 0]))
+    close(found, expected)
+
+
+def test_factors_are_computed_once_for_all_timesteps_of_a_level() -> None:
+    process, asked = Process(Schedule.dvdp([300, 600])), []
+
+    def of(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, ...]:
+        asked.append(level)
+        assert noise.shape == (1001, 1)
+        return (signal / noise,)
+
+    x = torch.empty(0, dtype=torch.float32)
+    for t in (301, 600, torch.tensor([400, 500])):
+        (found,) = process.factors(of, t, 1, x)
+        expected = (process.schedule.signal / process.schedule.noise)[1:, t].movedim(0, -1).float()
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+    assert asked == [1]
+    process.factors(of, 700, 2, x)
+    assert asked == [1, 2]
+
+
 def test_clean_images_are_diffused_to_themselves_at_0() -> None:
     x0 = images(SIDE, 2, 3, seed=0)
     assert torch.equal(Process(Schedule.dvdp([300])).diffuse(x0, 0, images(SIDE, 2, 3, seed=1)), x0)
@@ -124,7 +154,7 @@ def test_clean_image_and_noise_imply_each_other(schedule: Schedule, a: float, b:
         z = images(SIDE >> level, 2, 3, seed + 1)
         x, clean = process.diffuse(x0, t, z), bands.to_level(x0, level)
         # Division by signal or noise magnifies the rounding.
-        signal, noise = process.signal(t, level, x), process.noise(t, level, x)
+        signal, noise = schedule.signal[level:, t], schedule.noise[level:, t]
         tolerance = 1e-13 / min(signal.min().item(), noise.min().item())
         close(process.predict_clean(x, t, z), clean, tolerance)
         close(process.predict_noise(x, t, clean), z, tolerance)
