@@ -14,7 +14,7 @@ export DO_NOT_TRACK := 1
 # Compiled modules halve the start of every process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup repro test test-slow lint pins services services-down ui
+.PHONY: setup repro test test-slow bench lint pins services services-down ui
 
 setup: .venv/ready
 
@@ -41,6 +41,11 @@ test: setup lint
 # Fault, soak and end-to-end tests with real processes and servers.
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Did a training step or sampling become slower? Three minutes on one core, against the committed ratios.
+bench: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.steps --sides 64 --precisions fp32 \
+		--baseline benchmarks/results/baseline_64.json
 
 # MLflow and Prefect servers and a Prefect worker for a team on one machine, loopback only.
 services: setup

@@ -41,7 +41,7 @@ from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, R
 from tqdm import tqdm
 
 from benchmarks.machine import machine
-from benchmarks.timing import in_turns
+from benchmarks.timing import in_turns, spreads
 from dvdp.data.loading import training_batches
 from dvdp.data.records import Encoding, Form, encode
 from dvdp.data.sources import SOURCES
@@ -81,7 +81,11 @@ def main() -> None:
         keys = [(way, workers) for way in ways for workers in WORKERS]
         works = [partial(rates, way, workers, options.batch, options.seconds) for way, workers in keys]
         found = dict(zip(keys, zip(*in_turns(works, options.turns, "loading"), strict=True), strict=True))
-        rows = [row(way, len(pictures), [found[way, workers] for workers in WORKERS]) for way in ways]
+
+        def rows(turns: slice) -> list[dict[str, Any]]:
+            return [row(way, len(pictures), [found[way, workers][turns] for workers in WORKERS]) for way in ways]
+
+        every, single = rows(slice(None)), [rows(slice(i, i + 1)) for i in range(options.turns)]
     result = {
         "machine": {**machine(), "torchvision": torchvision.__version__, "pillow": PIL.__version__},
         "images": flowers.name if flowers.is_file() else "synthetic",
@@ -92,8 +96,9 @@ def main() -> None:
         "page_cache": "warm",
         "turns": options.turns,
         "need_images_per_second": NEED,
-        "ways": rows,
-        "ratios": ratios(rows),
+        "ways": every,
+        "ratios": ratios(every),
+        "spreads": spreads([ratios(turn) for turn in single]),
     }
     if options.out:
         write_atomically(options.out, json.dumps(result, indent=2) + "\n")
@@ -197,14 +202,15 @@ def row(way: Way, count: int, found: Sequence[Sequence[tuple[float, float]]]) ->
     }
 
 
-def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Of ours over each of ImageFolder's images per second and core, for each number of workers."""
     ours, theirs = ([row for row in rows if row["name"].startswith("ours") == mine] for mine in (True, False))
     key = "images_per_second_and_core"
     return {
-        f"{mine['name']} over {other['name']}": [a / b for a, b in zip(mine[key], other[key], strict=True)]
+        f"{mine['name']} over {other['name']}, {workers} workers": mine[key][i] / other[key][i]
         for mine in ours
         for other in theirs
+        for i, workers in enumerate(WORKERS)
     }
 
 

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.machine import machine
 from benchmarks.steps import SIZES, TOY, make_run, start, step
-from benchmarks.timing import peak_memory, take_turns
+from benchmarks.timing import peak_memory, take_turns, warn_of_allocator
 from dvdp.config import TrainingParams
 from dvdp.files import write_atomically
 
@@ -32,12 +32,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warn_of_allocator(torch.device("cpu"))
     cases = []
     for side in options.sides:
         case = measure(side, options.turns)
         cases.append(case)
         print(f"{side} px: {case['time_ratio']:.2f} times the time, {case['memory_ratio']:.2f} times the memory")
-    write_atomically(options.out, json.dumps({"machine": machine(), "cases": cases}, indent=2) + "\n")
+    result = {"machine": machine(), "cases": cases, "ratios": ratios(cases)}
+    write_atomically(options.out, json.dumps(result, indent=2) + "\n")
 
 
 def measure(side: int, turns: int) -> dict[str, Any]:
@@ -61,6 +63,15 @@ def measure(side: int, turns: int) -> dict[str, Any]:
         "memory_gib": memory,
         "time_ratio": seconds[1] / seconds[0],
         "memory_ratio": memory[1] / memory[0],
+    }
+
+
+def ratios(cases: list[dict[str, Any]]) -> dict[str, float]:
+    """What must not fall, by name; the larger the better."""
+    return {
+        f"{case['side']} px, {what}, kept over computed again": 1 / case[key]
+        for case in cases
+        for what, key in (("seconds", "time_ratio"), ("memory", "memory_ratio"))
     }
 
 

@@ -17,6 +17,15 @@ from dvdp.files import write_atomically
 
 #: Around what is generated of something, in docs/performance.md.
 BEGIN, END = "<!-- {}: begin, made by benchmarks.steps_report -->", "<!-- {}: end -->"
+#: What is asked for on a CPU at the arithmetic-bound size: which ratio, and at least how much.
+GOALS = {
+    "64 px, fp32, training, DDPM over DVDP, one level a step": 2.38,
+    "64 px, fp32, training, DDPM over DVDP, all levels a step": 2.38,
+    "64 px, fp32, sampling, DDPM over DVDP": 2.43,
+    "64 px, fp32, training, diffusers over ours": 1.15,
+    "64 px, bf16, training, diffusers over ours": 1.15,
+    "64 px, bf16, training, diffusers in fp32 over ours": 1.8,
+}
 
 
 def main() -> None:
@@ -28,7 +37,9 @@ def main() -> None:
     options = parser.parse_args()
     result = json.loads(options.result.read_text())
     page = options.docs / "performance.md"
-    text = put_in(page.read_text(), "steps", table(result))
+    print(goals(result["ratios"]))
+    text = put_in(page.read_text(), "goals", goals(result["ratios"]))
+    text = put_in(text, "steps", table(result))
     if options.ranks:
         text = put_in(text, "ranks", ranks_table(json.loads(options.ranks.read_text())))
     write_atomically(page, text)
@@ -41,6 +52,16 @@ def put_in(page: str, name: str, text: str) -> str:
     if begin not in page or end not in page:
         raise UserError(f"--docs: found no '{begin}' in performance.md, expected the place for the table; put it back.")
     return re.sub(f"{re.escape(begin)}.*{re.escape(end)}", lambda _: f"{begin}\n{text}\n{end}", page, flags=re.DOTALL)
+
+
+def goals(ratios: dict[str, float]) -> str:
+    """Markdown: what is asked for beside what was found."""
+    lines = ["| goal | at least | found | met |", "|---|---|---|---|"]
+    for name, least in GOALS.items():
+        found = f"{ratios[name]:.2f}x" if name in ratios else "not measured"
+        met = "yes" if ratios.get(name, 0.0) >= least else "**no**"
+        lines.append(f"| {name} | {least:.2f}x | {found} | {met} |")
+    return "\n".join(lines)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -81,11 +102,10 @@ def table(result: dict[str, Any]) -> str:
     ]
     for case, precision in rows(result):
         peak = max(result["peak_tflops"][precision].values())
-        for name, seconds in case["training_seconds"].items():
+        for name, speed in case["training_tflops_per_second"].items():
             if name.split()[0] != precision:
                 continue
-            what = name.removeprefix(precision + " ")
-            speed = case["training_tflops_per_second"][name]
+            what, seconds = name.removeprefix(precision + " "), case["training_seconds"][name]
             cells = [
                 *((str(case["side"]), precision, size(case)) if what == "ddpm" else ("", "", "")),
                 {"ddpm": "DDPM", "all levels": "DVDP, `all`"}.get(what, what.replace("level", "DVDP, level")),
@@ -100,7 +120,8 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{about['cpu']}, {about['cores']} cores, {about['threads']} thread; GPU: {about['gpu']}; torch"
-        f" {about['torch']}, Python {about['python']}; MALLOC_MMAP_THRESHOLD_ {about['malloc']}; commit"
+        f" {about['torch']}, Python {about['python']}; MALLOC_MMAP_THRESHOLD_ {about['malloc']}; medians of"
+        f" {result['turns']} turns, of {result['seconds_of']}; commit"
         f" {about['commit']}; `{about['command']}`. The peak is the faster of a matrix product and a 3x3 convolution"
         f" in the same process: {peaks(result)}. Memory is what a step takes beside weights, moments and average.",
     ]
@@ -117,15 +138,10 @@ def ranks_table(result: dict[str, Any]) -> str:
         for ranks, kept in case["share_of_bound_kept"].items():
             cells = [str(case["side"]), case["precision"], ranks, *(f"{kept[name]:.0%}" for name in names)]
             lines.append(f"| {' | '.join(cells)} |")
-    for ranks, found in result.get("measured", {}).items():
-        kept = {key.removesuffix(": share of the bound"): value for key, value in found.items() if ": share" in key}
-        cells = [
-            f"{result['measured_side']}",
-            "measured",
-            ranks,
-            *(f"{kept[n]:.0%}" if n in kept else "" for n in names),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    for case in result["measured"]:
+        kept = case["share_of_bound_kept"]
+        shares = [f"{kept[name]:.0%}" if name in kept else "" for name in names]
+        lines.append(f"| {case['side']} | {case['precision']}, measured | {case['ranks']} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
 

@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -33,7 +32,7 @@ import torch
 from benchmarks.gpu.steps import MODES, PAPER, arrange
 from benchmarks.machine import machine
 from benchmarks.steps import TOY, draw, make_run, start, step
-from benchmarks.timing import DTYPES, in_turns, peak_tflops, seconds
+from benchmarks.timing import DTYPES, in_turns, peak_tflops, seconds, spreads, warn_of_allocator
 from dvdp.config import Run, TrainingParams
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
@@ -78,6 +77,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             " share; change it, or take --levels all."
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    warn_of_allocator(device)
     torch.backends.cudnn.benchmark = True
     side, (train_batch, sample_batch, turning_points, model) = options.side, PAPER[options.side]
     if options.toy:
@@ -103,9 +103,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "peak_tflops": peak_tflops(options.precision, device),
         "protocol": PROTOCOL,
         "done": {"iterations": 0, "batches": 0, "steps": options.steps},
+        "ratios": {},
+        "spreads": {},
     }
 
-    def keep(kind: str, unit: str, means: list[float], teraflops: list[float]) -> None:
+    about = f"{side} px, {options.precision}, {options.mode}, levels: {options.levels}, "
+
+    def keep(kind: str, unit: str, size: int, times: list[tuple[float, ...]], teraflops: list[float]) -> None:
+        means = [sum(each) / len(times) / size for each in zip(*times, strict=True)]
         speeds = [work / mean for work, mean in zip(teraflops, means, strict=True)]
         peak = max(record["peak_tflops"].values())
         record["shortened"] = options.toy or any(record["done"][name] < whole for name, whole in PROTOCOL.items())
@@ -114,6 +119,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for name, mean, speed in zip(runs, means, speeds, strict=True)
         }
         record[kind]["ddpm_over_dvdp"] = means[0] / means[1]
+        name = f"{about}{kind}, DDPM over DVDP"
+        record["ratios"][name] = means[0] / means[1]
+        record["spreads"] |= spreads([{name: ddpm / dvdp} for ddpm, dvdp in times])
         write_atomically(options.out, json.dumps(record, indent=2) + "\n")
 
     # Of an iteration, forward and backward, and of a sample.
@@ -123,14 +131,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for training in trainings:
         warm_up(training, images, turn, sample_batch)
     works = [partial(iterate, training, images, count(), turn) for training in trainings]
-    for turns, means in means_so_far(works, options.iterations // turn, "training", device):
-        record["done"]["iterations"] = turns * turn
-        keep("training", "iteration", [mean / turn for mean in means], teraflops)
+    for times in times_so_far(works, options.iterations // turn, "training", device):
+        record["done"]["iterations"] = len(times) * turn
+        keep("training", "iteration", turn, times, teraflops)
 
     works = [partial(draw, training, sample_batch, steps=options.steps) for training in trainings]
-    for turns, means in means_so_far(works, options.batches, "sampling", device):
-        record["done"]["batches"] = turns
-        keep("sampling", "sample", [mean / sample_batch for mean in means], sample_teraflops)
+    for times in times_so_far(works, options.batches, "sampling", device):
+        record["done"]["batches"] = len(times)
+        keep("sampling", "sample", sample_batch, times, sample_teraflops)
     return record
 
 
@@ -150,24 +158,14 @@ def iterate(training: Training, images: torch.Tensor, steps: Iterator[int], numb
         training.ema.update((n + 1) * len(images), len(images))
 
 
-def means_so_far(
+def times_so_far(
     works: Sequence[Callable[[], None]], turns: int, title: str, device: torch.device
-) -> Iterator[tuple[int, list[float]]]:
-    """After each turn: how many there were, and the mean seconds of each work."""
-    spent = [0.0] * len(works)
-    timed = [partial(taken, work, device) for work in works]
-    for turn, times in enumerate(in_turns(timed, turns, title, warm_up=0), start=1):
-        spent = [before + now for before, now in zip(spent, times, strict=True)]
-        yield turn, [total / turn for total in spent]
-
-
-def taken(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds; on a CPU, which other work may keep busy, of processor time of each thread."""
-    if device.type == "cuda":
-        return seconds(work, device)
-    start = time.process_time()
-    work()
-    return (time.process_time() - start) / torch.get_num_threads()
+) -> Iterator[list[tuple[float, ...]]]:
+    """After each turn: the seconds of each work in all turns until then."""
+    found = []
+    for times in in_turns([partial(seconds, work, device) for work in works], turns, title, warm_up=0):
+        found.append(times)
+        yield found
 
 
 def sample_flops(run: Run, steps: int) -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch.nn.functional import conv2d
 from tqdm import tqdm
@@ -34,19 +37,41 @@ def in_turns(
                 yield tuple(found)
 
 
+def times_in_turns(
+    works: Sequence[Callable[[], object]], turns: int, device: torch.device, title: str, warm_up: int = 1
+) -> list[tuple[float, ...]]:
+    """Seconds of each, turn by turn; see :func:`in_turns`."""
+    return list(in_turns([partial(seconds, work, device) for work in works], turns, title, warm_up))
+
+
 def take_turns(
     works: Sequence[Callable[[], object]], turns: int, device: torch.device, title: str, warm_up: int = 1
 ) -> list[float]:
     """Median seconds of each; see :func:`in_turns`."""
-    timed = [partial(seconds, work, device) for work in works]
-    return [statistics.median(times) for times in zip(*in_turns(timed, turns, title, warm_up), strict=True)]
+    return [
+        statistics.median(times) for times in zip(*times_in_turns(works, turns, device, title, warm_up), strict=True)
+    ]
+
+
+def spreads(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """How far what single turns found lies apart, by name: half the distance between the quartiles, over the median."""
+    found = {}
+    for name in turns[0]:
+        low, median, high = np.percentile([turn[name] for turn in turns], [25, 50, 75])
+        found[name] = float((high - low) / 2 / median)
+    return found
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """That a piece of work takes."""
-    start = clock(device)
+    """That a piece of work takes; of :func:`busy_clock`."""
+    start = busy_clock(device)
     work()
-    return clock(device) - start
+    return busy_clock(device) - start
+
+
+def busy_clock(device: torch.device) -> float:
+    """Seconds; on a CPU, which other work may keep busy, of processor time of each thread."""
+    return clock(device) if device.type == "cuda" else time.process_time() / torch.get_num_threads()
 
 
 def clock(device: torch.device) -> float:
@@ -54,6 +79,16 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def warn_of_allocator(device: torch.device) -> None:
+    """Say so where a CPU is measured with an allocator that gives large blocks back."""
+    if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        print(
+            "MALLOC_MMAP_THRESHOLD_: found nothing in the environment, expected 1073741824, and 8589934592 in"
+            " MALLOC_TRIM_THRESHOLD_, without which ratios look better than they are; set both, as the Makefile does.",
+            file=sys.stderr,
+        )
 
 
 def peak_tflops(precision: str, device: torch.device) -> dict[str, float]:

@@ -41,13 +41,13 @@ PAPER = {
         128,
         256,
         (600,),
-        ModelParams(channels=128, multipliers=(1, 2, 2, 2), blocks=3, attention=(2, 4), head_channels=64, dropout=0.3),
+        ModelParams("noise", 128, (1, 2, 2, 2), blocks=3, attention=(2, 4), head_channels=64, dropout=0.3),
     ),
     256: (
         24,
         64,
         (300, 600),
-        ModelParams(channels=128, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), head_channels=64),
+        ModelParams("noise", 128, (1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), head_channels=64),
     ),
 }
 MODES = ("eager", "channels_last", "compiled")

@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from benchmarks import steps_report, throughput
-from benchmarks.baseline import compare, read_ratios
 from benchmarks.gpu.cifar10 import frechet
 from benchmarks.ranks import computed, slowest_level
 from benchmarks.timing import in_turns, peak_memory, take_turns
@@ -44,34 +43,16 @@ def test_steps_are_measured_for_every_setting_level_and_precision(result: Path) 
             assert case["training_tflops_per_second"][f"{precision} {kind}"] > 0
         assert len(case["sampling_seconds_per_call"][precision]) == 3
         assert found["ratios"][f"16 px, {precision}, sampling, DDPM over DVDP"] > 0
+        seconds = case["training_seconds"]
+        one = sum(share * seconds[f"{precision} level {k}"] for k, share in enumerate((0.3, 0.3, 0.4)))
+        ratio = found["ratios"][f"16 px, {precision}, training, DDPM over DVDP, one level a step"]
+        assert ratio == pytest.approx(seconds[f"{precision} ddpm"] / one), "over DDPM's own step, as ranks.py has it"
+    assert found["ratios"].keys() == found["spreads"].keys()
+    assert found["left_out"]["64 px, "] == "not in --sides"
     assert found["machine"]["command"].startswith("python -m benchmarks.steps ")
     assert case["images_per_level"] == [3, 3, 4]
     flops = case["forward_flops"]
     assert all(a > b for a, b in zip(flops["levels, every convolution as written"], flops["levels"], strict=True))
-
-
-def test_a_ratio_that_fell_is_named_in_one_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "baseline.json"
-    path.write_text(json.dumps({"ratios": {"64 px, training": 2.4, "64 px, sampling": 2.5, "32 px": 2.0}}))
-    earlier = read_ratios(path)
-    assert "None of 2 ratios" in compare(earlier, {"64 px, training": 2.3, "64 px, sampling": 2.6}, 0.07)
-    with pytest.raises(UserError, match=r"64 px, training: found 1\.20 .*expected at least 2\.40 less 7%"):
-        compare(earlier, {"64 px, training": 1.2, "64 px, sampling": 2.3}, 0.07)
-    with pytest.raises(UserError, match="found no ratio of this run"):
-        compare(earlier, {"128 px": 2.0}, 0.07)
-    with pytest.raises(UserError, match="cannot read ratios"):
-        read_ratios(tmp_path / "gone.json")
-
-
-def test_a_regression_fails_the_command(result: Path, tmp_path: Path) -> None:
-    earlier = json.loads(result.read_text())
-    earlier["ratios"] = dict.fromkeys(earlier["ratios"], 1000.0)
-    (tmp_path / "baseline.json").write_text(json.dumps(earlier))
-    common = ["--sides", 16, "--precisions", "fp32", "--turns", 1]
-    done = run_module("benchmarks.steps", *common, "--baseline", tmp_path / "baseline.json")
-    assert done.returncode == 1
-    assert "expected at least 1000.00 less 7%" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_table_and_plot_are_made_from_the_result(result: Path) -> None:
@@ -85,8 +66,11 @@ def test_table_and_plot_are_made_from_the_result(result: Path) -> None:
     assert page.count("| 16 | bf16 |") == 2
     assert steps_report.put_in(page, "steps", text) == page
     assert steps_report.plot(found).startswith(b"\x89PNG")
-    ranks = {"computed": [computed(found["cases"][0], "fp32")]}
-    assert steps_report.ranks_table(ranks).count("| 16 | fp32 |") == 3
+    kept = {"ours, all": 0.75, "ours, one": 0.5}
+    measured = [{"side": 16, "precision": "fp32", "ranks": 2, "share_of_bound_kept": kept}]
+    ranks = steps_report.ranks_table({"computed": [computed(found["cases"][0], "fp32")], "measured": measured})
+    assert ranks.count("| 16 | fp32 |") == 3
+    assert "| 16 | fp32, measured | 2 | 75% | 50% |  |  |" in ranks
     with pytest.raises(UserError, match="expected the place for the table"):
         steps_report.put_in(page, "ranks", "")
 
@@ -107,10 +91,15 @@ def test_ranks_that_draw_for_themselves_keep_less_of_the_bound(result: Path) -> 
 @pytest.mark.slow
 def test_two_ranks_are_measured(result: Path, tmp_path: Path) -> None:
     out = tmp_path / "ranks.json"
-    done = run_module("benchmarks.ranks", "--steps", result, "--measure", "--side", 16, "--out", out)
+    done = run_module("benchmarks.ranks", "--steps", result, "--measure", "--sides", 16, "--turns", 2, "--out", out)
     assert done.returncode == 0, done.stderr
-    measured = json.loads(out.read_text())["measured"]
-    assert measured["2"]["ours, one: share of the bound"] > 0
+    found = json.loads(out.read_text())
+    assert [case["ranks"] for case in found["measured"]] == [1, 2]
+    for case in found["measured"]:
+        assert list(case["share_of_bound_kept"]) == list(found["computed"][0]["share_of_bound_kept"]["1"])
+    assert len(found["ratios"]) == 2 * 4
+    assert found["ratios"].keys() == found["spreads"].keys()
+    assert all(value > 0 for value in found["ratios"].values())
 
 
 def test_works_take_turns_and_memory_is_that_of_the_work() -> None:
@@ -186,6 +175,9 @@ def test_throughput_is_marked_where_it_is_not_the_protocols(tmp_path: Path) -> N
             assert found[f"seconds_per_{unit}"] > 0
             peak = max(record["peak_tflops"].values())
             assert found["share_of_peak"] == pytest.approx(found["tflops_per_second"] / peak)
+        ratio = f"16 px, bf16, eager, levels: all, {kind}, DDPM over DVDP"
+        assert record["ratios"][ratio] == record[kind]["ddpm_over_dvdp"]
+        assert record["spreads"][ratio] >= 0
     whole = throughput.table({**record, "done": throughput.PROTOCOL, "shortened": False})
     assert "The whole protocol: 4,000 of 4,000 iterations, 100 of 100 batches, 1,000 of 1,000 steps." in whole
     done = run_module(*common, "--levels", "one", "--iterations", 150)
@@ -193,12 +185,26 @@ def test_throughput_is_marked_where_it_is_not_the_protocols(tmp_path: Path) -> N
     assert done.stderr.strip().startswith("--iterations: found 150, expected a multiple of 100")
 
 
-def test_a_mean_is_of_all_turns_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "taken", lambda work, device: work())
-    taken = iter([1.0, 30.0, 2.0, 10.0, 6.0, 50.0])
+def test_times_are_kept_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "seconds", lambda work, device: work())
+    taken = iter([1.0, 30.0, 2.0, 10.0])
     works = [lambda: next(taken), lambda: next(taken)]
-    found = list(throughput.means_so_far(works, 3, "test", torch.device("cpu")))
-    assert found == [(1, [1.0, 30.0]), (2, [1.5, 20.0]), (3, [3.0, 30.0])]
+    found = [list(times) for times in throughput.times_so_far(works, 2, "test", torch.device("cpu"))]
+    assert found == [[(1.0, 30.0)], [(1.0, 30.0), (2.0, 10.0)]]
+
+
+def test_larger_batches_of_lower_levels_are_measured(tmp_path: Path) -> None:
+    out = tmp_path / "level_batch.json"
+    done = run_module("benchmarks.level_batch", "--sides", 16, "--turns", 1, "--out", out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    for case in found["cases"]:
+        each = case["seconds_an_image"]
+        assert list(each)[1:] == ["level 0, x1", *(f"level {k}, x{g**k}" for k in (1, 2) for g in (1, 2, 4))]
+        mean = 0.3 * each["level 0, x1"] + 0.3 * each["level 1, x4"] + 0.4 * each["level 2, x16"]
+        name = f"16 px, {case['precision']}, training, DDPM over DVDP, one level a step, lower ones x4 and x16"
+        assert found["ratios"][name] == pytest.approx(each["ddpm"] / mean)
+    assert done.stdout.count("| 16 |") == 2
 
 
 def test_loading_is_measured_beside_an_image_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +222,8 @@ def test_loading_is_measured_beside_an_image_folder(tmp_path: Path, monkeypatch:
         assert way["workers"] == [0, 1]
         assert all(rate > 0 for rate in way["images_per_second_and_core"])
         assert f"| {way['name']} |" in done.stdout
-    assert len(found["ratios"]) == 3 * 4
+    assert found["ratios"].keys() == found["spreads"].keys()
+    assert len(found["ratios"]) == 3 * 4 * 2
 
 
 def test_the_gpu_benchmark_of_scores_runs_at_toy_size(tmp_path: Path) -> None:

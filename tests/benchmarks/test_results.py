@@ -1,0 +1,101 @@
+"""The committed results are those of this code: what is counted is equal, what is derived follows."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import loading, ranks, recompute, steps, steps_report, throughput
+from benchmarks.baseline import TURNS, compare, read_result
+from dvdp.config import read_params
+
+PROJECT = Path(__file__).parents[2]
+RESULTS = PROJECT / "benchmarks/results"
+OF_STEPS = ("steps.json", "steps_64_batch60.json", "baseline_64.json")
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+@pytest.mark.parametrize("name", OF_STEPS)
+def test_flops_bounds_and_parameters_are_what_they_were(name: str) -> None:
+    for case in read(name)["cases"]:
+        _, model = steps.SIZES[case["side"]]
+        for key, now in json.loads(json.dumps(steps.exact(case["side"], case["batch"], model))).items():
+            # Diffusers' are only counted where it is installed.
+            then = {each: case[key][each] for each in now} if key in ("forward_flops", "parameters") else case[key]
+            assert now == then, f"{case['side']} px: {key}"
+
+
+def test_ratios_follow_from_what_was_measured() -> None:
+    for name in OF_STEPS:
+        result = read(name)
+        derived = [steps.ratios(case) for case in result["cases"]]
+        assert result["ratios"] == pytest.approx({key: value for each in derived for key, value in each.items()}), name
+    assert read("recompute.json")["ratios"] == pytest.approx(recompute.ratios(read("recompute.json")["cases"]))
+    assert read("loading.json")["ratios"] == pytest.approx(loading.ratios(read("loading.json")["ways"]))
+    measured = [ranks.ratios(case) for case in read("ranks.json")["measured"]]
+    assert read("ranks.json")["ratios"] == pytest.approx({k: v for each in measured for k, v in each.items()})
+
+
+def test_what_ranks_keep_follows_from_the_measured_steps() -> None:
+    found = read("ranks.json")["computed"]
+    now = [
+        ranks.computed(case, precision)
+        for case in read("steps.json")["cases"]
+        for precision in case["sampling_seconds_per_call"]
+    ]
+    assert len(now) == len(found)
+    for then, row in zip(found, now, strict=True):
+        assert (then["side"], then["precision"], then["bound"]) == (row["side"], row["precision"], row["bound"])
+        for number, kept in row["share_of_bound_kept"].items():
+            assert then["share_of_bound_kept"][number] == pytest.approx(kept)
+
+
+def test_every_ratio_is_a_finite_number_by_name() -> None:
+    stating = [path for path in RESULTS.glob("*.json") if "ratios" in json.loads(path.read_text())]
+    assert {*OF_STEPS, "loading.json", "ranks.json", "recompute.json", "throughput_32_cpu.json"} <= {
+        path.name for path in stating
+    }
+    for path in stating:
+        result = read_result(path)
+        assert all(math.isfinite(value) for value in result["ratios"].values())
+        assert compare(result, result).startswith(f"None of {len(result['ratios'])} ratios")
+
+
+def test_the_benchmark_that_make_runs_has_its_baseline() -> None:
+    makefile = (PROJECT / "Makefile").read_text()
+    assert "--sides 64 --precisions fp32" in makefile
+    assert "--baseline benchmarks/results/baseline_64.json" in makefile
+    result = read("baseline_64.json")
+    assert result["turns"] >= TURNS
+    assert result["ratios"].keys() == result["spreads"].keys()
+    assert f"export MALLOC_MMAP_THRESHOLD_ := {result['machine']['malloc']}\n" in makefile
+    assert result["machine"]["threads"] == 1
+
+
+@pytest.mark.parametrize(("side", "preset"), [(32, "cifar10-32"), (256, "folder-256")])
+def test_the_papers_protocol_is_that_of_the_presets(side: int, preset: str) -> None:
+    params = read_params(PROJECT / f"presets/{preset}.yaml")
+    batch, sampling_batch, turning_points, model = throughput.PAPER[side]
+    assert model == params.model
+    assert model.predicts == "noise"
+    assert (batch, sampling_batch) == (params.training.batch, params.sampling.batch)
+    assert turning_points == params.settings[-1].turning_points
+
+
+def test_what_is_compared_with_diffusers_predicts_what_it_does() -> None:
+    assert {model.predicts for _, model in {**steps.SIZES, **steps.TOY}.values()} == {"noise"}
+    assert {case["network"]["predicts"] for case in read("steps.json")["cases"]} == {"noise"}
+
+
+def test_goals_are_called_met_only_where_they_are() -> None:
+    names = list(steps_report.GOALS)
+    text = steps_report.goals({names[0]: 2.38, names[1]: 2.37})
+    assert f"| {names[0]} | 2.38x | 2.38x | yes |" in text
+    assert f"| {names[1]} | 2.38x | 2.37x | **no** |" in text
+    assert f"| {names[2]} | 2.43x | not measured | **no** |" in text
+    assert steps_report.goals(read("steps.json")["ratios"]) in (PROJECT / "docs/performance.md").read_text()
