@@ -30,9 +30,13 @@ WAYS = (
     ("ddpm", "quadratic", "noise"),
     ("ddim", "uniform", "noise"),
     ("ddim", "quadratic", "noise"),
+    ("dpm++2m", "uniform", "noise"),
     ("dpm++2m", "quadratic", "noise"),
     ("dpm++2m", "quadratic", "data"),
+    ("sde-dpm++2m", "uniform", "noise"),
     ("sde-dpm++2m", "quadratic", "noise"),
+    ("sde-dpm++2m", "logsnr", "noise"),
+    ("deis3", "uniform", "noise"),
     ("deis3", "quadratic", "noise"),
 )
 

@@ -1,5 +1,7 @@
 """What happens at a turning point, as two pictures for the docs: states before and after a lift, and their spectra.
 
+Prints the size of each band of the states too, finest first.
+
     python -m benchmarks.lift_pictures --out docs/pictures
 
 The photograph comes with scikit-learn. Nothing is trained: the states are those of the forward process, and what a lift
@@ -49,6 +51,10 @@ def main() -> None:
         "bilinear:\nthe noise is blurred": bilinear,
     }
     figures.save_png(row(states), out / "lift.png")
+    for name, state in states.items():
+        if state.shape == true.shape:
+            sizes = bands.energies(state, 3).sqrt()[0].tolist()
+            print(f"{' '.join(name.split()):60} " + " ".join(f"{size:.3f}" for size in sizes))
 
     figures.curves(
         out / "lift_spectra.png",

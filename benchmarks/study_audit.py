@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.study_audit --params benchmarks/study_digits.yaml --work /tmp/study \\
         --settings dvdp-600 --out audit.json
 
-Reads the networks that benchmarks/study.py trained, in its ``--work`` folder, and audits each as the study samples.
+Reads the networks that benchmarks/study.py trained, in its ``--work`` folder, and audits each as the study samples, or
+by the rule, spacing and steps that are given.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,10 +36,15 @@ def main() -> None:
     parser.add_argument("--params", required=True)
     parser.add_argument("--work", type=Path, required=True, help="of benchmarks/study.py")
     parser.add_argument("--settings", nargs="+", required=True)
+    parser.add_argument("--rule")
+    parser.add_argument("--spacing")
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     params = read_params(options.params)
+    asked = {name: getattr(options, name) for name in ("rule", "spacing", "steps")}
+    sampling = replace(params.sampling, **{name: value for name, value in asked.items() if value is not None})
     store = prepared(params, options.work / params.dataset.name, None)
     data = options.work / params.dataset.name
     extractor, reference = load_extractor(data / "extractor"), read_reference(data / "reference")
@@ -52,11 +59,13 @@ def main() -> None:
         for setting in (s for s in params.settings if s.name in options.settings):
             run = params.run(setting, seed)
             folder = options.work / "runs" / training_hash(run, store.metadata.digest, params.dataset.flip, 1)
-            model = load_model(folder / "weights.safetensors", sampling=run.sampling)
-            kept = folder / "audit.json"
+            if not (folder / "weights.safetensors").exists():
+                continue
+            model = load_model(folder / "weights.safetensors", sampling=sampling)
+            kept = folder / f"audit-{sampling.rule}-{sampling.spacing}-{sampling.steps}.json"
             if not kept.exists():
                 found = audit(model.process, model.denoiser, store, score, params.evaluation.samples,
-                              run.sampling.options(), batch=run.sampling.batch, metric=metric,
+                              sampling.options(), batch=sampling.batch, metric=metric,
                               label_counts=model.label_counts)  # fmt: skip
                 write_atomically(kept, found.to_json())
             found = Audit.from_json(kept.read_text(), str(kept))
@@ -65,12 +74,14 @@ def main() -> None:
                 "seed": run.seed,
                 "scores": {start: round(s.value, 4) for start, s in found.scores.items()},
                 "costs": {part: round(cost, 4) for part, cost in found.attribution.costs.items()},
+                "solver": None if found.attribution.solver is None else round(found.attribution.solver, 4),
                 "error": round(found.attribution.error, 4),
                 "bands": {str(s.turning_point): [round(a / b, 4) for a, b in zip(s.generated, s.true, strict=True)]
                           for s in found.states},
             })  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)
-            content = {"machine": machine(), "metric": metric, "means": _means(rows), "runs": rows}
+            content = {"machine": machine(), "metric": metric, "sampling": sampling.options(), "means": _means(rows),
+                       "runs": rows}  # fmt: skip
             write_atomically(options.out, json.dumps(content, indent=2) + "\n")
 
 
