@@ -12,7 +12,7 @@ import torch
 
 
 def machine() -> dict[str, str | int]:
-    """Hardware, versions, commit and command."""
+    """Hardware, versions, commit (``DVDP_COMMIT`` where the files came without git) and command."""
     cpu = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
@@ -23,9 +23,11 @@ def machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "cudnn": torch.backends.cudnn.version() or 0,
         "python": platform.python_version(),
         "malloc": os.environ.get("MALLOC_MMAP_THRESHOLD_", "default"),
-        "commit": _commit(),
+        "commit": os.environ.get("DVDP_COMMIT") or _commit(),
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
     }
 

@@ -1,27 +1,34 @@
 """DDPM, DVDP {600} and DVDP with an earlier turning point on one GPU: equal FLOPs, for as long as there is.
 
-    python3 -m benchmarks.gpu.cifar10 --images cifar10.npz --seconds 500 --out cifar10
+    python3 -m benchmarks.gpu.cifar10 --images cifar10-images.tar.xz --extractor extractor.safetensors --out cifar10
 
 ``--images`` is an .npz with ``images`` and perhaps ``labels``, or an .npy: uint8 (n, 3, side, side) or (n, side, side,
-3). The time is shared out after a few steps of each setting have been timed: all see the same training FLOPs, then
-samples are drawn and scored with this project's own feature network, trained on the same images: Frechet distances
-(``fd_labels``, or ``fd_rotation`` without labels), which compare with each other and nothing else. Leaves
-``result.json`` and a small picture of samples for each setting, as soon as it is there.
+3); or a folder, tar or zip of image files, of which those below a folder ``train`` are taken where there is one, with
+their folders as labels. Archives are read in memory. The time is shared out after a few steps of each setting have been
+timed: all see the same training FLOPs, then samples are drawn and scored with this project's own feature network:
+Frechet distances (``fd_labels``, or ``fd_rotation`` without labels), which compare with each other and nothing else.
+Leaves ``result.json`` and a small picture of samples for each setting, as soon as it is there.
+
+The feature network is trained on the same images, on the CPU, and left in ``extractor.safetensors``; with
+``--extractor`` it is one that was trained before, so that none of the GPU's time goes there. Networks are trained as
+the demo trains them: by Muon, with all levels in a step.
 
 Runs from a bare checkout with torch, numpy, pillow, pyyaml, safetensors and tqdm. With ``--toy`` it takes seconds on a
-CPU.
+CPU, but for the feature network.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -32,10 +39,19 @@ from tqdm import tqdm
 from benchmarks.machine import machine
 from benchmarks.steps import make_run, start
 from benchmarks.timing import clock
-from dvdp.config import ModelParams, Run, TrainingParams
+from dvdp.config import ModelParams, TrainingParams
 from dvdp.data.loading import ArrayImages
+from dvdp.data.sources import UnreadableImageError, decode
+from dvdp.data.sources.files import IMAGE_SUFFIXES, looked_through
 from dvdp.errors import UserError
-from dvdp.evaluation.extractors import FILE, FeatureNetwork, Task, load_network, train_extractor
+from dvdp.evaluation.extractors import (
+    FILE,
+    ExtractorInfo,
+    FeatureNetwork,
+    Task,
+    load_network,
+    train_extractor,
+)
 from dvdp.evaluation.figures import grid, save_png
 from dvdp.files import write_atomically
 from dvdp.models.denoiser import NetworkDenoiser
@@ -43,6 +59,7 @@ from dvdp.pixels import to_uint8
 from dvdp.randomness import generator
 from dvdp.sampling import sample
 from dvdp.training.budget import mean_flops
+from dvdp.training.compilation import explained
 from dvdp.training.levels import level_counts
 from dvdp.training.loop import Training
 
@@ -50,12 +67,24 @@ SETTINGS: dict[str, tuple[int, ...]] = {"ddpm": (), "dvdp-600": (600,), "dvdp-40
 MODEL = ModelParams(
     predicts="velocity", channels=96, multipliers=(1, 2, 2), blocks=2, attention=(2, 4), head_channels=32
 )
+#: As params.yaml: with Muon and all levels in a step the demo scores best for its FLOPs (docs/study.md), and there are
+#: few images here, too. Weights stay in torch's own layout, as Muon takes them for matrices.
 TRAINING = TrainingParams(
-    budget="images", batch=512, precision="bf16", learning_rate=1e-3, cooldown=0.5, warmup_images=50_000
+    budget="images",
+    # Of which each level has a whole number: torch.compile, and cuDNN's choice of kernels, see one shape a level.
+    batch=500,
+    levels="all",
+    optimizer="muon",
+    precision="bf16",
+    # Half of the demo's, whose network is a sixth as wide.
+    learning_rate=1e-3,
+    warmup_images=25_000,
+    cooldown=0.7,
 )
 TOY_MODEL = replace(MODEL, channels=8, multipliers=(1, 2), blocks=1, attention=(2,), head_channels=8)
-#: Of the time for training and sampling together: the rest is for the feature network and to be safe.
-TRAINING_SHARE, SAMPLING_SHARE = 0.6, 0.2
+TOY_TRAINING = replace(TRAINING, batch=20, warmup_images=60, ema_halflife_images=200)
+#: Of the time for training and sampling together: the rest is to be safe.
+TRAINING_SHARE, SAMPLING_SHARE = 0.65, 0.2
 #: Timed of each setting before the time is shared out, after as many to warm up.
 TRIAL_STEPS = 5
 
@@ -64,10 +93,12 @@ def main() -> int:
     """Train, sample and score each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--extractor", type=Path, help="a feature network trained before")
     parser.add_argument("--seconds", type=float, default=500.0, help="for everything")
     parser.add_argument("--samples", type=int, default=5000, help="of each setting, at most; fewer if time is short")
     parser.add_argument("--sample-steps", type=int, default=100)
     parser.add_argument("--extractor-epochs", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="training.compile: minutes, and then faster steps")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -85,19 +116,20 @@ def run_all(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pixels, labels = read_images(options.images)
     torch.backends.cudnn.benchmark = True
-    model = TOY_MODEL if options.toy else MODEL
-    settings = replace(TRAINING, batch=16, warmup_images=64, ema_halflife_images=200) if options.toy else TRAINING
-    task: Task = "rotation" if labels is None else "labels"
+    model, settings = (TOY_MODEL, TOY_TRAINING) if options.toy else (MODEL, TRAINING)
+    settings = replace(settings, compile=options.compile)
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:12]
-    info = train_extractor(ArrayImages(pixels, labels), task, options.extractor_epochs, digest, options.out)
-    features = load_network(options.out / FILE)[0].to(device)
+    network, info = feature_network(options, pixels, labels, digest)
+    features, score = network.to(device), f"fd_{info.task}"
     data = torch.from_numpy(pixels).to(device)
     real = describe(features, data)
     halves = [describe(features, data[i::2]) for i in (0, 1)]
 
     runs = {name: make_run(points, pixels.shape[-1], model, settings) for name, points in SETTINGS.items()}
     costs = {name: 3 * mean_flops(run) for name, run in runs.items()}
-    paces = {name: trial(run, data) for name, run in runs.items()}
+    trainings = {name: start(run, pixels[:1], device) for name, run in runs.items()}
+    with explained() if options.compile else contextlib.nullcontext():
+        paces = {name: trial(training, data) for name, training in trainings.items()}
     left = max(0.0, options.seconds - (time.perf_counter() - began))
     # Seconds a FLOP of each setting, added up: what all of them need for one FLOP each.
     flops = left * TRAINING_SHARE / sum(paces[name] / costs[name] for name in runs)
@@ -106,28 +138,31 @@ def run_all(options: argparse.Namespace) -> None:
     result: dict[str, Any] = {
         "machine": machine(),
         "images": {"count": len(pixels), "digest": digest},
-        "extractor": {"task": task, "epochs": info.epochs, "accuracy": info.accuracy},
-        f"fd_{task} of two halves of the images": frechet(*halves),
+        "extractor": {"task": info.task, "epochs": info.epochs, "accuracy": info.accuracy, "data": info.data_digest},
+        f"{score} of two halves of the images": frechet(*halves),
+        "optimizer": settings.optimizer,
+        "levels_of_a_step": settings.levels,
+        "compile": settings.compile,
         "training_flops_of_each": flops,
         "sample_steps": options.sample_steps,
+        "seconds_until_training": time.perf_counter() - began,
         "settings": {},
     }
-    for name, run in runs.items():
+    for name, training in trainings.items():
         images = max(1, round(flops / costs[name] / settings.batch)) * settings.batch
-        trained = replace(run, training=replace(run.training, images=images))
-        trained_from = time.perf_counter()
-        training = start(trained, pixels[:1], device)
+        training.total = images
+        trained_from = clock(device)
         train(training, data, name)
         seconds = clock(device) - trained_from
         samples = draw(training, options, left * SAMPLING_SHARE / len(runs), name)
         result["settings"][name] = {
-            "turning_points": run.turning_points,
+            "turning_points": SETTINGS[name],
             "images": images,
             "flops": images * costs[name],
             "training_seconds": seconds,
             "training_tflops_per_second": images * costs[name] / seconds / 1e12,
             "samples": len(samples),
-            f"fd_{task}": frechet(describe(features, samples), real),
+            score: frechet(describe(features, samples), real),
         }
         save_png(grid(samples[:64], columns=8, scale=1), options.out / f"{name}.png")
         write_atomically(options.out / "result.json", json.dumps(result, indent=2) + "\n")
@@ -136,25 +171,81 @@ def run_all(options: argparse.Namespace) -> None:
     print(json.dumps(result, indent=2))
 
 
-def read_images(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.integer] | None]:
-    """uint8 (n, 3, side, side) and labels, from an .npz or .npy.
+def feature_network(
+    options: argparse.Namespace, pixels: NDArray[np.uint8], labels: NDArray[np.integer] | None, digest: str
+) -> tuple[FeatureNetwork, ExtractorInfo]:
+    """The one of ``--extractor``, or one trained on the images.
 
     Raises:
-        UserError: the file cannot be read or holds something else.
+        UserError: the file is none, or of images of another side.
     """
-    try:
-        content = np.load(path, allow_pickle=False)
-        images, labels = (
-            (content["images"], content.get("labels")) if isinstance(content, np.lib.npyio.NpzFile) else (content, None)
-        )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    if options.extractor is None:
+        task: Task = "rotation" if labels is None else "labels"
+        train_extractor(ArrayImages(pixels, labels), task, options.extractor_epochs, digest, options.out)
+        return load_network(options.out / FILE)
+    network, info = load_network(options.extractor)
+    if info.side != pixels.shape[-1]:
         raise UserError(
-            f"--images: cannot read '{path}' ({error}), expected an .npz with 'images' or an .npy; write it with numpy."
-        ) from None
+            f"--extractor: found a feature network of {info.side} px in '{options.extractor}', expected one of"
+            f" {pixels.shape[-1]} px, as the images have; leave it out to train one."
+        )
+    return network, info
+
+
+def read_images(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.integer] | None]:
+    """uint8 (n, 3, side, side) and labels, from an .npz or .npy, or the image files of a folder or archive.
+
+    Raises:
+        UserError: it cannot be read or holds something else.
+    """
+    images, labels = read_arrays(path) if path.suffix in (".npz", ".npy") else read_files(path)
     if images.ndim == 4 and images.shape[-1] == 3:
         images = images.transpose(0, 3, 1, 2)
     ArrayImages(images, labels)
     return np.ascontiguousarray(images), labels
+
+
+def read_arrays(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.integer] | None]:
+    """``images`` and ``labels`` of an .npz, or what an .npy holds."""
+    try:
+        content = np.load(path, allow_pickle=False)
+        if isinstance(content, np.lib.npyio.NpzFile):
+            return content["images"], content.get("labels")
+        return content, None
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise UserError(
+            f"--images: cannot read '{path}' ({error}), expected an .npz with 'images' or an .npy; write it with numpy."
+        ) from None
+
+
+def read_files(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.integer] | None]:
+    """Image files, uint8 (n, side, side, 3), and their folders as labels, where there are several.
+
+    Where there is a folder ``train``, only what is below it.
+    """
+    try:
+        files = {PurePosixPath(name): read() for name, read in looked_through(path)}
+    except UserError as error:
+        raise UserError(str(error).replace("dataset.path", "--images")) from None
+    files = {name: content for name, content in files.items() if "train" in name.parts[:-1]} or files
+    if not files:
+        raise UserError(
+            f"--images: found no images in '{path}', expected files that end in {', '.join(IMAGE_SUFFIXES)}."
+        )
+    images = []
+    for name, content in tqdm(files.items(), desc="images", disable=None):
+        try:
+            images.append(decode(content))
+        except UnreadableImageError as error:
+            raise UserError(f"--images: cannot read '{name}' of '{path}' ({error}); leave it out.") from None
+    sizes = sorted({image.shape[1::-1] for image in images})
+    if len(sizes) > 1 or sizes[0][0] != sizes[0][1]:
+        found = ", ".join(f"{width}x{height}" for width, height in sizes[:3])
+        raise UserError(f"--images: found sizes {found} in '{path}', expected one square size; resize the images.")
+    folders = [name.parent.name for name in files]
+    classes = sorted(set(folders))
+    labels = np.array([classes.index(folder) for folder in folders]) if len(classes) > 1 else None
+    return np.stack(images), labels
 
 
 def train(training: Training, data: Tensor, title: str) -> None:
@@ -168,17 +259,16 @@ def train(training: Training, data: Tensor, title: str) -> None:
         training.ema.update((step + 1) * batch, batch)
 
 
-def trial(run: Run, data: Tensor) -> float:
-    """Seconds an image of training, over the levels."""
-    training = start(run, data[:1].cpu().numpy(), data.device)
-    batch = run.training.batch
+def trial(training: Training, data: Tensor) -> float:
+    """Seconds an image of training, over the levels; at a learning rate of 0, so that nothing is learned yet."""
+    batch = training.run.training.batch
     images = data[torch.arange(batch, device=data.device) % len(data)]
-    # The spread of the next steps differs by an image here and there.
-    spreads = [level_counts(training.process.schedule, "all", 0, step, batch) for step in range(TRIAL_STEPS)]
+    counts = level_counts(training.process.schedule, "all", 0, 0, batch)
+    training.learning_rate = 0.0
     began = 0.0
     for turn in range(2):
         began = clock(data.device)
-        for counts in spreads:
+        for _ in range(TRIAL_STEPS):
             training.update(images, counts)
             training.ema.update((turn + 1) * batch, batch)
     return (clock(data.device) - began) / TRIAL_STEPS / batch
@@ -211,8 +301,8 @@ def draw(training: Training, options: argparse.Namespace, seconds: float, title:
 
 @torch.inference_mode()
 def describe(features: FeatureNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the features of uint8 images, float64."""
-    found = torch.cat([features.features(part).double() for part in images.split(500)])
+    """Mean and covariance of the features of uint8 images, float64, on the CPU."""
+    found = torch.cat([features.features(part).double().cpu() for part in images.split(500)])
     return found.mean(0), found.T.cov()
 
 

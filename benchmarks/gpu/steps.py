@@ -1,37 +1,44 @@
 """Training steps and samples at the paper's protocol on one GPU: DDPM and DVDP, eager and compiled, bf16.
 
-    python3 -m benchmarks.gpu.steps --side 256 --mode eager channels_last --out steps_256_eager.json
-    python3 -m benchmarks.gpu.steps --side 256 --mode compiled --out steps_256_compiled.json
-    python3 -m benchmarks.gpu.steps --side 32 --mode eager channels_last compiled --out steps_32.json
+    python3 -m benchmarks.gpu.steps --side 256 --mode channels_last eager --out steps_256.json
+    python3 -m benchmarks.gpu.steps --side 256 --mode compiled --seconds 540 --out steps_256_compiled.json
+    python3 -m benchmarks.gpu.steps --side 32 --mode channels_last eager compiled --out steps_32.json
 
-Modes: *eager*; *channels_last*, eager with weights in that layout; *compiled*, with that layout, by torch.compile.
-There steps with all levels are left out, as each part of a batch would be compiled for itself.
+Modes: *eager*; *channels_last*, eager with weights in that layout; *compiled*, with that layout, by torch.compile, for
+each level and number of images by itself: ``first_seconds`` says how long that takes. Of ``training.levels: all``, what
+is measured is the first step; others may have an image of a level more or less.
 
-Runs from a bare checkout with torch, numpy, pyyaml, safetensors and tqdm. Batches are the paper's: 128 images to train
-and 256 to sample at 32 px, 24 and 64 at 256 px. What is measured is written at once, so that a run cut short keeps it.
-With ``--toy`` it runs in seconds on a CPU, to see that it does.
+Runs from a bare checkout with torch, numpy, pillow, pyyaml, safetensors and tqdm. Batches are the paper's: 128 images
+to train and 256 to sample at 32 px, 24 and 64 at 256 px. Each measurement is written at once, and ``--seconds`` ends
+the run wherever it is, so that a run cut short keeps what it has. With ``--toy`` it runs in seconds on a CPU, to see
+that it does.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Callable
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
 from benchmarks.machine import machine
 from benchmarks.steps import TOY, bound, draw, make_run, start, step
-from benchmarks.timing import peak_memory, peak_tflops, take_turns
+from benchmarks.timing import peak_memory, peak_tflops, seconds, take_turns
 from dvdp.config import ModelParams, TrainingParams
+from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.grids import share_steps
 from dvdp.training.budget import level_flops
-from dvdp.training.compilation import compile_network
+from dvdp.training.compilation import compile_network, explained
 from dvdp.training.levels import level_counts
 from dvdp.training.loop import Training
 
@@ -41,36 +48,84 @@ PAPER = {
         128,
         256,
         (600,),
-        ModelParams("noise", 128, (1, 2, 2, 2), blocks=3, attention=(2, 4), head_channels=64, dropout=0.3),
+        ModelParams(
+            predicts="noise",
+            channels=128,
+            multipliers=(1, 2, 2, 2),
+            blocks=3,
+            attention=(2, 4),
+            head_channels=64,
+            dropout=0.3,
+        ),
     ),
     256: (
         24,
         64,
         (300, 600),
-        ModelParams("noise", 128, (1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), head_channels=64),
+        ModelParams(
+            predicts="noise",
+            channels=128,
+            multipliers=(1, 1, 2, 2, 4, 4),
+            blocks=2,
+            attention=(8, 16, 32),
+            head_channels=64,
+        ),
     ),
 }
 MODES = ("eager", "channels_last", "compiled")
-#: In one piece of work that is timed.
+#: Steps in one piece of work that is timed.
 REPEATS = 5
 SAMPLE_STEPS = 10
+#: At 256 px on one H200, of what :func:`summary` says of a mode.
+GOALS = {
+    "seconds of an iteration": ("at most", 0.06),
+    "TFLOP/s at level 0": ("at least", 300.0),
+    "training, ddpm over dvdp, one level a step": ("at least", 2.4),
+}
 
 
-def main() -> None:
-    """Measure each mode and write what is there."""
+class TimeIsUp(BaseException):
+    """``--seconds`` are over; like an interrupt from the keyboard, for nobody on the way to catch."""
+
+
+class Work(NamedTuple):
+    """A training step, or samples."""
+
+    do: Callable[[], None]
+    teraflops: float
+    repeats: int
+    """In one piece that is timed."""
+
+
+def main() -> int:
+    """Measure each mode, write and print what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, choices=list(PAPER), default=256)
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=["eager"])
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=["eager"], help="in this order")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=500.0, help="for everything; what does not fit is left out")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    try:
+        run(parser.parse_args())
+    except UserError as error:
+        print(f"--mode: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """What :func:`main` was asked for."""
+    end = time.perf_counter() + options.seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train_batch, sample_batch, turning_points, model = PAPER[options.side]
     side, repeats = options.side, REPEATS
     if options.toy:
         (side, (train_batch, model)), repeats, sample_batch = next(iter(TOY.items())), 1, 2
     torch.backends.cudnn.benchmark = True
+    settings = TrainingParams(batch=train_batch, precision="bf16")
+    runs = [make_run(points, side, model, settings) for points in ((), turning_points)]
+    schedule, flops = runs[1].schedule(), level_flops(runs[1])
     result: dict[str, Any] = {
         "machine": machine(),
         "peak_tflops": peak_tflops("bf16", device),
@@ -78,20 +133,63 @@ def main() -> None:
         "turning_points": turning_points,
         "training_batch": train_batch,
         "sampling_batch": sample_batch,
-        "modes": {},
+        "images_per_level_of_a_step_with_all": level_counts(schedule, "all", 0, 0, train_batch),
+        "bounds": {
+            "training": bound(flops, schedule.shares()),
+            "sampling": bound(flops, [calls / SAMPLE_STEPS for calls in share_steps(schedule, SAMPLE_STEPS)]),
+        },
+        "modes": {mode: {"measured": {}} for mode in options.mode},
+        "complete": False,
     }
+    write_atomically(options.out, json.dumps(result, indent=2) + "\n")
+    peak = max(result["peak_tflops"].values())
     pixels = np.random.default_rng(0).integers(0, 256, (train_batch, 3, side, side), dtype=np.uint8)
-    for mode in options.mode:
-        settings = TrainingParams(batch=train_batch, precision="bf16")
-        ddpm, dvdp = (start(make_run(points, side, model, settings), pixels, device) for points in ((), turning_points))
-        for training in (ddpm, dvdp):
-            arrange(training, mode)
-        images, together = torch.from_numpy(pixels).to(device), mode != "compiled"
-        result["modes"][mode] = measure_training(ddpm, dvdp, images, repeats, options.turns, together)
-        write_atomically(options.out, json.dumps(result, indent=2) + "\n")
-        result["modes"][mode] |= measure_sampling(ddpm, dvdp, sample_batch, options.turns)
-        write_atomically(options.out, json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    try:
+        for mode, about in result["modes"].items():
+            with limited(end - time.perf_counter()):
+                ddpm, dvdp = (start(run, pixels, device) for run in runs)
+                arrange(ddpm, mode)
+                arrange(dvdp, mode)
+                works = list_works(ddpm, dvdp, torch.from_numpy(pixels).to(device), sample_batch, repeats)
+            for name, work in works.items():
+                with limited(end - time.perf_counter()), explained():
+                    found = measure(work, f"{mode}, {name}", options.turns, peak, device)
+                about["measured"][name] = found
+                about["summary"] = summary(about["measured"], schedule.shares(), sample_batch)
+                if side == 256:
+                    about["goals"] = goals(about["summary"])
+                write_atomically(options.out, json.dumps(result, indent=2) + "\n")
+                print(
+                    f"{mode}, {name}: {found['seconds']:.4g} s, {found['tflops_per_second']:.3g} TFLOP/s,"
+                    f" {found['share_of_peak']:.0%} of the peak; the first took {found['first_seconds']:.3g} s",
+                    flush=True,
+                )
+        result["complete"] = True
+    except TimeIsUp:
+        print(f"--seconds: {options.seconds:g} are over; '{options.out}' holds what was measured.", flush=True)
+    write_atomically(options.out, json.dumps(result, indent=2) + "\n")
+    for mode, about in result["modes"].items():
+        for name, goal in about.get("goals", {}).items():
+            met = "met" if goal["met"] else "not met"
+            print(f"{mode}, {name}: {goal['found']:.3g}, goal {goal['goal']}: {met}")
+
+
+@contextlib.contextmanager
+def limited(time_left: float) -> Iterator[None]:
+    """Within it, TimeIsUp is raised after so many seconds, also amid a compilation; at once if there are none."""
+
+    def stop(*_: object) -> NoReturn:
+        raise TimeIsUp
+
+    if time_left <= 0:
+        raise TimeIsUp
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, time_left)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def arrange(training: Training, mode: str) -> None:
@@ -103,67 +201,95 @@ def arrange(training: Training, mode: str) -> None:
             compile_network(network)
 
 
-def measure_training(
-    ddpm: Training, dvdp: Training, images: torch.Tensor, repeats: int, turns: int, together: bool
-) -> dict[str, Any]:
-    """Seconds of a step of each kind, its memory, TFLOP/s and the ratios.
+def list_works(
+    ddpm: Training, dvdp: Training, images: torch.Tensor, sample_batch: int, repeats: int
+) -> dict[str, Work]:
+    """What is measured, by name, in this order: a run cut short has the parts of the ratios first.
 
     Args:
-        together: measure steps with all levels too.
+        images: of a training step, uint8 (b, 3, side, side), on the device.
+        repeats: training steps in one piece of work that is timed.
     """
-    batch, schedule, device = len(images), dvdp.process.schedule, ddpm.device
-    levels, flops = range(schedule.levels + 1), level_flops(dvdp.run)
-    spread = level_counts(schedule, "all", 0, 0, batch)
-    counts = {f"level {level}": [batch if k == level else 0 for k in levels] for level in levels}
-    works: dict[str, Callable[[], None]] = {"ddpm": partial(step, ddpm, images, [batch])}
-    works |= {name: partial(step, dvdp, images, each) for name, each in counts.items()}
-    costs = [float(flops[0]), *map(float, flops)]
-    if together:
-        works["all levels"] = partial(step, dvdp, images, spread)
-        costs.append(sum(n * cost for n, cost in zip(spread, flops, strict=True)) / batch)
+    batch, schedule, flops = len(images), dvdp.process.schedule, level_flops(dvdp.run)
+    levels = range(schedule.levels + 1)
+    spreads = {f"level {level}": [batch if k == level else 0 for k in levels] for level in levels}
+    spreads["all levels"] = level_counts(schedule, "all", 0, 0, batch)
 
-    def often(work: Callable[[], None]) -> None:
-        for _ in range(repeats):
-            work()
+    def teraflops(counts: Sequence[int]) -> float:
+        return sum(n * cost for n, cost in zip(counts, flops, strict=True)) / 1e12
 
-    found = take_turns([partial(often, work) for work in works.values()], turns, device, "training", warm_up=2)
-    seconds = {name: s / repeats for name, s in zip(works, found, strict=True)}
-    one = sum(share * seconds[f"level {level}"] for level, share in enumerate(schedule.shares()))
+    works = {"training, ddpm": Work(partial(step, ddpm, images, [batch]), 3 * teraflops(spreads["level 0"]), repeats)}
+    for name, counts in spreads.items():
+        works[f"training, {name}"] = Work(partial(step, dvdp, images, counts), 3 * teraflops(counts), repeats)
+    for name, training in (("ddpm", ddpm), ("dvdp", dvdp)):
+        calls = share_steps(training.process.schedule, SAMPLE_STEPS)
+        cost = sum(n * each for n, each in zip(calls, level_flops(training.run), strict=True)) * sample_batch / 1e12
+        works[f"sampling, {name}"] = Work(partial(draw, training, sample_batch, steps=SAMPLE_STEPS), cost, 1)
+    return works
+
+
+def measure(work: Work, title: str, turns: int, peak: float, device: torch.device) -> dict[str, float]:
+    """Seconds of a step, or of samples in :data:`SAMPLE_STEPS` steps, and what follows from them.
+
+    Args:
+        peak: TFLOP/s that the machine shows.
+    """
+
+    def often() -> None:
+        for _ in range(work.repeats):
+            work.do()
+
+    first = seconds(work.do, device)
+    (median,) = take_turns([often], turns, device, title)
+    speed = work.teraflops * work.repeats / median
     return {
-        "training_seconds": {**seconds, "dvdp, one level a step": one},
-        "training_tflops_per_second": {
-            name: 3 * batch * cost / seconds[name] / 1e12 for name, cost in zip(works, costs, strict=True)
-        },
-        "training_ratio": {
-            **({"all levels a step": seconds["ddpm"] / seconds["all levels"]} if together else {}),
-            "one level a step": seconds["ddpm"] / one,
-            "bound": bound(flops, schedule.shares()),
-        },
-        "training_memory_gib": {name: peak_memory(work, device) / 2**30 for name, work in works.items()},
+        "seconds": median / work.repeats,
+        "first_seconds": first,
+        "tflops_per_second": speed,
+        "share_of_peak": speed / peak,
+        "memory_gib": peak_memory(work.do, device) / 2**30,
     }
 
 
-def measure_sampling(ddpm: Training, dvdp: Training, batch: int, turns: int) -> dict[str, Any]:
-    """Seconds of whole samples in a few steps, and what a sample of 1000 steps would take."""
-    schedule, flops = dvdp.process.schedule, level_flops(dvdp.run)
-    calls = share_steps(schedule, SAMPLE_STEPS)
-    works = [partial(draw, training, batch) for training in (ddpm, dvdp)]
-    ddpm_seconds, dvdp_seconds = take_turns(works, max(1, turns // 2), ddpm.device, "sampling")
-    work = batch * sum(n * cost for n, cost in zip(calls, flops, strict=True))
+def summary(
+    measured: Mapping[str, Mapping[str, float]], shares: Sequence[float], sample_batch: int
+) -> dict[str, float]:
+    """What a mode's measurements amount to, as far as its parts are there.
+
+    An iteration is DVDP's at the paper's protocol: one level a step, the mean over the levels' shares.
+    """
+    took = {name: found["seconds"] for name, found in measured.items()}
+    levels = [f"training, level {level}" for level in range(len(shares))]
+    found = {}
+    if "training, level 0" in measured:
+        found["TFLOP/s at level 0"] = measured["training, level 0"]["tflops_per_second"]
+    if took.keys() >= {"training, ddpm", *levels}:
+        one = sum(share * took[level] for share, level in zip(shares, levels, strict=True))
+        found["seconds of an iteration"] = one
+        found["training, ddpm over dvdp, one level a step"] = took["training, ddpm"] / one
+    if took.keys() >= {"training, ddpm", "training, all levels"}:
+        found["training, ddpm over dvdp, all levels a step"] = took["training, ddpm"] / took["training, all levels"]
+    for name in ("ddpm", "dvdp"):
+        if f"sampling, {name}" in took:
+            each = took[f"sampling, {name}"] / SAMPLE_STEPS / sample_batch
+            found[f"seconds of an image of 1,000 steps, {name}"] = 1000 * each
+    if took.keys() >= {"sampling, ddpm", "sampling, dvdp"}:
+        found["sampling, ddpm over dvdp"] = took["sampling, ddpm"] / took["sampling, dvdp"]
+    return found
+
+
+def goals(found: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Of :data:`GOALS`, those that were measured: the goal, what was found, and whether it is met."""
     return {
-        "sampling_seconds_per_call": {"ddpm": ddpm_seconds / SAMPLE_STEPS, "dvdp": dvdp_seconds / SAMPLE_STEPS},
-        "sampling_seconds_per_image_of_1000_steps": {
-            "ddpm": 1000 * ddpm_seconds / SAMPLE_STEPS / batch,
-            "dvdp": 1000 * dvdp_seconds / SAMPLE_STEPS / batch,
-        },
-        "sampling_tflops_per_second": {
-            "ddpm": batch * SAMPLE_STEPS * flops[0] / ddpm_seconds / 1e12,
-            "dvdp": work / dvdp_seconds / 1e12,
-        },
-        "sampling_ratio": ddpm_seconds / dvdp_seconds,
-        "sampling_bound": bound(flops, [n / SAMPLE_STEPS for n in calls]),
+        name: {
+            "goal": f"{side} {value:g}",
+            "found": found[name],
+            "met": found[name] <= value if side == "at most" else found[name] >= value,
+        }
+        for name, (side, value) in GOALS.items()
+        if name in found
     }
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
