@@ -1,15 +1,18 @@
-"""How fast the errors of the deterministic rules fall with the steps, where the exact answer is known.
+"""How fast the errors of the rules fall with the steps, where the exact answer is known.
 
     python -m benchmarks.convergence --out docs/pictures/convergence.png
 
 Data are independent normal numbers in every band (CIFAR-10's deviations), turning points at 0.3 T and 0.6 T of
-T = 10,000 timesteps. For such data the denoiser and the probability flow are known. The error is that of the states at
-both turning points and at T / 10, relative, from the same noise as the exact flow: the largest of the three.
+T = 10,000 timesteps. For such data the denoiser, the probability flow and the deviation of every band are known. The
+error is that of the states at both turning points and at T / 10, relative, the largest of the three: for deterministic
+rules of the state itself, from the same noise as the exact flow; for all rules of the deviations of its bands over all
+images.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,11 +21,14 @@ from torch import Tensor
 
 from dvdp import Process, Schedule, bands, sample
 from dvdp.evaluation import figures
+from dvdp.grids import step_grid
 from dvdp.randomness import ImageNoise
+from dvdp.rules import make_rule
 from dvdp.sampling import Progress
 
 DEVIATIONS = torch.tensor([0.144, 0.374, 0.879], dtype=torch.float64)
-RULES = ("ddim", "dpm++2m", "deis2", "deis3")
+DETERMINISTIC = ("ddim", "dpm++2m", "deis2", "deis3")
+ALL = (*DETERMINISTIC, "ddpm", "sde-dpm++2m")
 STEPS = (10, 20, 50, 100, 200, 400, 800)
 PROCESS = Process(Schedule.dvdp([3000, 6000], timesteps=10_000))
 #: Where the states are looked at, on the way down.
@@ -34,15 +40,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a .png")
     out = parser.parse_args().out
-    lines = {rule: [(float(steps), error(rule, steps)) for steps in STEPS] for rule in RULES}
-    for rule, line in lines.items():
-        print(rule, *(f"{steps:.0f}: {value:.2e}" for steps, value in line))
-    first, second = lines["ddim"][0][1], lines["deis2"][3][1]
-    lines["order 1"] = [(float(n), 2 * first * STEPS[0] / n) for n in STEPS]
-    lines["order 2"] = [(float(n), 3 * second * (STEPS[3] / n) ** 2) for n in STEPS]
-    figures.curves(
-        out, lines, title="Error of deterministic rules", xlabel="steps in all", ylabel="error", logy=True, logx=True
-    )
+    found = {
+        "one image from the same noise": {rule: [error(rule, steps) for steps in STEPS] for rule in DETERMINISTIC},
+        "the deviation of bands, of all images": {rule: [law_error(rule, steps) for steps in STEPS] for rule in ALL},
+    }
+    for title, lines in found.items():
+        for rule, line in lines.items():
+            print(f"{title}: {rule}", *(f"{steps}: {value:.2e}" for steps, value in zip(STEPS, line, strict=True)))
+    draw(found, out)
+
+
+def draw(found: Mapping[str, Mapping[str, Sequence[float]]], out: Path) -> None:
+    """A panel for each error, with the slopes of both orders."""
+    from matplotlib.figure import Figure
+
+    colours = dict(zip(ALL, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"), strict=True))
+    figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (title, lines) in zip(panels, found.items(), strict=True):
+        for rule, line in lines.items():
+            axes.loglog(STEPS, line, "o-", color=colours[rule], label=rule, linewidth=1.6, markersize=4)
+        for order, start in ((1, 0.3), (2, 0.4)):
+            slope = [start * (STEPS[0] / steps) ** order for steps in STEPS]
+            axes.loglog(STEPS, slope, "--", color="#999999", linewidth=1)
+            axes.annotate(f"order {order}", (STEPS[-1], slope[-1]), (4, 0), textcoords="offset points", fontsize=8)
+        axes.set(title=title, xlabel="steps in all")
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.legend(frameon=False, fontsize=9, loc="lower left")
+    panels[0].set_ylabel("error")
+    figures.save_figure(figure, out)
 
 
 def error(rule: str, steps: int) -> float:
@@ -63,6 +89,34 @@ def error(rule: str, steps: int) -> float:
             x = PROCESS.lift(x, level + 1, source.normal((1, 8 >> level, 8 >> level), torch.float64))
         x = bands.scale(x, deviations(s, level) / deviations(t, level))
         errors.append(((found[s] - x).norm() / x.norm()).item())
+    return max(errors)
+
+
+def law_error(rule: str, steps: int) -> float:
+    """Of the deviations of bands at :data:`CHECKED`, from the exact ones at the top of each level.
+
+    A rule is linear in the state and the predictions it remembers, so their covariance follows a recursion.
+    """
+    errors = []
+    for level, grid in step_grid(PROCESS.schedule, steps):
+        times = [t for t in grid if t >= CHECKED[-1]]
+        table = make_rule(rule)(PROCESS, times, level)
+        signal, noise = (rows[level:, times].T for rows in (PROCESS.schedule.signal, PROCESS.schedule.noise))
+        data = DEVIATIONS[level:].square()
+        total = signal.square() * data + noise.square()
+        gain = (signal * data if table.predicts == "clean" else noise) / total
+        order = len(table.history)
+        covariance = torch.zeros(len(data), order, order, dtype=torch.float64)
+        covariance[:, 0, 0] = total[0]
+        for i in range(len(times) - 1):
+            move = torch.zeros_like(covariance)
+            move[:, 0, 0] = table.x[i] + table.history[0, i] * gain[i]
+            for j in range(1, order):
+                move[:, 0, j] = table.history[j, i]
+                move[:, j, j - 1] = gain[i] if j == 1 else 1.0
+            covariance = move @ covariance @ move.mT
+            covariance[:, 0, 0] += table.z[i].square()
+        errors.append((covariance[:, 0, 0].sqrt() / deviations(times[-1], level) - 1).abs().max().item())
     return max(errors)
 
 
