@@ -43,12 +43,14 @@ def test_a_rule_moves_a_state_of_known_image_and_noise_to_where_the_process_has_
             image = image + table.history.sum(0)
         else:
             old = old + table.history.sum(0)
-        torch.testing.assert_close(image, signal[1:], rtol=1e-9, atol=1e-9)
+        # A state that is magnified a million times, where next to no signal is left, brings its rounding along.
+        near = {"rtol": 1e-9, "atol": max(1e-9, 1e-15 * table.x.max().item())}
+        torch.testing.assert_close(image, signal[1:], **near)
         # The posterior of Ho et al. and the reverse SDE keep the variance, deterministic rules the noise itself.
-        torch.testing.assert_close((old.square() + table.z.square()).sqrt(), noise[1:], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close((old.square() + table.z.square()).sqrt(), noise[1:], **near)
         if name in DETERMINISTIC:
             assert not table.z.any()
-            torch.testing.assert_close(old, noise[1:], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(old, noise[1:], **near)
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
