@@ -3,7 +3,7 @@
     python -m benchmarks.baseline RESULT BASELINE
 
 Both are results of the same benchmark, as JSON. ``ratios`` holds {name: number}, the larger the better; ``spreads``, by
-the same names, how far the ratios of single turns lie apart (:func:`benchmarks.timing.spread`); and ``left_out`` {part
+the same names, how far the ratios of single turns lie apart (:func:`benchmarks.timing.spreads`); and ``left_out`` {part
 of a name: why}, what the run was not asked for or could not measure.
 """
 
