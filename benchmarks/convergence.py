@@ -22,6 +22,7 @@ from torch import Tensor
 from dvdp import Process, Schedule, bands, sample
 from dvdp.evaluation import figures
 from dvdp.grids import step_grid
+from dvdp.planning import passage
 from dvdp.randomness import ImageNoise
 from dvdp.rules import make_rule
 from dvdp.sampling import Progress
@@ -93,30 +94,14 @@ def error(rule: str, steps: int) -> float:
 
 
 def law_error(rule: str, steps: int) -> float:
-    """Of the deviations of bands at :data:`CHECKED`, from the exact ones at the top of each level.
-
-    A rule is linear in the state and the predictions it remembers, so their covariance follows a recursion.
-    """
+    """Of the deviations of bands at :data:`CHECKED`, from the exact ones at the top of each level."""
     errors = []
     for level, grid in step_grid(PROCESS.schedule, steps):
         times = [t for t in grid if t >= CHECKED[-1]]
-        table = make_rule(rule)(PROCESS, times, level)
-        signal, noise = (rows[level:, times].T for rows in (PROCESS.schedule.signal, PROCESS.schedule.noise))
-        data = DEVIATIONS[level:].square()
-        total = signal.square() * data + noise.square()
-        gain = (signal * data if table.predicts == "clean" else noise) / total
-        order = len(table.history)
-        covariance = torch.zeros(len(data), order, order, dtype=torch.float64)
-        covariance[:, 0, 0] = total[0]
-        for i in range(len(times) - 1):
-            move = torch.zeros_like(covariance)
-            move[:, 0, 0] = table.x[i] + table.history[0, i] * gain[i]
-            for j in range(1, order):
-                move[:, 0, j] = table.history[j, i]
-                move[:, j, j - 1] = gain[i] if j == 1 else 1.0
-            covariance = move @ covariance @ move.mT
-            covariance[:, 0, 0] += table.z[i].square()
-        errors.append((covariance[:, 0, 0].sqrt() / deviations(times[-1], level) - 1).abs().max().item())
+        factors, terms = passage(PROCESS, make_rule(rule), times, DEVIATIONS[level:].tolist())
+        # A band has the row of its own turning point.
+        found = factors.diagonal() * deviations(times[0], level).square() + terms.diagonal()
+        errors.append((found.sqrt() / deviations(times[-1], level) - 1).abs().max().item())
     return max(errors)
 
 

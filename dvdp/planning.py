@@ -181,9 +181,6 @@ class Planner:
 class _Recursion:
     """Variances of the bands of samples, for any turning points among those of a schedule.
 
-    Every rule is linear in the state and in what it remembers, so the covariance of these follows a recursion, band by
-    band. As a rule starts afresh at every level, a level turns a band's variance v at its top into A v + B.
-
     Args:
         schedule: turns at every point that plans use; a band with a turning point has the row of that point.
         data: deviations of the data's bands, finest first.
@@ -216,35 +213,48 @@ class _Recursion:
     def _level(self, times: tuple[int, ...]) -> tuple[list[list[float]], list[list[float]]]:
         """(A, B) of a level's steps, each [row][band], from the first row that is not yet dropped at their top."""
         if times not in self._levels:
-            factors, terms = self._passage(times)
+            factors, terms = passage(self._process, self._rule, times, self._data)
             self._levels[times] = factors.tolist(), terms.tolist()
         return self._levels[times]
 
-    def _passage(self, times: Sequence[int]) -> tuple[Tensor, Tensor]:
-        schedule, first = self._process.schedule, self._process.level(times[0])
-        table = self._rule(self._process, times, first)
-        signal, noise = (tables[first:, list(times[:-1])].T[..., None] for tables in (schedule.signal, schedule.noise))
-        data = torch.tensor(self._data, dtype=torch.float64)
-        total = (signal * data).square() + noise.square()
-        gain = (signal * data.square() if table.predicts == "clean" else noise) / total
-        order = len(table.history)
-        # Of (x, p_1, p_2, ..): the state and the predictions before the one at hand; each step, row and band.
-        move = torch.zeros(*gain.shape, order, order, dtype=torch.float64)
-        move[..., 0, 0] = table.x[..., None] + table.history[0, ..., None] * gain
-        for j in range(1, order):
-            move[..., 0, j] = table.history[j, ..., None]
-            move[..., j, j - 1] = gain if j == 1 else 1.0
-        fresh = torch.zeros_like(move)
-        fresh[..., 0, 0] = table.z.square()[..., None]
-        # Two steps after each other are one step: halve their number until one is left.
-        while len(move) > 1:
-            if len(move) % 2:
-                move = torch.cat([move, torch.eye(order, dtype=torch.float64).expand_as(move[:1])])
-                fresh = torch.cat([fresh, torch.zeros_like(fresh[:1])])
-            before, after = move[::2], move[1::2]
-            fresh = after @ fresh[::2] @ after.mT + fresh[1::2]
-            move = after @ before
-        return move[0, ..., 0, 0].square(), fresh[0, ..., 0, 0]
+
+def passage(process: Process, rule: Rule, times: Sequence[int], deviations: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """What the steps of one level make of a band's variance v at their top: ``A v + B``.
+
+    Every rule is linear in the state and in what it remembers, so the covariance of these follows a recursion, band by
+    band; and a rule starts afresh at every level.
+
+    Args:
+        times: of the steps, falling.
+        deviations: of the data's bands.
+
+    Returns:
+        A and B, each (rows, bands): for every row of the schedule from the level's own on, and every deviation.
+    """
+    schedule, level = process.schedule, process.level(times[0])
+    table = rule(process, times, level)
+    signal, noise = (tables[level:, list(times[:-1])].T[..., None] for tables in (schedule.signal, schedule.noise))
+    data = torch.tensor(deviations, dtype=torch.float64)
+    total = (signal * data).square() + noise.square()
+    gain = (signal * data.square() if table.predicts == "clean" else noise) / total
+    order = len(table.history)
+    # Of (x, p_1, p_2, ..): the state and the predictions before the one at hand; each step, row and band.
+    move = torch.zeros(*gain.shape, order, order, dtype=torch.float64)
+    move[..., 0, 0] = table.x[..., None] + table.history[0, ..., None] * gain
+    for j in range(1, order):
+        move[..., 0, j] = table.history[j, ..., None]
+        move[..., j, j - 1] = gain if j == 1 else 1.0
+    fresh = torch.zeros_like(move)
+    fresh[..., 0, 0] = table.z.square()[..., None]
+    # Two steps after each other are one step: halve their number until one is left.
+    while len(move) > 1:
+        if len(move) % 2:
+            move = torch.cat([move, torch.eye(order, dtype=torch.float64).expand_as(move[:1])])
+            fresh = torch.cat([fresh, torch.zeros_like(fresh[:1])])
+        before, after = move[::2], move[1::2]
+        fresh = after @ fresh[::2] @ after.mT + fresh[1::2]
+        move = after @ before
+    return move[0, ..., 0, 0].square(), fresh[0, ..., 0, 0]
 
 
 def _errors(found: Sequence[float], true: Sequence[float]) -> list[float]:
