@@ -32,11 +32,16 @@ class Pyramid:
 
 def down(x: Tensor) -> Tensor:
     """``D``: (..., h, w) -> (..., h/2, w/2). Both sides must be even."""
+    return pool(x, 2)
+
+
+def pool(x: Tensor, divisor: int) -> Tensor:
+    """Sums of 2x2 pixels over a power of two: (..., h, w) -> (..., h/2, w/2); 4 takes the mean."""
     if x.device.type != "cpu":
-        return F.avg_pool2d(x, 2, divisor_override=2)
+        return F.avg_pool2d(x, 2, divisor_override=divisor)
     # A CPU adds whole rows several times as fast as it pools.
     rows = x[..., 0::2, :] + x[..., 1::2, :]
-    return (rows[..., 0::2] + rows[..., 1::2]) / 2
+    return (rows[..., 0::2] + rows[..., 1::2]) * (1 / divisor)
 
 
 def up(x: Tensor) -> Tensor:

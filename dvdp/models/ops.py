@@ -20,15 +20,6 @@ def convolve_doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.conv_transpose2d(x, weight.transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
-def halve(x: Tensor) -> Tensor:
-    """``F.avg_pool2d(x, 2)``."""
-    if x.device.type != "cpu":
-        return F.avg_pool2d(x, 2)
-    # A CPU adds whole rows several times as fast as it pools.
-    rows = x[:, :, 0::2] + x[:, :, 1::2]
-    return (rows[..., 0::2] + rows[..., 1::2]) * 0.25
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dot-product attention of (B, heads, channels, pixels) each -> the same shape."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] <= FEW_PIXELS:

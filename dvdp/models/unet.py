@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dvdp.bands import pool
 from dvdp.config import ModelParams
 from dvdp.errors import UserError
-from dvdp.models.ops import attend, convolve_doubled, halve
+from dvdp.models.ops import attend, convolve_doubled
 
 
 class UNet(nn.Module):
@@ -152,7 +153,7 @@ class ResidualBlock(nn.Module):
             h, x = convolve_doubled(h, self.conv1), F.interpolate(x, scale_factor=2.0)
         else:
             if self.resample == "down":
-                h, x = halve(h), halve(x)
+                h, x = pool(h, 4), pool(x, 4)
             h = self.conv1(h)
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.norm2(h) * (1 + scale) + shift

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from dvdp import Process, Schedule, UserError, bands, sample
-from dvdp.bands import Pyramid
+from dvdp.bands import Pyramid, pool
 from dvdp.config import ModelParams
 from dvdp.models.denoiser import NetworkDenoiser, example
-from dvdp.models.ops import attend, convolve_doubled, halve
+from dvdp.models.ops import attend, convolve_doubled
 from dvdp.models.unet import UNet
 from dvdp.training.budget import network_flops
 
@@ -106,7 +106,7 @@ def test_attention_is_the_same_however_it_is_computed(pixels: int) -> None:
 
 def test_halving_is_the_mean_of_two_by_two_pixels() -> None:
     x = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(halve(x), F.avg_pool2d(x, 2))
+    torch.testing.assert_close(pool(x, 4), F.avg_pool2d(x, 2))
 
 
 def test_a_level_the_network_cannot_halve_often_enough_is_named() -> None:
