@@ -3,7 +3,6 @@
 A *denoiser* is any callable ``denoiser(x, t)`` with x (B, C, h, w) at the level of t, and t (B,) integer timesteps
 of one level; it returns the predicted noise, of x's shape. A trained network (:mod:`dvdp.models.denoiser`), an exact
 posterior and a test double are the same thing here. One that is told classes is called ``denoiser(x, t, labels)``.
-One that has a method ``predict_clean(Pyramid(x), t[, labels])`` is asked for the clean image in place of the noise.
 """
 
 from __future__ import annotations
@@ -127,7 +126,8 @@ def sample(
             predictions: list[Pyramid] = []
             for i, (t, s) in enumerate(pairwise(times)):
                 state = Pyramid(x)
-                x0 = _clean_image(process, denoiser, state, t, level, told)
+                eps = denoiser(x, torch.full((n,), t, device=x.device), *told).to(dtype)
+                x0 = process.predict_clean(state, t, eps, level)
                 if clip:
                     x0 = x0.clamp(-(2.0**level), 2.0**level)
                 prediction = x0 if step.predicts == "clean" else process.predict_noise(state, t, x0, level)
@@ -141,16 +141,6 @@ def sample(
                 if callback:
                     callback(Progress(call, steps, level, t, s, x, x0))
     return x
-
-
-def _clean_image(
-    process: Process, denoiser: Denoiser, state: Pyramid, t: int, level: int, told: Sequence[Tensor]
-) -> Tensor:
-    """What a denoiser makes of a state: the clean image itself where it tells that, else what its noise implies."""
-    x, times = state.image, torch.full((len(state.image),), t, device=state.image.device)
-    if hasattr(denoiser, "predict_clean"):
-        return denoiser.predict_clean(state, times, *told).to(x.dtype)
-    return process.predict_clean(state, t, denoiser(x, times, *told).to(x.dtype), level)
 
 
 def _level_to_enter(process: Process, size: tuple[int, int], x: Tensor, t: int) -> int:

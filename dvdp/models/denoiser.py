@@ -1,9 +1,9 @@
-"""A network as a denoiser: whatever it predicts, the sampler is given noise, or the clean image.
+"""A network as a denoiser: whatever it predicts, the sampler is given noise.
 
 Clean images of level k are counted in units of the level's pixel range, 2^k, so that all levels ask for outputs of
 one size. With ``a = 2^k signal``, ``x0 = 2^k y`` and ``r^2 = a^2 + noise^2``, the velocity per band is
-``v = (a eps - noise y) / r`` (Salimans & Ho 2022, scaled to unit size). Then ``y = (a x - r noise v) / r^2`` and
-``eps = (noise x + r a v) / r^2``, which divide by no small signal.
+``v = (a eps - noise y) / r`` (Salimans & Ho 2022, scaled to unit size). Then ``eps = (noise x + r a v) / r^2``,
+which divides by no small signal.
 """
 
 from __future__ import annotations
@@ -45,17 +45,6 @@ class NetworkDenoiser:
         of_x, of_v = self.process.factors(_noise_from_velocity, t, level, output)
         return bands.combine((x, of_x), (output, of_v))
 
-    def predict_clean(self, x: Pyramid, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The clean image of the state's level, without the way through the noise; see :mod:`dvdp.sampling`."""
-        level = self.level(x.image)
-        output = self.network(x.image, t, level, labels).float()
-        if self.predicts == "noise":
-            return self.process.predict_clean(x, t, output, level)
-        if self.predicts == "clean":
-            return 2**level * output
-        of_x, of_v = self.process.factors(_clean_from_velocity, t, level, output)
-        return bands.combine((x, of_x), (output, of_v))
-
 
 def example(
     process: Process, predicts: Target, level: int, t: Tensor, x0: Tensor, noise: Tensor
@@ -75,12 +64,6 @@ def _velocity(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor
     """``v = (a eps - noise x0 / 2^k) / r``."""
     a, r = _polar(signal, noise, level)
     return -noise / r / 2**level, a / r
-
-
-def _clean_from_velocity(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """``x0 = 2^k (a x - r noise v) / r^2``."""
-    a, r = _polar(signal, noise, level)
-    return 2**level * a / r.square(), -(2**level) * noise / r
 
 
 def _noise_from_velocity(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
