@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -26,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import machine
-from benchmarks.steps import SIZES, STEPS, TOY, TURNING_POINTS, make_run, start, step
-from benchmarks.timing import in_turns
+from benchmarks.steps import SIZES, TOY, TURNING_POINTS, draw, make_run, start, step
+from benchmarks.timing import in_turns, seconds
 from dvdp.config import TrainingParams
 from dvdp.files import write_atomically
-from dvdp.models.denoiser import NetworkDenoiser
 from dvdp.randomness import ImageNoise
-from dvdp.sampling import Progress, sample
 from dvdp.training.loop import Training
+
+CPU = torch.device("cpu")
 
 
 class NoNetwork(nn.Module):
@@ -74,20 +73,20 @@ def measure(side: int, turns: int) -> dict[str, Any]:
     """One size: seconds of a step, and of a sampling call, of each level."""
     batch, model = {**SIZES, **TOY}[side]
     pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, side, side), dtype=np.uint8)
-    images, device = torch.from_numpy(pixels), torch.device("cpu")
+    images = torch.from_numpy(pixels)
     # Each work appends its seconds under (training or sampling, level, whole or outside or noise).
     found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     works: list[Callable[[], None]] = []
     for setting, points in (("DDPM", ()), ("DVDP", TURNING_POINTS)):
         run = make_run(points, side, model, TrainingParams(batch=batch))
-        whole, bare = (start(run, pixels, device) for _ in range(2))
+        whole, bare = (start(run, pixels, CPU) for _ in range(2))
         remove_network(bare)
         levels = range(len(points) + 1)
         for what, training, update in (("whole", whole, partial(step, whole)), ("outside", bare, bare.update)):
             for level in levels:
                 alone = [batch if k == level else 0 for k in levels]
-                seconds = found["training", f"{setting}, level {level}", what]
-                works.append(partial(timed, partial(update, images, alone), seconds))
+                steps = found["training", f"{setting}, level {level}", what]
+                works.append(partial(timed, partial(update, images, alone), steps))
             calls = [found["sampling", f"{setting}, level {level}", what] for level in levels]
             works.append(partial(draw, training, batch // 2, calls))
         for level in levels:
@@ -113,25 +112,9 @@ def remove_network(training: Training) -> None:
     training.optimizers = []
 
 
-def timed(work: Callable[[], object], seconds: list[float]) -> None:
-    """Append the processor seconds of a piece of work."""
-    before = time.process_time()
-    work()
-    seconds.append(time.process_time() - before)
-
-
-def draw(training: Training, batch: int, level_seconds: list[list[float]]) -> None:
-    """Sample, and append the processor seconds from call to call by their level."""
-    run, last = training.run, time.process_time()
-
-    def note(progress: Progress) -> None:
-        nonlocal last
-        now = time.process_time()
-        level_seconds[progress.level].append(now - last)
-        last = now
-
-    denoiser = NetworkDenoiser(training.ema.network, training.process, run.side, run.model.predicts)
-    sample(training.process, denoiser, (batch, 3, run.side, run.side), steps=STEPS, callback=note)
+def timed(work: Callable[[], object], into: list[float]) -> None:
+    """Append the seconds of a piece of work."""
+    into.append(seconds(work, CPU))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import machine
-from benchmarks.study import metric, prepared, sampled_metrics
+from benchmarks.study import metric, prepared, sampled_metrics, trained
 from dvdp.config import Params, Run, SamplingParams, read_params
-from dvdp.errors import UserError
 from dvdp.files import write_atomically
-from dvdp.identity import sampling_hash, training_hash
+from dvdp.identity import sampling_hash
 
 #: Ways to spend few steps: (rule, spacing, lift).
 WAYS = (
@@ -54,24 +53,17 @@ def main() -> None:
     params = read_params(options.params)
     store = prepared(params, options.work / params.dataset.name, None)
     rows: list[dict[str, object]] = []
-    for seed in params.seeds:
-        for setting in (s for s in params.settings if s.name in options.settings):
-            run = params.run(setting, seed)
-            folder = options.work / "runs" / training_hash(run, store.metadata.digest, params.dataset.flip, 1)
-            if not (folder / "weights.safetensors").exists():
+    for run, folder in trained(params, options.settings, options.work, store):
+        many = _score(params, run, run.sampling, options.work, folder)
+        rows.append(_row(run, run.sampling, many, many))
+        for rule, spacing, lift in WAYS:
+            way = replace(run.sampling, steps=options.steps, rule=rule, spacing=spacing, lift=lift)  # type: ignore[arg-type]
+            if lift == "data" and not run.turning_points:
                 continue
-            many = _score(params, run, run.sampling, options.work, folder)
-            rows.append(_row(run, run.sampling, many, many))
-            for rule, spacing, lift in WAYS:
-                way = replace(run.sampling, steps=options.steps, rule=rule, spacing=spacing, lift=lift)  # type: ignore[arg-type]
-                if lift == "data" and not run.turning_points:
-                    continue
-                rows.append(_row(run, way, _score(params, run, way, options.work, folder), many))
-                print(json.dumps(rows[-1]), flush=True)
-                content = {"machine": machine(), "metric": metric(params), "summary": _summary(rows), "runs": rows}
-                write_atomically(options.out, json.dumps(content, indent=2) + "\n")
-    if not rows:
-        raise UserError(f"--work: found no trained run in '{options.work}', expected those of benchmarks/study.py.")
+            rows.append(_row(run, way, _score(params, run, way, options.work, folder), many))
+            print(json.dumps(rows[-1]), flush=True)
+            content = {"machine": machine(), "metric": metric(params), "summary": _summary(rows), "runs": rows}
+            write_atomically(options.out, json.dumps(content, indent=2) + "\n")
 
 
 def _score(params: Params, run: Run, sampling: SamplingParams, work: Path, folder: Path) -> float:

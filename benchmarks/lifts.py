@@ -1,16 +1,15 @@
-"""What the data's variance in the lift does for trained networks: a preset's settings, sampled without it and with.
+"""What the data's variance in the lift does for trained networks: a study's settings, sampled without it and with.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.lifts --params presets/fig4-small.yaml --root . --out lifts.json
+    OMP_NUM_THREADS=1 python -m benchmarks.lifts --params presets/fig4-small.yaml --work /tmp/study --out lifts.json
 
-Reads the networks that ``dvdp experiment`` trained, in ``runs/`` of the ``--root`` folder, and its data. Samples are
-kept, so it may be stopped and started again.
+Reads the networks that benchmarks/study.py trained, in its ``--work`` folder. Samples are kept, so it may be stopped
+and started again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
-from benchmarks.study import metric, sampled_metrics
+from benchmarks.study import metric, over_seeds, prepared, sampled_metrics, trained
 from dvdp.config import Params, Run, read_params
-from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.models.export import load_model
 from dvdp.planning import lift_losses
@@ -31,38 +29,23 @@ def main() -> None:
     """Sample and score, one setting and seed after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", required=True)
-    parser.add_argument("--root", type=Path, required=True, help="where `dvdp experiment` ran: has runs/ and data/")
+    parser.add_argument("--work", type=Path, required=True, help="of benchmarks/study.py")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     params = read_params(options.params)
-    trained = _trained(options.root / "runs")
+    store = prepared(params, options.work / params.dataset.name, None)
+    settings = [setting.name for setting in params.settings if setting.turning_points]
     rows = []
-    for run in params.runs():
-        weights = trained.get((run.setting, run.seed))
-        if weights is None or not run.turning_points:
-            continue
-        rows.append(_row(params, run, weights, options.root))
+    for run, folder in trained(params, settings, options.work, store):
+        rows.append(_row(params, run, folder, options.work))
         print(json.dumps(rows[-1]), flush=True)
         content = {"machine": machine(), "metric": metric(params), "summary": _summary(rows), "runs": rows}
         write_atomically(options.out, json.dumps(content, indent=2) + "\n")
-    if not rows:
-        raise UserError(
-            f"--root: found no trained run of a setting of '{options.params}' in '{options.root}/runs', expected those"
-            " of `dvdp experiment`; run it first."
-        )
 
 
-def _trained(runs: Path) -> dict[tuple[str, int], Path]:
-    """Weights by setting and seed."""
-    found = {}
-    for weights in sorted(runs.glob("*/weights.safetensors")):
-        run = json.loads((weights.parent / "run.json").read_text())["run"]
-        found[run["setting"], run["seed"]] = weights
-    return found
-
-
-def _row(params: Params, run: Run, weights: Path, root: Path) -> dict[str, Any]:
+def _row(params: Params, run: Run, folder: Path, work: Path) -> dict[str, Any]:
+    weights = folder / "weights.safetensors"
     model = load_model(weights)
     row = {
         "setting": run.setting,
@@ -74,24 +57,18 @@ def _row(params: Params, run: Run, weights: Path, root: Path) -> dict[str, Any]:
     }
     for lift in ("noise", "data"):
         way = replace(run.sampling, lift=lift)
-        samples = weights.parent / f"lifts-{lift}"
-        row[lift] = round(sampled_metrics(params, way, weights, samples, root / "data")[metric(params)], 4)
+        metrics = sampled_metrics(params, way, weights, folder / f"lifts-{lift}", work)
+        row[lift] = round(metrics[metric(params)], 4)
     return row
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Means and spreads over seeds, by setting and lift."""
-    result: dict[str, dict[str, float]] = {}
-    for name in dict.fromkeys(row["setting"] for row in rows):
-        for lift in ("noise", "data"):
-            scores = [row[lift] for row in rows if row["setting"] == name]
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            result[f"{name}, lift {lift}"] = {
-                "mean": round(statistics.mean(scores), 4),
-                "spread": round(spread, 4),
-                "seeds": len(scores),
-            }
-    return result
+    return {
+        f"{name}, lift {lift}": over_seeds([row[lift] for row in rows if row["setting"] == name])
+        for name in dict.fromkeys(row["setting"] for row in rows)
+        for lift in ("noise", "data")
+    }
 
 
 if __name__ == "__main__":

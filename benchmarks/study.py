@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,32 @@ def _result(params: Params, run: Run, store: ImageStore, work: Path) -> dict[str
     return result
 
 
+def trained(params: Params, settings: Sequence[str], work: Path, store: ImageStore) -> Iterator[tuple[Run, Path]]:
+    """The runs of some settings that are trained, with their folders, seed by seed.
+
+    Raises:
+        UserError: none is.
+    """
+    none = True
+    for seed in params.seeds:
+        for run in (params.run(setting, seed) for setting in params.settings if setting.name in settings):
+            folder = work / "runs" / training_hash(run, store.metadata.digest, params.dataset.flip, 1)
+            if (folder / "weights.safetensors").exists():
+                none = False
+                yield run, folder
+    if none:
+        raise UserError(
+            f"--work: found no trained run of {', '.join(settings)} in '{work}', expected those of benchmarks/study.py;"
+            " run it first."
+        )
+
+
+def over_seeds(scores: Sequence[float]) -> dict[str, float]:
+    """Their mean and standard deviation, and how many they are."""
+    spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+    return {"mean": round(statistics.mean(scores), 4), "spread": round(spread, 4), "seeds": len(scores)}
+
+
 def metric(params: Params) -> str:
     """The name of the Frechet distance."""
     return f"fd_{params.evaluation.extractor}"
@@ -120,8 +147,7 @@ def _summary(params: Params, results: list[dict[str, object]], work: Path) -> di
     for setting in params.settings:
         values = [float(str(r[metric(params)])) for r in results if r["setting"] == setting.name]
         if values:
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            means[setting.name] = {"mean": statistics.mean(values), "spread": spread, "seeds": len(values)}
+            means[setting.name] = over_seeds(values)
     return {
         "machine": machine(),
         "data": {"name": params.dataset.name, "digest": reference.data_digest, "images": reference.count},

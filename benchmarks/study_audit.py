@@ -19,14 +19,13 @@ import torch
 from torch.utils.data import Dataset
 
 from benchmarks.machine import machine
-from benchmarks.study import prepared
-from dvdp.config import read_params
+from benchmarks.study import metric, prepared, trained
+from dvdp.config import Run, read_params
 from dvdp.evaluation.audit import Audit, audit
 from dvdp.evaluation.extractors import load_extractor
 from dvdp.evaluation.fidelity import measure
 from dvdp.evaluation.scores import read_reference
 from dvdp.files import write_atomically
-from dvdp.identity import training_hash
 from dvdp.models.export import load_model
 
 
@@ -48,41 +47,55 @@ def main() -> None:
     store = prepared(params, options.work / params.dataset.name, None)
     data = options.work / params.dataset.name
     extractor, reference = load_extractor(data / "extractor"), read_reference(data / "reference")
-    metric, half = f"fd_{params.evaluation.extractor}", params.evaluation.samples // 2
+    half = params.evaluation.samples // 2
 
     def score(images: Dataset) -> float:
         subset = min(params.evaluation.kid_subset, half)
-        return measure(images, (data / "reference", reference.cache_name), extractor, subset, False)[metric]
+        return measure(images, (data / "reference", reference.cache_name), extractor, subset, False)[metric(params)]
 
     rows: list[dict[str, object]] = []
-    for seed in params.seeds:
-        for setting in (s for s in params.settings if s.name in options.settings):
-            run = params.run(setting, seed)
-            folder = options.work / "runs" / training_hash(run, store.metadata.digest, params.dataset.flip, 1)
-            if not (folder / "weights.safetensors").exists():
-                continue
+    for run, folder in trained(params, options.settings, options.work, store):
+        kept = folder / f"audit-{sampling.rule}-{sampling.spacing}-{sampling.steps}.json"
+        if not kept.exists():
             model = load_model(folder / "weights.safetensors", sampling=sampling)
-            kept = folder / f"audit-{sampling.rule}-{sampling.spacing}-{sampling.steps}.json"
-            if not kept.exists():
-                found = audit(model.process, model.denoiser, store, score, params.evaluation.samples,
-                              sampling.options(), batch=sampling.batch, metric=metric,
-                              label_counts=model.label_counts)  # fmt: skip
-                write_atomically(kept, found.to_json())
-            found = Audit.from_json(kept.read_text(), str(kept))
-            rows.append({
-                "setting": run.setting,
-                "seed": run.seed,
-                "scores": {start: round(s.value, 4) for start, s in found.scores.items()},
-                "costs": {part: round(cost, 4) for part, cost in found.attribution.costs.items()},
-                "solver": None if found.attribution.solver is None else round(found.attribution.solver, 4),
-                "error": round(found.attribution.error, 4),
-                "bands": {str(s.turning_point): [round(a / b, 4) for a, b in zip(s.generated, s.true, strict=True)]
-                          for s in found.states},
-            })  # fmt: skip
-            print(json.dumps(rows[-1]), flush=True)
-            content = {"machine": machine(), "metric": metric, "sampling": sampling.options(), "means": _means(rows),
-                       "runs": rows}  # fmt: skip
-            write_atomically(options.out, json.dumps(content, indent=2) + "\n")
+            found = audit(
+                model.process,
+                model.denoiser,
+                store,
+                score,
+                params.evaluation.samples,
+                sampling.options(),
+                batch=sampling.batch,
+                metric=metric(params),
+                label_counts=model.label_counts,
+            )
+            write_atomically(kept, found.to_json())
+        rows.append(_row(run, Audit.from_json(kept.read_text(), str(kept))))
+        print(json.dumps(rows[-1]), flush=True)
+        content = {
+            "machine": machine(),
+            "metric": metric(params),
+            "sampling": sampling.options(),
+            "means": _means(rows),
+            "runs": rows,
+        }
+        write_atomically(options.out, json.dumps(content, indent=2) + "\n")
+
+
+def _row(run: Run, found: Audit) -> dict[str, object]:
+    attribution = found.attribution
+    return {
+        "setting": run.setting,
+        "seed": run.seed,
+        "scores": {start: round(s.value, 4) for start, s in found.scores.items()},
+        "costs": {part: round(cost, 4) for part, cost in attribution.costs.items()},
+        "solver": None if attribution.solver is None else round(attribution.solver, 4),
+        "error": round(attribution.error, 4),
+        "bands": {
+            str(s.turning_point): [round(a / b, 4) for a, b in zip(s.generated, s.true, strict=True)]
+            for s in found.states
+        },
+    }
 
 
 def _means(rows: list[dict[str, object]]) -> dict[str, dict[str, float]]:

@@ -1,0 +1,111 @@
+"""A study trains and scores its settings, and what reads a study finds its networks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+PROJECT = Path(__file__).parents[2]
+PARAMS = {
+    "dataset": {"name": "digits", "source": "digits", "resolution": 16, "encoding": "raw"},
+    "process": {"timesteps": 1000},
+    "settings": [
+        {"name": "ddpm", "process": "ddpm"},
+        {"name": "dvdp-500", "process": "dvdp", "turning_points": [500]},
+        {"name": "subspace-500", "process": "subspace", "turning_points": [500]},
+    ],
+    "seeds": [0, 1],
+    "model": {"channels": 8, "multipliers": [1, 1], "blocks": 1, "attention": [2], "head_channels": 8},
+    "training": {"images": 64, "batch": 8, "warmup_images": 8, "checkpoint_images": 64, "preview_images": 0},
+    "sampling": {"count": 64, "steps": 8, "batch": 32},
+    "evaluation": {"extractor": "labels", "samples": 64, "kid_subset": 20, "extractor_epochs": 1},
+}
+
+
+def run_module(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its folder; ``work`` in it has what was trained."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+    measured(folder, "study")
+    return folder
+
+
+def measured(folder: Path, name: str, *options: object) -> dict:
+    """What a benchmark wrote of the study in a folder."""
+    out = folder / f"{name}.json"
+    done = run_module(
+        f"benchmarks.{name}", "--params", folder / "params.yaml", "--work", folder / "work", *options, "--out", out
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+def test_every_setting_is_scored_for_every_seed_at_equal_flops(study: Path) -> None:
+    found = json.loads((study / "study.json").read_text())
+    assert [(row["seed"], row["setting"]) for row in found["runs"]] == [
+        (seed, setting["name"]) for seed in (0, 1) for setting in PARAMS["settings"]
+    ]
+    for name, mean in found["summary"].items():
+        scores = [row["fd_labels"] for row in found["runs"] if row["setting"] == name]
+        assert mean["mean"] == pytest.approx(sum(scores) / 2, abs=1e-3)
+        assert mean["spread"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5, abs=1e-3)
+    images = {row["setting"]: row["images"] for row in found["runs"]}
+    assert images["ddpm"] == 64 < images["dvdp-500"]
+
+
+def test_a_study_that_is_started_again_trains_nothing_twice(study: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in study.glob("work/runs/*/weights.safetensors")}
+    scores = [row["fd_labels"] for row in json.loads((study / "study.json").read_text())["runs"]]
+    again = measured(study, "study")
+    assert [row["fd_labels"] for row in again["runs"]] == scores
+    assert before
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_few_steps_are_compared_with_the_studys_own_sampling(study: Path) -> None:
+    found = measured(study, "few_steps", "--settings", "dvdp-500", "--steps", 4)
+    many = {row["seed"]: row for row in found["runs"] if row["steps"] == 8}
+    assert sorted(many) == [0, 1]
+    few = [row for row in found["runs"] if row["steps"] == 4]
+    assert {row["setting"] for row in few} == {"dvdp-500"}
+    for row in few:
+        assert row["over_many_steps"] == pytest.approx(row["score"] / many[row["seed"]]["score"], rel=1e-2)
+
+
+def test_lifts_with_the_datas_variance_change_subspace_diffusion_alone(study: Path) -> None:
+    found = measured(study, "lifts")
+    for row in found["runs"]:
+        (nats,) = row["nats"]
+        if row["kind"] == "subspace":
+            assert nats > 0
+            assert row["noise"] != row["data"]
+        else:
+            assert row["noise"] == pytest.approx(row["data"], rel=1e-2)
+    assert found["summary"].keys() == {f"{n}-500, lift {w}" for n in ("dvdp", "subspace") for w in ("noise", "data")}
+
+
+def test_trained_settings_are_audited(study: Path) -> None:
+    found = measured(study, "study_audit", "--settings", "dvdp-500", "--steps", 4)
+    assert found["sampling"]["steps"] == 4
+    for row in found["runs"]:
+        assert row["costs"].keys() >= {"level_0", "level_1", "lift_1"}
+        scores = row["scores"]
+        assert sum(row["costs"].values()) == pytest.approx(scores["free"] - scores["real"], abs=1e-3)
+
+
+def test_settings_that_were_not_trained_are_named(study: Path) -> None:
+    done = run_module(
+        "benchmarks.few_steps", "--params", study / "params.yaml", "--work", study / "work", "--settings", "absent",
+        "--out", study / "none.json",
+    )  # fmt: skip
+    assert "found no trained run of absent in" in done.stderr
