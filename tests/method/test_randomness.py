@@ -63,6 +63,29 @@ def test_image_noise_is_normal_and_goes_on_from_draw_to_draw() -> None:
     assert between.abs().max() < 6 / 768**0.5
 
 
+@pytest.mark.parametrize("ahead", [0, 200, 1000], ids=["one at a time", "one fits", "five at once"])
+def test_noise_that_is_drawn_ahead_is_the_same_in_any_batch_and_does_not_repeat(ahead: int) -> None:
+    shapes = [(3, 8, 8)] * 7 + [(3, 16, 16)] * 3 + [(3, 8, 8)] * 2
+
+    def draws(first: int, count: int) -> list[Tensor]:
+        source = ImageNoise(0, first, count, ahead=ahead)
+        return [source.normal(shape) for shape in shapes]
+
+    whole = draws(0, 5)
+    assert [part.shape for part in whole] == [(5, *shape) for shape in shapes]
+    for part, ours in zip(draws(3, 2), whole, strict=True):
+        assert torch.equal(part, ours[3:])
+    small = torch.cat([part for part in whole if part.shape[-1] == 8]).flatten(1)
+    assert (torch.corrcoef(small) - torch.eye(len(small))).abs().max() < 6 / 192**0.5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_images_do_not_depend_on_the_batch_on_a_gpu() -> None:
+    whole = sample(PROCESS, elementwise, SHAPE, 20, device="cuda")
+    parts = [sample(PROCESS, elementwise, (n, *SHAPE[1:]), 20, first=f, device="cuda") for f, n in ((0, 2), (2, 3))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 1, 1], [2, 3], [4, 1]], ids=str)
 @pytest.mark.parametrize("first", [0, 1000])
