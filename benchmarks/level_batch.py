@@ -1,11 +1,11 @@
-"""Seconds an image of a training step with ``levels: one``, where lower levels take more images a step.
+"""What a larger batch in as many parts does: DDPM's parts stay as they are, and every level of DVDP fills the device.
 
     MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 OMP_NUM_THREADS=1 \\
         python -m benchmarks.level_batch --out benchmarks/results/level_batch.json
 
-The networks and batches of :mod:`benchmarks.steps` at the full-size level; below it, so many times as many images.
-Everything takes turns. The ratio to DDPM is what would follow with each level's share of the images as it is, so with
-fewer steps of the lower levels.
+The networks of :mod:`benchmarks.steps`, with its batch, and with 4 times that batch in 4 parts
+(:func:`dvdp.training.levels.parts`). Each setting's steps take turns; the memory is what one takes beside weights,
+moments and average.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,15 @@ import torch
 from benchmarks.baseline import TURNS
 from benchmarks.machine import machine
 from benchmarks.steps import PRECISIONS, SIZES, TOY, TURNING_POINTS, bound, make_run, start, step
-from benchmarks.timing import spreads, times_in_turns, warn_of_allocator
+from benchmarks.timing import peak_memory, spreads, times_in_turns, warn_of_allocator
 from dvdp.config import TrainingParams
 from dvdp.files import write_atomically
 from dvdp.training.budget import level_flops
+from dvdp.training.levels import level_counts
 
-#: Each level takes so many times the images of the level above it.
-GROWTH = (1, 2, 4)
+#: Parts of DDPM's batch, each of as many images.
+PARTS = (1, 4)
+CPU = torch.device("cpu")
 
 
 def main() -> int:
@@ -41,7 +44,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    warn_of_allocator(torch.device("cpu"))
+    warn_of_allocator(CPU)
     result: dict[str, Any] = {"machine": machine(), "seconds_of": "processor time", "turns": options.turns}
     result |= {"cases": [], "ratios": {}, "spreads": {}}
     for side in options.sides:
@@ -56,56 +59,69 @@ def main() -> int:
 
 
 def measure(side: int, precision: str, turns: int) -> tuple[dict[str, Any], dict[str, float]]:
-    """One side and precision: seconds an image by level and growth; and the spreads of the ratios."""
-    batch, model = {**SIZES, **TOY}[side]
-    device = torch.device("cpu")
-    settings = TrainingParams(batch=batch, precision=precision, levels="one")  # type: ignore[arg-type]
-    levels = len(TURNING_POINTS) + 1
-    largest = batch * GROWTH[-1] ** (levels - 1)
-    pixels = np.random.default_rng(0).integers(0, 256, (largest, 3, side, side), dtype=np.uint8)
-    images = torch.from_numpy(pixels)
-    ddpm, dvdp = (start(make_run(points, side, model, settings), pixels, device) for points in ((), TURNING_POINTS))
-    works, sizes = {"ddpm": partial(step, ddpm, images[:batch], [batch])}, {"ddpm": batch}
-    for level in range(levels):
-        for growth in GROWTH if level else GROWTH[:1]:
-            name, size = f"level {level}, x{growth**level}", batch * growth**level
-            counts = [size if k == level else 0 for k in range(levels)]
-            works[name], sizes[name] = partial(step, dvdp, images[:size], counts), size
-    times = times_in_turns(list(works.values()), turns, device, f"{side} px, {precision}")
+    """One side and precision: seconds and memory of the steps, by what they train; and the spreads of the ratios."""
+    at_once, model = {**SIZES, **TOY}[side]
+    works: dict[str, Callable[[], None]] = {}
+    for accumulation in PARTS:
+        batch = at_once * accumulation
+        pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, side, side), dtype=np.uint8)
+        images = torch.from_numpy(pixels)
+        settings = TrainingParams(batch=batch, accumulation=accumulation, precision=precision)  # type: ignore[arg-type]
+        ddpm, dvdp = (start(make_run(points, side, model, settings), pixels, CPU) for points in ((), TURNING_POINTS))
+        schedule = dvdp.process.schedule
+        steps = {"ddpm": (ddpm, [batch]), "all levels": (dvdp, level_counts(schedule, "all", 0, 0, batch))}
+        for level in range(schedule.levels + 1):
+            steps[f"level {level}"] = (dvdp, [batch if k == level else 0 for k in range(schedule.levels + 1)])
+        works |= {
+            f"{name}, {accumulation}": partial(step, run, images, counts) for name, (run, counts) in steps.items()
+        }
+    # This warms up, too.
+    memory = {name: peak_memory(work, CPU) / 2**30 for name, work in works.items()}
+    # Measuring memory gave it back; the first to take it again would be slower.
+    next(iter(works.values()))()
+    times = times_in_turns(list(works.values()), turns, CPU, f"{side} px, {precision}", warm_up=0)
+    case: dict[str, Any] = {
+        "side": side,
+        "precision": precision,
+        "images_at_once": at_once,
+        "shares": schedule.shares(),
+        "bound": bound(level_flops(dvdp.run), schedule.shares()),
+        "memory_gib": memory,
+    }
 
-    def each(turns: list[tuple[float, ...]]) -> dict[str, float]:
+    def seconds(turns: list[tuple[float, ...]]) -> dict[str, Any]:
         medians = map(statistics.median, zip(*turns, strict=True))
-        return {name: seconds / sizes[name] for name, seconds in zip(works, medians, strict=True)}
+        return {"seconds": dict(zip(works, medians, strict=True))}
 
-    shares = dvdp.process.schedule.shares()
-    case = {"side": side, "precision": precision, "batch": batch, "shares": shares, "seconds_an_image": each(times)}
-    case["bound"] = bound(level_flops(dvdp.run), shares)
-    return case, spreads([ratios(case | {"seconds_an_image": each([turn])}) for turn in times])
+    return case | seconds(times), spreads([ratios(case | seconds([turn])) for turn in times])
 
 
 def ratios(case: dict[str, Any]) -> dict[str, float]:
-    """DDPM over DVDP, an image; what must not fall, by name."""
-    seconds, found = case["seconds_an_image"], {}
-    for growth in GROWTH:
-        mean = sum(share * seconds[f"level {level}, x{growth**level}"] for level, share in enumerate(case["shares"]))
-        batches = " and ".join(f"x{growth**level}" for level in range(1, len(case["shares"])))
-        name = (
-            f"{case['side']} px, {case['precision']}, training, DDPM over DVDP, one level a step, lower ones {batches}"
-        )
-        found[name] = seconds["ddpm"] / mean
+    """DDPM over DVDP; what must not fall, by name."""
+    seconds, found = case["seconds"], {}
+    for parts in PARTS:
+        one = sum(share * seconds[f"level {level}, {parts}"] for level, share in enumerate(case["shares"]))
+        for draw, of_dvdp in (("one level", one), ("all levels", seconds[f"all levels, {parts}"])):
+            batch = f"{parts} x {case['images_at_once']} images"
+            name = f"{case['side']} px, {case['precision']}, training, DDPM over DVDP, {draw} a step, {batch}"
+            found[name] = seconds[f"ddpm, {parts}"] / of_dvdp
     return found
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: DDPM over DVDP, by the batches of the lower levels."""
-    first = ratios(result["cases"][0])
+    """Markdown: DDPM over DVDP, and memory, by the batch."""
     lines = [
-        f"| px | | {' | '.join(name.rsplit(', ', 1)[1] for name in first)} | bound |",
-        "|---|---|" + "---|" * (len(first) + 1),
+        "| px | | images a step | `all` | `one` | bound | GiB: DDPM | `all` | `one` |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for case in result["cases"]:
-        speedups = [f"{value:.2f}x" for value in (*ratios(case).values(), case["bound"])]
-        lines.append(f"| {case['side']} | {case['precision']} | {' | '.join(speedups)} |")
+        found, memory = list(ratios(case).values()), case["memory_gib"]
+        for parts, one, every in zip(PARTS, found[::2], found[1::2], strict=True):
+            most = max(memory[f"level {level}, {parts}"] for level in range(len(case["shares"])))
+            gib = " | ".join(f"{m:.2f}" for m in (memory[f"ddpm, {parts}"], memory[f"all levels, {parts}"], most))
+            batch = f"{parts} x {case['images_at_once']}"
+            speed = f"{every:.2f}x | {one:.2f}x | {case['bound']:.2f}x"
+            lines.append(f"| {case['side']} | {case['precision']} | {batch} | {speed} | {gib} |")
     return "\n".join(lines)
 
 

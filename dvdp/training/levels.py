@@ -1,4 +1,4 @@
-"""How a training step spreads its images over the levels.
+"""How a training step spreads its images over the levels, and what of them goes through the network at once.
 
 Either way t is uniform over 1 .. T in the long run, as eq. 12 asks, and all ranks do the same: drawn independently, the
 slowest rank would set the pace.
@@ -6,6 +6,8 @@ slowest rank would set the pace.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -35,6 +37,24 @@ def level_counts(schedule: Schedule, draw: LevelDraw, seed: int, step: int, imag
     block, place = divmod(step, BLOCK)
     level = _block(schedule, seed, block)[place]
     return [images if k == level else 0 for k in range(_levels(schedule))]
+
+
+def parts(counts: Sequence[int], accumulation: int) -> list[tuple[int, slice]]:
+    """What of a step goes through the network at once: levels with the places of their images, finest first.
+
+    A part has at most the pixels that DDPM's have, which are of 1 / ``accumulation`` of the images: 4^k times as many
+    images at level k. So every level fills the device, in the memory that the full size takes.
+
+    Args:
+        counts: images of each level, finest first.
+    """
+    found, images = [], sum(counts)
+    for level, places in enumerate(torch.arange(images).split(list(counts))):
+        if len(places):
+            at_once = math.ceil(images / accumulation) * 4**level
+            chunks = places.chunk(math.ceil(len(places) / at_once))
+            found += [(level, slice(int(chunk[0]), int(chunk[-1]) + 1)) for chunk in chunks]
+    return found
 
 
 @lru_cache(maxsize=2)

@@ -37,7 +37,7 @@ from dvdp.training import checkpoints, ledger
 from dvdp.training.budget import estimate, mean_flops, peak_memory, training_images
 from dvdp.training.compilation import compile_network, explained
 from dvdp.training.ema import EMA
-from dvdp.training.levels import level_counts
+from dvdp.training.levels import level_counts, parts
 from dvdp.training.optimizer import build_optimizers, pack_optimizers, unpack_optimizers
 from dvdp.transfer import to_device
 
@@ -284,17 +284,12 @@ class Training:
         """Gradients of the mean loss of a batch."""
         images = images.to(self.device, non_blocking=True)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
-        parts = [
-            (level, slice(int(places[0]), int(places[-1]) + 1))
-            for level, share in enumerate(torch.arange(len(images)).split(list(counts)))
-            for places in share.chunk(self.run.training.accumulation)
-            if len(places)
-        ]
-        for i, (level, places) in enumerate(parts):
+        at_once = parts(counts, self.run.training.accumulation)
+        for i, (level, places) in enumerate(at_once):
             part = images[places]
             # Ranks exchange gradients once a step, after the last part.
             quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-            if isinstance(network, DistributedDataParallel) and i < len(parts) - 1:
+            if isinstance(network, DistributedDataParallel) and i < len(at_once) - 1:
                 quiet = network.no_sync()
             with quiet:
                 loss = self._loss(network, level, part, None if labels is None else labels[places])

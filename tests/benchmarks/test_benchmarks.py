@@ -172,18 +172,19 @@ def test_times_are_kept_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == [[(1.0, 30.0)], [(1.0, 30.0), (2.0, 10.0)]]
 
 
-def test_larger_batches_of_lower_levels_are_measured(tmp_path: Path) -> None:
+def test_larger_batches_in_parts_are_measured(tmp_path: Path) -> None:
     out = tmp_path / "level_batch.json"
     done = run_module("benchmarks.level_batch", "--sides", 16, "--turns", 1, "--out", out)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     for case in found["cases"]:
-        each = case["seconds_an_image"]
-        assert list(each)[1:] == ["level 0, x1", *(f"level {k}, x{g**k}" for k in (1, 2) for g in (1, 2, 4))]
-        mean = 0.3 * each["level 0, x1"] + 0.3 * each["level 1, x4"] + 0.4 * each["level 2, x16"]
-        name = f"16 px, {case['precision']}, training, DDPM over DVDP, one level a step, lower ones x4 and x16"
-        assert found["ratios"][name] == pytest.approx(each["ddpm"] / mean)
-    assert done.stdout.count("| 16 |") == 2
+        seconds = case["seconds"]
+        assert seconds.keys() == case["memory_gib"].keys()
+        for parts in (1, 4):
+            one = sum(share * seconds[f"level {k}, {parts}"] for k, share in enumerate((0.3, 0.3, 0.4)))
+            name = f"16 px, {case['precision']}, training, DDPM over DVDP, one level a step, {parts} x 10 images"
+            assert found["ratios"][name] == pytest.approx(seconds[f"ddpm, {parts}"] / one)
+    assert done.stdout.count("| 16 |") == 4
 
 
 def test_loading_is_measured_beside_an_image_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
