@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 UV_VERSION := 0.13.8
 BIN := .venv/bin
 
-# One thread pool a process, and an allocator that keeps large blocks: 2x on a CPU, see docs/performance.md.
+# An allocator that keeps large blocks; see "On a CPU" in docs/performance.md.
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 export NO_ALBUMENTATIONS_UPDATE := 1

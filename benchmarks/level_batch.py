@@ -1,11 +1,11 @@
-"""What a larger batch in as many parts does: DDPM's parts stay as they are, and every level of DVDP fills the device.
+"""What a larger batch in as many parts does: DDPM's parts stay as they are, those of the lower levels grow.
 
     MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 OMP_NUM_THREADS=1 \\
         python -m benchmarks.level_batch --out benchmarks/results/level_batch.json
 
-The networks of :mod:`benchmarks.steps`, with its batch, and with 4 times that batch in 4 parts
-(:func:`dvdp.training.levels.parts`). Each setting's steps take turns; the memory is what one takes beside weights,
-moments and average.
+The networks of :mod:`benchmarks.steps`, with its batch, and with 4 times that batch in 4 parts of DDPM's, which are
+fewer at the lower levels (:func:`dvdp.training.levels.parts`). Each setting's steps take turns; the memory is what one
+takes beside weights, moments and average.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ def measure(side: int, precision: str, turns: int) -> tuple[dict[str, Any], dict
         images = torch.from_numpy(pixels)
         settings = TrainingParams(batch=batch, accumulation=accumulation, precision=precision)  # type: ignore[arg-type]
         ddpm, dvdp = (start(make_run(points, side, model, settings), pixels, CPU) for points in ((), TURNING_POINTS))
+        for run in (ddpm, dvdp):
+            # The optimiser's moments are there before memory is measured.
+            step(run, images[:1], [1, *[0] * run.process.levels])
         schedule = dvdp.process.schedule
         steps = {"ddpm": (ddpm, [batch]), "all levels": (dvdp, level_counts(schedule, "all", 0, 0, batch))}
         for level in range(schedule.levels + 1):
@@ -83,7 +86,7 @@ def measure(side: int, precision: str, turns: int) -> tuple[dict[str, Any], dict
     case: dict[str, Any] = {
         "side": side,
         "precision": precision,
-        "images_at_once": at_once,
+        "batch": at_once,
         "shares": schedule.shares(),
         "bound": bound(level_flops(dvdp.run), schedule.shares()),
         "memory_gib": memory,
@@ -102,7 +105,7 @@ def ratios(case: dict[str, Any]) -> dict[str, float]:
     for parts in PARTS:
         one = sum(share * seconds[f"level {level}, {parts}"] for level, share in enumerate(case["shares"]))
         for draw, of_dvdp in (("one level", one), ("all levels", seconds[f"all levels, {parts}"])):
-            batch = f"{parts} x {case['images_at_once']} images"
+            batch = f"{parts} x {case['batch']} images"
             name = f"{case['side']} px, {case['precision']}, training, DDPM over DVDP, {draw} a step, {batch}"
             found[name] = seconds[f"ddpm, {parts}"] / of_dvdp
     return found
@@ -119,7 +122,7 @@ def table(result: dict[str, Any]) -> str:
         for parts, one, every in zip(PARTS, found[::2], found[1::2], strict=True):
             most = max(memory[f"level {level}, {parts}"] for level in range(len(case["shares"])))
             gib = " | ".join(f"{m:.2f}" for m in (memory[f"ddpm, {parts}"], memory[f"all levels, {parts}"], most))
-            batch = f"{parts} x {case['images_at_once']}"
+            batch = f"{parts} x {case['batch']}"
             speed = f"{every:.2f}x | {one:.2f}x | {case['bound']:.2f}x"
             lines.append(f"| {case['side']} | {case['precision']} | {batch} | {speed} | {gib} |")
     return "\n".join(lines)

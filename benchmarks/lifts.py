@@ -20,6 +20,7 @@ from benchmarks.machine import machine
 from benchmarks.study import metric, over_seeds, prepared, sampled_metrics, trained
 from dvdp.config import Params, Run, read_params
 from dvdp.files import write_atomically
+from dvdp.identity import sampling_hash
 from dvdp.models.export import load_model
 from dvdp.planning import lift_losses
 from dvdp.training.budget import training_images
@@ -57,8 +58,8 @@ def _row(params: Params, run: Run, folder: Path, work: Path) -> dict[str, Any]:
     }
     for lift in ("noise", "data"):
         way = replace(run.sampling, lift=lift)
-        metrics = sampled_metrics(params, way, weights, folder / f"lifts-{lift}", work)
-        row[lift] = round(metrics[metric(params)], 4)
+        samples = folder / "samples" / sampling_hash(replace(run, sampling=way), folder.name)
+        row[lift] = round(sampled_metrics(params, way, weights, samples, work)[metric(params)], 4)
     return row
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -80,8 +81,11 @@ def trained(params: Params, settings: Sequence[str], work: Path, store: ImageSto
     """The runs of some settings that are trained, with their folders, seed by seed.
 
     Raises:
-        UserError: none is.
+        UserError: there is no such setting, or none is trained.
     """
+    known = [setting.name for setting in params.settings]
+    if unknown := [name for name in settings if name not in known]:
+        raise UserError(f"--settings: found {', '.join(unknown)}, expected some of {', '.join(known)}.")
     none = True
     for seed in params.seeds:
         for run in (params.run(setting, seed) for setting in params.settings if setting.name in settings):
@@ -89,6 +93,8 @@ def trained(params: Params, settings: Sequence[str], work: Path, store: ImageSto
             if (folder / "weights.safetensors").exists():
                 none = False
                 yield run, folder
+            else:
+                print(f"{run.setting}, seed {run.seed}: not trained, left out", file=sys.stderr)
     if none:
         raise UserError(
             f"--work: found no trained run of {', '.join(settings)} in '{work}', expected those of benchmarks/study.py;"

@@ -26,6 +26,7 @@ from dvdp.evaluation.extractors import load_extractor
 from dvdp.evaluation.fidelity import measure
 from dvdp.evaluation.scores import read_reference
 from dvdp.files import write_atomically
+from dvdp.identity import sampling_hash
 from dvdp.models.export import load_model
 
 
@@ -55,7 +56,8 @@ def main() -> None:
 
     rows: list[dict[str, object]] = []
     for run, folder in trained(params, options.settings, options.work, store):
-        kept = folder / f"audit-{sampling.rule}-{sampling.spacing}-{sampling.steps}.json"
+        way = sampling_hash(replace(run, sampling=sampling), folder.name)
+        kept = folder / f"audit-{way}-{params.evaluation.samples}.json"
         if not kept.exists():
             model = load_model(folder / "weights.safetensors", sampling=sampling)
             found = audit(

@@ -222,7 +222,7 @@ class TrainingParams(Section):
     batch: int = 64
     """Images a step, over all ranks and accumulated parts."""
     accumulation: int = 1
-    """Parts of a batch that go through the network one after the other; fewer at levels of fewer pixels."""
+    """At most the pixels of 1/accumulation of the batch, at full size, go through the network at once."""
     recompute: bool = False
     """Activations are computed again in the backward pass: less memory, more time, the same weights."""
     compile: bool = False

@@ -71,6 +71,8 @@ class ImageNoise:
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """(count, *shape): the next draw of every image; what was drawn ahead in another shape or type is dropped."""
         if not self._drawn or self._drawn[-1].shape[1:] != torch.Size(shape) or self._drawn[-1].dtype != dtype:
+            # Before the next block, so that there are never two.
+            self._drawn = []
             draws = max(1, self._ahead // math.prod(shape))
             block = torch.empty((len(self._generators), draws, *shape), dtype=dtype, device=self._device)
             for row, source in zip(block, self._generators, strict=True):

@@ -349,7 +349,8 @@ def true_states(subject: Subject, k: int, lifted: bool, first: int, count: int) 
     """
     clean = to_float(real_images(subject, first, count)).to(subject.device)
     side = subject.side >> (k - 1)
-    noise = ImageNoise(derive_seed(subject.seed, "audit", k), first, count, subject.device).normal((3, side, side))
+    source = ImageNoise(derive_seed(subject.seed, "audit", k), first, count, subject.device, ahead=0)
+    noise = source.normal((3, side, side))
     t = subject.process.schedule.turning_points[k - 1]
     return subject.process.diffuse(clean, t, noise if lifted else bands.down(noise))
 

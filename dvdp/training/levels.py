@@ -39,20 +39,19 @@ def level_counts(schedule: Schedule, draw: LevelDraw, seed: int, step: int, imag
     return [images if k == level else 0 for k in range(_levels(schedule))]
 
 
-def parts(counts: Sequence[int], accumulation: int) -> list[tuple[int, slice]]:
+def parts(counts: Sequence[int], at_once: int) -> list[tuple[int, slice]]:
     """What of a step goes through the network at once: levels with the places of their images, finest first.
 
-    A part has at most the pixels that DDPM's have, which are of 1 / ``accumulation`` of the images: 4^k times as many
-    images at level k. So every level fills the device, in the memory that the full size takes.
+    A level k has a quarter of the pixels of the one above, so its parts have up to 4^k times as many images.
 
     Args:
         counts: images of each level, finest first.
+        at_once: images of full size in a part, at most.
     """
-    found, images = [], sum(counts)
-    for level, places in enumerate(torch.arange(images).split(list(counts))):
+    found = []
+    for level, places in enumerate(torch.arange(sum(counts)).split(list(counts))):
         if len(places):
-            at_once = math.ceil(images / accumulation) * 4**level
-            chunks = places.chunk(math.ceil(len(places) / at_once))
+            chunks = places.chunk(math.ceil(len(places) / (at_once * 4**level)))
             found += [(level, slice(int(chunk[0]), int(chunk[-1]) + 1)) for chunk in chunks]
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -284,12 +285,13 @@ class Training:
         """Gradients of the mean loss of a batch."""
         images = images.to(self.device, non_blocking=True)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
-        at_once = parts(counts, self.run.training.accumulation)
-        for i, (level, places) in enumerate(at_once):
+        settings = self.run.training
+        taken = parts(counts, math.ceil(settings.batch // self.world_size / settings.accumulation))
+        for i, (level, places) in enumerate(taken):
             part = images[places]
             # Ranks exchange gradients once a step, after the last part.
             quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-            if isinstance(network, DistributedDataParallel) and i < len(at_once) - 1:
+            if isinstance(network, DistributedDataParallel) and i < len(taken) - 1:
                 quiet = network.no_sync()
             with quiet:
                 loss = self._loss(network, level, part, None if labels is None else labels[places])

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from benchmarks import steps_report, throughput
+from benchmarks.baseline import compare
 from benchmarks.ranks import computed, slowest_level
 from benchmarks.timing import in_turns, peak_memory, take_turns
 from dvdp.errors import UserError
@@ -184,7 +185,10 @@ def test_larger_batches_in_parts_are_measured(tmp_path: Path) -> None:
             one = sum(share * seconds[f"level {k}, {parts}"] for k, share in enumerate((0.3, 0.3, 0.4)))
             name = f"16 px, {case['precision']}, training, DDPM over DVDP, one level a step, {parts} x 10 images"
             assert found["ratios"][name] == pytest.approx(seconds[f"ddpm, {parts}"] / one)
-    assert done.stdout.count("| 16 |") == 4
+            name = f"16 px, {case['precision']}, training, DDPM over DVDP, all levels a step, {parts} x 10 images"
+            assert found["ratios"][name] == seconds[f"ddpm, {parts}"] / seconds[f"all levels, {parts}"]
+            assert f"| 16 | {case['precision']} | {parts} x 10 | {found['ratios'][name]:.2f}x |" in done.stdout
+    assert compare(found, found).startswith("None of 8 ratios")
 
 
 def test_loading_is_measured_beside_an_image_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

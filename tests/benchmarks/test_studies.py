@@ -103,9 +103,16 @@ def test_trained_settings_are_audited(study: Path) -> None:
         assert sum(row["costs"].values()) == pytest.approx(scores["free"] - scores["real"], abs=1e-3)
 
 
-def test_settings_that_were_not_trained_are_named(study: Path) -> None:
-    done = run_module(
-        "benchmarks.few_steps", "--params", study / "params.yaml", "--work", study / "work", "--settings", "absent",
-        "--out", study / "none.json",
-    )  # fmt: skip
-    assert "found no trained run of absent in" in done.stderr
+def test_settings_that_do_not_exist_or_were_not_trained_are_named(study: Path, tmp_path: Path) -> None:
+    def asked(work: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+        params = ("--params", study / "params.yaml", "--work", work)
+        return run_module("benchmarks.study_audit", *params, "--settings", *settings, "--out", tmp_path / "none.json")
+
+    done = asked(study / "work", "dvdp-500", "absent")
+    assert "found absent, expected some of ddpm, dvdp-500, subspace-500" in done.stderr
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "digits").symlink_to(study / "work" / "digits")
+    done = asked(tmp_path / "work", "dvdp-500")
+    assert "dvdp-500, seed 1: not trained, left out" in done.stderr
+    assert "found no trained run of dvdp-500 in" in done.stderr
+    assert not (tmp_path / "none.json").exists()

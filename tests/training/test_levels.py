@@ -73,12 +73,9 @@ def test_the_order_within_a_block_differs_between_blocks_and_seeds() -> None:
 
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=4).filter(any), st.integers(1, 12))
-def test_no_part_of_a_step_has_more_pixels_than_ddpms_and_none_could_be_spared(
-    counts: list[int], accumulation: int
-) -> None:
-    images, found = sum(counts), parts(counts, accumulation)
+def test_no_part_of_a_step_has_too_many_pixels_and_none_could_be_spared(counts: list[int], most: int) -> None:
+    images, found = sum(counts), parts(counts, most)
     assert [i for _, places in found for i in range(images)[places]] == list(range(images)), "each image once, in order"
-    most = max(places.stop - places.start for _, places in parts([images], accumulation))
     for level, count in enumerate(counts):
         sizes = [places.stop - places.start for at, places in found if at == level]
         assert sum(sizes) == count
@@ -86,11 +83,5 @@ def test_no_part_of_a_step_has_more_pixels_than_ddpms_and_none_could_be_spared(
         assert (len(sizes) - 1) * most * 4**level < count or not sizes
 
 
-def test_a_larger_batch_in_parts_fills_every_level() -> None:
-    assert [len(parts(counts, 4)) for counts in ([80], [80, 0, 0], [0, 80, 0], [0, 0, 80], [24, 24, 32])] == [
-        4,
-        4,
-        1,
-        1,
-        4,
-    ]
+def test_levels_of_fewer_pixels_are_cut_into_fewer_parts() -> None:
+    assert [len(parts(counts, 20)) for counts in ([320], [0, 320], [0, 0, 320], [96, 96, 128])] == [16, 4, 1, 5 + 2 + 1]

@@ -229,6 +229,29 @@ def test_a_step_follows_the_gradient_of_the_mean_loss_over_its_images(
     assert training.window[1, :3].tolist() == counts
 
 
+@pytest.mark.parametrize("levels", ["all", "one"])
+def test_what_is_tried_before_training_goes_through_the_network_in_the_parts_of_a_step(
+    tmp_path: Path, images: ArrayImages, levels: str
+) -> None:
+    # {333, 600}: of 60 images 20, 16 and 24 a step; of full size 15 at once.
+    run = dataclasses.replace(tiny_run(batch=60, accumulation=4, levels=levels), turning_points=(333, 600))
+    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
+    seen: list[tuple[int, int]] = []
+
+    def loss(network: torch.nn.Module, level: int, part: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        seen.append((level, len(part)))
+        return next(network.parameters()).sum() * 0
+
+    training._loss = loss  # type: ignore[method-assign]
+    training._estimate()
+    tried = set(seen)
+    assert tried == ({(0, 10), (1, 16), (2, 24)} if levels == "all" else {(0, 15), (1, 60), (2, 60)})
+    seen.clear()
+    for step in range(20):
+        training.step(step, torch.zeros(60, 3, 16, 16, dtype=torch.uint8))
+    assert all(min(abs(size - n) for at, n in tried if at == level) <= 1 for level, size in seen)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("networks", ["shared", "per_level"])
 def test_activations_computed_again_take_less_memory_and_give_the_same_weights(

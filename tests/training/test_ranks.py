@@ -21,7 +21,7 @@ def small_run() -> Run:
         "dataset": {"resolution": 16},
         "settings": [{"name": "small", "process": "dvdp", "turning_points": [400]}],
         "model": {"channels": 8, "multipliers": [1, 2], "blocks": 2, "attention": [2], "head_channels": 8},
-        "training": {"images": 360, "budget": "images", "batch": 12, "accumulation": 2, "warmup_images": 0},
+        "training": {"images": 360, "budget": "images", "batch": 12, "accumulation": 6, "warmup_images": 0},
     }
     tree["training"] |= {"checkpoint_images": 120, "keep_checkpoints": 9, "log_images": 84, "preview_images": 0}
     return parse_params(tree).runs()[0]
