@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import loading, ranks, recompute, steps, steps_report, throughput
+from benchmarks import level_batch, loading, ranks, recompute, steps, steps_report, throughput
 from benchmarks.baseline import TURNS, compare, read_result
 from dvdp.config import read_params
 
@@ -37,6 +37,9 @@ def test_ratios_follow_from_what_was_measured() -> None:
         assert result["ratios"] == pytest.approx({key: value for each in derived for key, value in each.items()}), name
     assert read("recompute.json")["ratios"] == pytest.approx(recompute.ratios(read("recompute.json")["cases"]))
     assert read("loading.json")["ratios"] == pytest.approx(loading.ratios(read("loading.json")["ways"]))
+    batches = [level_batch.ratios(case) for case in read("level_batch.json")["cases"]]
+    assert read("level_batch.json")["ratios"] == pytest.approx({k: v for each in batches for k, v in each.items()})
+    assert level_batch.table(read("level_batch.json")) in (PROJECT / "docs/performance.md").read_text()
     measured = [ranks.ratios(case) for case in read("ranks.json")["measured"]]
     assert read("ranks.json")["ratios"] == pytest.approx({k: v for each in measured for k, v in each.items()})
 
