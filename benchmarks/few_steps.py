@@ -19,9 +19,8 @@ import torch
 
 from benchmarks.machine import machine
 from benchmarks.study import metric, prepared, sampled_metrics, trained
-from dvdp.config import Params, Run, SamplingParams, read_params
+from dvdp.config import Run, SamplingParams, read_params
 from dvdp.files import write_atomically
-from dvdp.identity import sampling_hash
 
 #: Ways to spend few steps: (rule, spacing, lift).
 WAYS = (
@@ -54,21 +53,17 @@ def main() -> None:
     store = prepared(params, options.work / params.dataset.name, None)
     rows: list[dict[str, object]] = []
     for run, folder in trained(params, options.settings, options.work, store):
-        many = _score(params, run, run.sampling, options.work, folder)
+        many = sampled_metrics(params, run, folder, options.work)[metric(params)]
         rows.append(_row(run, run.sampling, many, many))
         for rule, spacing, lift in WAYS:
             way = replace(run.sampling, steps=options.steps, rule=rule, spacing=spacing, lift=lift)  # type: ignore[arg-type]
             if lift == "data" and not run.turning_points:
                 continue
-            rows.append(_row(run, way, _score(params, run, way, options.work, folder), many))
+            few = sampled_metrics(params, replace(run, sampling=way), folder, options.work)[metric(params)]
+            rows.append(_row(run, way, few, many))
             print(json.dumps(rows[-1]), flush=True)
             content = {"machine": machine(), "metric": metric(params), "summary": _summary(rows), "runs": rows}
             write_atomically(options.out, json.dumps(content, indent=2) + "\n")
-
-
-def _score(params: Params, run: Run, sampling: SamplingParams, work: Path, folder: Path) -> float:
-    samples = folder / "samples" / sampling_hash(replace(run, sampling=sampling), folder.name)
-    return sampled_metrics(params, sampling, folder / "weights.safetensors", samples, work)[metric(params)]
 
 
 def _row(run: Run, way: SamplingParams, found: float, many: float) -> dict[str, object]:

@@ -20,7 +20,6 @@ from benchmarks.machine import machine
 from benchmarks.study import metric, over_seeds, prepared, sampled_metrics, trained
 from dvdp.config import Params, Run, read_params
 from dvdp.files import write_atomically
-from dvdp.identity import sampling_hash
 from dvdp.models.export import load_model
 from dvdp.planning import lift_losses
 from dvdp.training.budget import training_images
@@ -46,8 +45,7 @@ def main() -> None:
 
 
 def _row(params: Params, run: Run, folder: Path, work: Path) -> dict[str, Any]:
-    weights = folder / "weights.safetensors"
-    model = load_model(weights)
+    model = load_model(folder / "weights.safetensors")
     row = {
         "setting": run.setting,
         "seed": run.seed,
@@ -58,8 +56,7 @@ def _row(params: Params, run: Run, folder: Path, work: Path) -> dict[str, Any]:
     }
     for lift in ("noise", "data"):
         way = replace(run.sampling, lift=lift)
-        samples = folder / "samples" / sampling_hash(replace(run, sampling=way), folder.name)
-        row[lift] = round(sampled_metrics(params, way, weights, samples, work)[metric(params)], 4)
+        row[lift] = sampled_metrics(params, replace(run, sampling=way), folder, work)[metric(params)]
     return row
 
 

@@ -16,14 +16,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.machine import machine
-from dvdp.config import Params, Run, SamplingParams, read_params
+from dvdp.config import Params, Run, read_params
 from dvdp.data.prepare import prepare
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
@@ -77,7 +77,7 @@ def _result(params: Params, run: Run, store: ImageStore, work: Path) -> dict[str
     return result
 
 
-def trained(params: Params, settings: Sequence[str], work: Path, store: ImageStore) -> Iterator[tuple[Run, Path]]:
+def trained(params: Params, settings: Sequence[str], work: Path, store: ImageStore) -> list[tuple[Run, Path]]:
     """The runs of some settings that are trained, with their folders, seed by seed.
 
     Raises:
@@ -86,20 +86,20 @@ def trained(params: Params, settings: Sequence[str], work: Path, store: ImageSto
     known = [setting.name for setting in params.settings]
     if unknown := [name for name in settings if name not in known]:
         raise UserError(f"--settings: found {', '.join(unknown)}, expected some of {', '.join(known)}.")
-    none = True
+    found = []
     for seed in params.seeds:
         for run in (params.run(setting, seed) for setting in params.settings if setting.name in settings):
             folder = work / "runs" / training_hash(run, store.metadata.digest, params.dataset.flip, 1)
             if (folder / "weights.safetensors").exists():
-                none = False
-                yield run, folder
+                found.append((run, folder))
             else:
                 print(f"{run.setting}, seed {run.seed}: not trained, left out", file=sys.stderr)
-    if none:
+    if not found:
         raise UserError(
             f"--work: found no trained run of {', '.join(settings)} in '{work}', expected those of benchmarks/study.py;"
             " run it first."
         )
+    return found
 
 
 def over_seeds(scores: Sequence[float]) -> dict[str, float]:
@@ -123,28 +123,28 @@ def trained_and_scored(params: Params, run: Run, store: ImageStore, work: Path) 
     seconds = time.perf_counter() - start
     if not (folder / "seconds.json").exists():
         write_atomically(folder / "seconds.json", json.dumps(seconds))
-    samples = folder / "samples" / sampling_hash(run, trained)
-    metrics = sampled_metrics(params, run.sampling, folder / "weights.safetensors", samples, work)
     return {
         "training_seconds": round(json.loads((folder / "seconds.json").read_text()), 1),
-        "sampling_seconds": round(json.loads((samples / "seconds.json").read_text()), 1),
-        **{name: round(value, 4) for name, value in metrics.items()},
+        **sampled_metrics(params, run, folder, work),
     }
 
 
-def sampled_metrics(
-    params: Params, sampling: SamplingParams, weights: Path, samples: Path, work: Path
-) -> dict[str, float]:
-    """Scores of a model sampled in some way; images that are in the folder ``samples`` already are kept."""
+def sampled_metrics(params: Params, run: Run, folder: Path, work: Path) -> dict[str, float]:
+    """Seconds and scores of the run trained in ``folder``, as its ``sampling`` says; images that are there are kept."""
+    samples = folder / "samples" / sampling_hash(run, folder.name)
     if not (samples / "00000000.npy").exists():
         start = time.perf_counter()
-        images = load_model(weights, sampling=sampling).sample(sampling.count)
+        images = load_model(folder / "weights.safetensors", sampling=run.sampling).sample(run.sampling.count)
         write_atomically(samples / "seconds.json", json.dumps(time.perf_counter() - start))
         write_shard(samples / "00000000.npy", images)
     data = work / params.dataset.name
     extractor = load_extractor(data / "extractor")
     evaluation = params.evaluation
-    return score(samples, data / "reference", extractor, evaluation.samples, evaluation.kid_subset).metrics
+    metrics = score(samples, data / "reference", extractor, evaluation.samples, evaluation.kid_subset).metrics
+    return {
+        "sampling_seconds": round(json.loads((samples / "seconds.json").read_text()), 1),
+        **{name: round(value, 4) for name, value in metrics.items()},
+    }
 
 
 def _summary(params: Params, results: list[dict[str, object]], work: Path) -> dict[str, object]:

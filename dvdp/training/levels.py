@@ -42,7 +42,7 @@ def level_counts(schedule: Schedule, draw: LevelDraw, seed: int, step: int, imag
 def parts(counts: Sequence[int], at_once: int) -> list[tuple[int, slice]]:
     """What of a step goes through the network at once: levels with the places of their images, finest first.
 
-    A level k has a quarter of the pixels of the one above, so its parts have up to 4^k times as many images.
+    Level k has a quarter of the pixels of level k - 1, so its parts have up to 4^k times as many images.
 
     Args:
         counts: images of each level, finest first.
