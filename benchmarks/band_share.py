@@ -28,8 +28,8 @@ from benchmarks.machine import machine
 from benchmarks.steps import SIZES, TOY, TURNING_POINTS, draw, make_run, start, step
 from benchmarks.timing import in_turns, seconds
 from dvdp.config import TrainingParams
+from dvdp.diffusion.randomness import ImageNoise
 from dvdp.files import write_atomically
-from dvdp.randomness import ImageNoise
 from dvdp.training.loop import Training
 
 CPU = torch.device("cpu")

@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dvdp import Process, Schedule, bands, sample
+from dvdp import Process, Schedule, sample
+from dvdp.diffusion import bands
+from dvdp.diffusion.randomness import ImageNoise
+from dvdp.diffusion.sampling import Progress
+from dvdp.diffusion.solvers import make_rule
+from dvdp.diffusion.timesteps import step_grid
 from dvdp.evaluation import figures
-from dvdp.grids import step_grid
-from dvdp.planning import passage
-from dvdp.randomness import ImageNoise
-from dvdp.rules import make_rule
-from dvdp.sampling import Progress
+from dvdp.planning.planner import passage
 
 DEVIATIONS = torch.tensor([0.144, 0.374, 0.879], dtype=torch.float64)
 DETERMINISTIC = ("ddim", "dpm++2m", "deis2", "deis3")

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from dvdp.config import read_params
 from dvdp.data.store import ImageStore
+from dvdp.diffusion.randomness import image_labels
 from dvdp.evaluation.extractors import FeatureNetwork, load_network
-from dvdp.evaluation.scores import SampleShards
+from dvdp.evaluation.samples import SampleShards
 from dvdp.models.export import load_model
-from dvdp.randomness import image_labels
 
 
 def main() -> None:

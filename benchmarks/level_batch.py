@@ -28,7 +28,7 @@ from benchmarks.steps import PRECISIONS, SIZES, TOY, TURNING_POINTS, bound, make
 from benchmarks.timing import peak_memory, spreads, times_in_turns, warn_of_allocator
 from dvdp.config import TrainingParams
 from dvdp.files import write_atomically
-from dvdp.training.budget import level_flops
+from dvdp.models.flops import level_flops
 from dvdp.training.levels import level_counts
 
 #: Parts of DDPM's batch, each of as many images.

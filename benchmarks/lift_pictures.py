@@ -18,10 +18,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dvdp import Process, Schedule, bands
+from dvdp import Process, Schedule
+from dvdp.diffusion import bands
+from dvdp.diffusion.randomness import generator
 from dvdp.evaluation import figures
-from dvdp.pixels import to_uint8
-from dvdp.randomness import generator
+from dvdp.models.pixels import to_uint8
 
 SIDE, TURNING_POINT = 160, 300
 

@@ -21,8 +21,8 @@ from benchmarks.study import metric, over_seeds, prepared, sampled_metrics, trai
 from dvdp.config import Params, Run, read_params
 from dvdp.files import write_atomically
 from dvdp.models.export import load_model
-from dvdp.planning import lift_losses
-from dvdp.training.budget import training_images
+from dvdp.models.flops import training_images
+from dvdp.planning.planner import lift_losses
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ from benchmarks.machine import machine
 from dvdp.config import read_params
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
-from pipelines.cluster import WORKER_ENVIRONMENT
-from pipelines.places import Places
+from pipelines.jobs.cluster import WORKER_ENVIRONMENT
+from pipelines.jobs.paths import Places
 
 #: A terminal's colours and cursor movements.
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dvdp.config import Run
-from dvdp.pixels import to_float
+from dvdp.models.pixels import to_float
 from dvdp.training.ema import EMA
 
 #: What the benchmarks say where it is missing.
@@ -49,7 +49,7 @@ def build(run: Run) -> nn.Module:
 
 
 def forward_flops(run: Run) -> int:
-    """FLOPs of one forward pass of one full-size image, as :func:`dvdp.training.budget.network_flops` counts ours."""
+    """FLOPs of one forward pass of one full-size image, as :func:`dvdp.models.flops.network_flops` counts ours."""
     with torch.device("meta"):
         network, x, t = build(run), torch.empty(1, 3, run.side, run.side), torch.zeros(1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

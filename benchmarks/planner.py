@@ -23,10 +23,11 @@ from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.evaluation.figures import save_figure
 from dvdp.files import write_atomically
-from dvdp.planning import Plan, Planner
-from pipelines.places import Places
-from pipelines.plan import band_deviations
-from pipelines.planned import FEWEST, Trained, fit, trained_settings
+from dvdp.planning.expectation import FEWEST, fit
+from dvdp.planning.planner import Plan, Planner
+from pipelines.jobs.paths import Places
+from pipelines.tracking.history import Trained, trained_settings
+from pipelines.turning_points import band_deviations
 
 
 def main() -> None:

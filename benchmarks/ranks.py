@@ -31,7 +31,7 @@ from benchmarks.steps import SIZES, TOY, TURNING_POINTS, bound, make_run, start,
 from benchmarks.timing import spreads, warn_of_allocator
 from dvdp.config import TrainingParams
 from dvdp.files import write_atomically
-from dvdp.training.budget import level_flops
+from dvdp.models.flops import level_flops
 from dvdp.training.levels import level_counts
 
 RANKS = (1, 8, 64)

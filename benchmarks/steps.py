@@ -34,13 +34,13 @@ from benchmarks.machine import machine
 from benchmarks.timing import DTYPES, busy_clock, peak_memory, peak_tflops, spreads, times_in_turns, warn_of_allocator
 from dvdp.config import ModelParams, ProcessName, ProcessParams, Run, SamplingParams, TrainingParams
 from dvdp.data.loading import ArrayImages
+from dvdp.diffusion.sampling import Progress, sample
+from dvdp.diffusion.timesteps import share_steps
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
-from dvdp.grids import share_steps
 from dvdp.models.denoiser import NetworkDenoiser
+from dvdp.models.flops import level_flops
 from dvdp.models.unet import ResidualBlock, build_network
-from dvdp.sampling import Progress, sample
-from dvdp.training.budget import level_flops
 from dvdp.training.levels import level_counts
 from dvdp.training.loop import Training
 

@@ -28,11 +28,13 @@ from dvdp.data.prepare import prepare
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.evaluation.extractors import load_extractor, train_extractor
-from dvdp.evaluation.scores import make_reference, read_reference, score, write_shard
+from dvdp.evaluation.reference import make_reference, read_reference
+from dvdp.evaluation.samples import write_shard
+from dvdp.evaluation.scores import score
 from dvdp.files import write_atomically
 from dvdp.identity import sampling_hash, training_hash
 from dvdp.models.export import load_model
-from dvdp.training.budget import training_images
+from dvdp.models.flops import training_images
 from dvdp.training.loop import train
 
 

@@ -20,11 +20,12 @@ from torch.utils.data import Dataset
 
 from benchmarks.machine import machine
 from benchmarks.study import metric, prepared, trained
+from dvdp.audit.result import Audit
+from dvdp.audit.run import audit
 from dvdp.config import Run, read_params
-from dvdp.evaluation.audit import Audit, audit
 from dvdp.evaluation.extractors import load_extractor
 from dvdp.evaluation.fidelity import measure
-from dvdp.evaluation.scores import read_reference
+from dvdp.evaluation.reference import read_reference
 from dvdp.files import write_atomically
 from dvdp.identity import sampling_hash
 from dvdp.models.export import load_model

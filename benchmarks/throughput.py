@@ -34,10 +34,10 @@ from benchmarks.machine import machine
 from benchmarks.steps import TOY, draw, make_run, start, step
 from benchmarks.timing import DTYPES, in_turns, peak_tflops, seconds, spreads, warn_of_allocator
 from dvdp.config import Run, TrainingParams
+from dvdp.diffusion.timesteps import share_steps
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
-from dvdp.grids import share_steps
-from dvdp.training.budget import level_flops, mean_flops
+from dvdp.models.flops import level_flops, mean_flops
 from dvdp.training.levels import BLOCK, level_counts
 from dvdp.training.loop import Training
 

@@ -4,10 +4,10 @@ process = Process(Schedule.dvdp([300, 600]))
 images = sample(process, denoiser, shape=(16, 3, 256, 256), steps=250)
 """
 
+from dvdp.diffusion.process import Process
+from dvdp.diffusion.sampling import sample
+from dvdp.diffusion.schedule import Schedule
 from dvdp.errors import UserError
-from dvdp.process import Process
-from dvdp.sampling import sample
-from dvdp.schedule import Schedule
 
 __version__ = "0.1.0"
 __all__ = ["Process", "Schedule", "UserError", "__version__", "sample"]

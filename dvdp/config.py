@@ -19,10 +19,10 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from dvdp.data.sources import SOURCES
+from dvdp.diffusion.schedule import ATTENUATIONS, Schedule
+from dvdp.diffusion.solvers import RULES
+from dvdp.diffusion.timesteps import SPACINGS, share_steps
 from dvdp.errors import UserError, did_you_mean
-from dvdp.grids import SPACINGS, share_steps
-from dvdp.rules import RULES
-from dvdp.schedule import ATTENUATIONS, Schedule
 
 ProcessName = Literal["ddpm", "subspace", "dvdp"]
 Target = Literal["noise", "velocity", "clean"]
@@ -102,7 +102,7 @@ class DatasetParams(Section):
 
 @dataclass(frozen=True)
 class ProcessParams(Section):
-    """The schedule that all settings share; see :mod:`dvdp.schedule`."""
+    """The schedule that all settings share; see :mod:`dvdp.diffusion.schedule`."""
 
     timesteps: int = 1000
     base: Literal["linear", "cosine"] = "linear"
@@ -133,9 +133,9 @@ class SettingParams(Section):
     name: str
     process: ProcessName
     turning_points: tuple[int, ...] | Literal["auto"] = ()
-    """``"auto"``: what :mod:`pipelines.plan` chooses once the data set is known."""
+    """``"auto"``: what :mod:`pipelines.commands.plan` chooses once the data set is known."""
     tolerance: float | None = None
-    """Of ``auto``: the error that turning points may add to DDPM's, see :attr:`dvdp.planning.Plan.excess`."""
+    """Of ``auto``: the error that turning points may add to DDPM's, see :attr:`dvdp.planning.planner.Plan.excess`."""
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Other values for this setting alone: {section: {key: value}}, of process, model, training and sampling."""
 
@@ -284,7 +284,7 @@ class ClusterParams(Section):
 
 @dataclass(frozen=True)
 class SamplingParams(Section):
-    """How images are drawn for scores and pictures; see :func:`dvdp.sampling.sample`."""
+    """How images are drawn for scores and pictures; see :func:`dvdp.diffusion.sampling.sample`."""
 
     count: int = 512
     steps: int = 250
@@ -293,7 +293,7 @@ class SamplingParams(Section):
     variance: Literal["lower", "upper"] = "lower"
     clip: bool = True
     spacing: str = "uniform"
-    """Of the timesteps within a level; see :mod:`dvdp.grids`."""
+    """Of the timesteps within a level; see :mod:`dvdp.diffusion.timesteps`."""
     share: Literal["length", "cost"] | tuple[int, ...] = "length"
     """Of the steps among levels: by their length, by what they cost, or as given, finest level first."""
     lift: Literal["noise", "data"] = "noise"
@@ -308,7 +308,7 @@ class SamplingParams(Section):
         self._one_of(SPACINGS, "spacing")
 
     def options(self, steps: int | None = None) -> dict[str, Any]:
-        """Arguments of :func:`dvdp.sampling.sample`, but for ``lift``, which needs to know the data.
+        """Arguments of :func:`dvdp.diffusion.sampling.sample`, but for ``lift``, which needs to know the data.
 
         Args:
             steps: in place of the section's; steps given level by level are then shared by length.

@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from dvdp.config import EvaluationParams, Run
-from dvdp.training.budget import training_images
+from dvdp.models.flops import training_images
 
 #: Sources whose change changes trained weights; comments count too, which only costs a retraining.
 TRAINING_SOURCES = (
-    "bands.py", "schedule.py", "process.py", "randomness.py", "pixels.py", "models/ops.py", "models/unet.py",
-    "models/denoiser.py", "training/levels.py", "training/optimizer.py", "training/compilation.py", "training/ema.py",
-    "training/loop.py", "data/transforms.py", "data/loading.py",
+    "diffusion/bands.py", "diffusion/schedule.py", "diffusion/process.py", "diffusion/randomness.py", "models/pixels.py",
+    "models/ops.py", "models/unet.py", "models/denoiser.py", "training/levels.py", "training/optimizer.py",
+    "training/compilation.py", "training/ema.py", "training/loop.py", "data/transforms.py", "data/loading.py",
 )  # fmt: skip
-SAMPLING_SOURCES = ("grids.py", "rules.py", "sampling.py", "models/export.py")
+SAMPLING_SOURCES = (
+    "diffusion/timesteps.py", "diffusion/solvers.py", "diffusion/sampling.py", "models/export.py",
+)  # fmt: skip
 EVALUATION_SOURCES = (
-    "evaluation/scores.py", "evaluation/fidelity.py", "evaluation/extractors.py", "evaluation/extrapolation.py",
-    "evaluation/published.py",
+    "evaluation/scores.py", "evaluation/reference.py", "evaluation/fidelity.py", "evaluation/coverage.py",
+    "evaluation/extractors.py", "evaluation/extrapolation.py", "evaluation/published.py",
 )  # fmt: skip
-AUDIT_SOURCES = ("evaluation/audit.py",)
+AUDIT_SOURCES = ("audit/result.py", "audit/states.py", "audit/run.py")
 
 #: Keys of the training section that do not touch the weights.
 OPERATIONAL = {

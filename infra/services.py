@@ -28,7 +28,7 @@ from pathlib import Path
 
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
-from pipelines.services import FOLDER, HEALTH, healthy, services_environment
+from pipelines.addresses import FOLDER, HEALTH, healthy, services_environment
 
 __all__ = ["down", "services_environment", "up"]
 

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _use_services() -> None:
     """Let MLflow and Prefect be those of this project folder, where they are up and no others are named."""
-    from pipelines.services import services_environment
+    from pipelines.addresses import services_environment
 
     for name, value in services_environment(Path()).items():
         os.environ.setdefault(name, value)
@@ -191,7 +191,7 @@ def _picture(name: str) -> Path:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from dvdp.training.budget import mean_flops, relative_flops, training_images
+    from dvdp.models.flops import mean_flops, relative_flops, training_images
 
     params = read_params(options.params)
     for run in params.runs():
@@ -244,8 +244,8 @@ def _reference(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from dvdp.training import checkpoints
     from dvdp.training.loop import is_finished
-    from pipelines.cluster import cluster
-    from pipelines.stages import train_job
+    from pipelines.jobs.cluster import cluster
+    from pipelines.jobs.train import train_job
 
     params, chosen = _chosen(options)
     for job in chosen:
@@ -265,8 +265,8 @@ def _train(options: argparse.Namespace) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     from dvdp.training.loop import is_finished
-    from pipelines.cluster import cluster
-    from pipelines.stages import sample_job
+    from pipelines.jobs.cluster import cluster
+    from pipelines.jobs.sample import sample_job
 
     params, chosen = _chosen(options)
     for job in chosen:
@@ -285,7 +285,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError("--model: found it beside --setting or --seed, expected one or the other; leave one out.")
     params = read_params(options.params)
     # Seconds to import.
-    from pipelines.evaluation import evaluate, registered_model, track
+    from pipelines.commands.evaluate import evaluate, registered_model, track
 
     subjects = [registered_model(params, options.model)] if options.model else _chosen(options)[1]
     with _away_told_once() as attempt:
@@ -297,7 +297,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _audit(options: argparse.Namespace) -> None:
-    from pipelines.audit import audit_jobs, plan, summary, track
+    from pipelines.commands.audit import summary, track
+    from pipelines.jobs.audit import audit_jobs, plan
 
     _, chosen = _chosen(options)
     audits = [plan(job, options.images, options.solver_steps) for job in chosen]
@@ -310,7 +311,7 @@ def _audit(options: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _away_told_once() -> Iterator[Callable[[Callable[[], None]], None]]:
     """Gives a function that calls another, and tells at the end, once, what MLflow has not got as it is away."""
-    from pipelines.tracking import TrackingAway
+    from pipelines.tracking.connection import TrackingAway
 
     away = ""
 
@@ -327,7 +328,7 @@ def _away_told_once() -> Iterator[Callable[[Callable[[], None]], None]]:
 
 
 def _chosen(options: argparse.Namespace) -> tuple[Params, list]:
-    from pipelines.stages import jobs
+    from pipelines.jobs.job import jobs
 
     params = read_params(options.params)
     chosen = [
@@ -344,7 +345,7 @@ def _chosen(options: argparse.Namespace) -> tuple[Params, list]:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from pipelines.plan import Question, plan, print_divergences
+    from pipelines.commands.plan import Question, plan, print_divergences
 
     params, out = read_params(options.params), _picture(options.out)
     seconds = tuple(options.seconds) if options.seconds else None
@@ -356,10 +357,11 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _experiment(options: argparse.Namespace) -> int:
-    from pipelines.cluster import check_address
-    from pipelines.places import Places
-    from pipelines.stages import check_scorable, jobs
-    from pipelines.unchanged import check_data_is_locked
+    from pipelines.jobs.cluster import check_address
+    from pipelines.jobs.job import jobs
+    from pipelines.jobs.paths import Places
+    from pipelines.jobs.score import check_scorable
+    from pipelines.provenance import check_data_is_locked
 
     # Mistakes are found before a Prefect server is started for the flow, which checks again.
     params = read_params(options.params)
@@ -383,8 +385,8 @@ def _experiment(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from pipelines.tables_report import write_tables
-    from pipelines.tracking import TrackingAway
+    from pipelines.reports.paper_page import write_tables
+    from pipelines.tracking.connection import TrackingAway
 
     try:
         report = write_tables(read_params(options.params), Path(options.out))

@@ -28,34 +28,32 @@ from prefect.tasks import exponential_backoff
 from dvdp.config import read_params
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
-from dvdp.evaluation.scores import ScoreRecord
-from dvdp.training.budget import relative_flops, training_images
+from dvdp.evaluation.records import ScoreRecord
+from dvdp.models.flops import relative_flops, training_images
 from dvdp.training.loop import is_finished
-from pipelines import registry, tracking
-from pipelines.cluster import cluster
-from pipelines.comparison import Result, Row, as_text, best, compare, legend, table
-from pipelines.places import Places
-from pipelines.report import Report, draw_samples, write_report
-from pipelines.stages import (
-    Job,
-    check_scorable,
-    draw_process,
-    jobs,
-    sample_job,
-    score_job,
-    seconds_per_sample,
-    train_job,
-)
-from pipelines.tables_report import write_tables
-from pipelines.tracked import description, model_file, model_name, tracked
-from pipelines.unchanged import check_data_is_locked
+from pipelines.jobs.cluster import cluster
+from pipelines.jobs.job import Job, jobs
+from pipelines.jobs.paths import Places
+from pipelines.jobs.sample import draw_process, sample_job, seconds_per_sample
+from pipelines.jobs.score import check_scorable, score_job
+from pipelines.jobs.train import train_job
+from pipelines.provenance import DVC_HASH, GIT_COMMIT, check_data_is_locked, provenance
+from pipelines.reports.comparison import Result, Row, best, compare, legend, table
+from pipelines.reports.page import Report, draw_samples, write_report
+from pipelines.reports.paper_page import write_tables
+from pipelines.reports.text_tables import as_text
+from pipelines.tracking import registry
+from pipelines.tracking.connection import TrackingAway, connect, reaching
+from pipelines.tracking.job_runs import description, model_file, model_name, tracked
+from pipelines.tracking.runs import COMPARISON_HASH, TrackedRun, adopt, open_run
+from pipelines.tracking.sync import LedgerSync
 
 
 class _OneSentence(logging.Filter):
     """Drops the traceback from Prefect's word of what is no bug of ours."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], (UserError, tracking.TrackingAway)):
+        if record.exc_info and isinstance(record.exc_info[1], (UserError, TrackingAway)):
             record.exc_info = None
         return True
 
@@ -126,7 +124,7 @@ def run_setting(job: Job, room: threading.Semaphore) -> Result:
         raise
     try:
         register(job, record)
-    except tracking.TrackingAway as away:
+    except TrackingAway as away:
         return Result(job, record, problem=str(away))
     return Result(job, record)
 
@@ -135,19 +133,19 @@ def run_setting(job: Job, room: threading.Semaphore) -> Result:
 def train(job: Job) -> None:
     """Train on the cluster; MLflow follows as well as it can."""
 
-    def begin() -> tracking.TrackedRun:
+    def begin() -> TrackedRun:
         run = tracked(job)
         if not is_finished(job.folder):
             run.set_status("RUNNING")
         return run
 
-    sync = tracking.LedgerSync(tracking.connect(), job.folder, begin).start()
+    sync = LedgerSync(connect(), job.folder, begin).start()
     try:
         train_job(job, description(job))
     finally:
         try:
             sync.close(timeout=5)
-        except tracking.TrackingAway as away:
+        except TrackingAway as away:
             get_run_logger().warning("%s", away)
 
 
@@ -167,8 +165,8 @@ def score(job: Job) -> ScoreRecord:
 @task(task_run_name="register {job.name}", cache_policy=NO_CACHE, retries=3, retry_delay_seconds=exponential_backoff(5))
 def register(job: Job, record: ScoreRecord) -> None:
     """Put everything about a trained setting into MLflow: what is missing of its metrics, scores, pictures, model."""
-    client = tracking.connect()
-    with tracking.LedgerSync(client, job.folder, lambda: tracked(job)), tracking.reaching(client, job.folder):
+    client = connect()
+    with LedgerSync(client, job.folder, lambda: tracked(job)), reaching(client, job.folder):
         run = tracked(job)
         measured = {**record.metrics, "seconds_per_sample": seconds_per_sample(job)}
         run.set_metrics(measured, step=training_images(job.run))
@@ -205,7 +203,7 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
         create_image_artifact(_data_url(draw_process(result.job)), key=f"process-{key}-{name}")
     try:
         _compare_in_mlflow(results, rows, report)
-    except tracking.TrackingAway as away:
+    except TrackingAway as away:
         return str(away)
     return ""
 
@@ -215,13 +213,11 @@ def _data_url(picture: Path) -> str:
 
 
 def _compare_in_mlflow(results: list[Result], rows: list[Row], report: Report) -> None:
-    client = tracking.connect()
+    client = connect()
     params = results[0].job.params
-    with tracking.reaching(client, params.cluster.storage):
+    with reaching(client, params.cluster.storage):
         name = f"comparison on {params.dataset.name}"
-        parent = tracking.open_run(
-            client, params.tracking.experiment, tracking.COMPARISON_HASH, _comparison_hash(results), name
-        )
+        parent = open_run(client, params.tracking.experiment, COMPARISON_HASH, _comparison_hash(results), name)
         headings, cells = table(rows, results[0].record.headline)
         parent.log_table("comparison.json", [dict(zip(headings, line, strict=True)) for line in cells])
         parent.set_metrics({f"{row.setting}/{name}": value for row in rows for name, value in row.metrics.items()}, 0)
@@ -229,8 +225,8 @@ def _compare_in_mlflow(results: list[Result], rows: list[Row], report: Report) -
         parent.log_file(report.page)
         for file in write_tables(params, report.folder / "paper").files:
             parent.log_file(file, "paper")
-        parent.set_tags({"dvdp.best_setting": best(rows).setting, **tracking.provenance(store=Places.of(params).store)})
-        tracking.adopt(parent, {result.job.name: tracked(result.job) for result in results}, report.text)
+        parent.set_tags({"dvdp.best_setting": best(rows).setting, **provenance(store=Places.of(params).store)})
+        adopt(parent, {result.job.name: tracked(result.job) for result in results}, report.text)
         get_run_logger().info("%s", registry.promote(client, model_name(params)).text)
         parent.set_status("FINISHED")
 
@@ -242,11 +238,11 @@ def _comparison_hash(results: list[Result]) -> str:
 
 def _provenance(results: list[Result]) -> dict[str, str]:
     store = ImageStore(Places.of(results[0].job.params).store)
-    about = tracking.provenance(store=Places.of(results[0].job.params).store)
+    about = provenance(store=Places.of(results[0].job.params).store)
     return {
         "data set": f"{store.metadata.name}, {store.metadata.count:,} images, digest {store.metadata.digest}",
-        "git commit": about.get(tracking.GIT_COMMIT, "not in a git repository"),
-        "DVC hash of the data": about.get(tracking.DVC_HASH, "not in dvc.lock"),
+        "git commit": about.get(GIT_COMMIT, "not in a git repository"),
+        "DVC hash of the data": about.get(DVC_HASH, "not in dvc.lock"),
         **{f"training hash of {result.job.name}": result.job.training_hash for result in results},
     }
 

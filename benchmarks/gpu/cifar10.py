@@ -43,6 +43,8 @@ from dvdp.config import ModelParams, TrainingParams
 from dvdp.data.loading import ArrayImages
 from dvdp.data.sources import UnreadableImageError, decode
 from dvdp.data.sources.files import IMAGE_SUFFIXES, looked_through
+from dvdp.diffusion.randomness import generator
+from dvdp.diffusion.sampling import sample
 from dvdp.errors import UserError
 from dvdp.evaluation.extractors import (
     FILE,
@@ -55,10 +57,8 @@ from dvdp.evaluation.extractors import (
 from dvdp.evaluation.figures import grid, save_png
 from dvdp.files import write_atomically
 from dvdp.models.denoiser import NetworkDenoiser
-from dvdp.pixels import to_uint8
-from dvdp.randomness import generator
-from dvdp.sampling import sample
-from dvdp.training.budget import mean_flops
+from dvdp.models.flops import mean_flops
+from dvdp.models.pixels import to_uint8
 from dvdp.training.compilation import explained
 from dvdp.training.levels import level_counts
 from dvdp.training.loop import Training

@@ -34,10 +34,10 @@ from benchmarks.machine import machine
 from benchmarks.steps import TOY, bound, draw, make_run, start, step
 from benchmarks.timing import peak_memory, peak_tflops, seconds, take_turns
 from dvdp.config import ModelParams, TrainingParams
+from dvdp.diffusion.timesteps import share_steps
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
-from dvdp.grids import share_steps
-from dvdp.training.budget import level_flops
+from dvdp.models.flops import level_flops
 from dvdp.training.compilation import compile_network, explained
 from dvdp.training.levels import level_counts
 from dvdp.training.loop import Training

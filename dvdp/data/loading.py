@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dvdp.diffusion.randomness import derive_seed, generator
 from dvdp.errors import UserError
-from dvdp.randomness import derive_seed, generator
 
 
 class Images(Protocol):

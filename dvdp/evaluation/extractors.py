@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from dvdp import tensors
 from dvdp.data.loading import Images
+from dvdp.diffusion.randomness import derive_seed, generator
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
-from dvdp.randomness import derive_seed, generator
 
 Task = Literal["labels", "rotation"]
 

@@ -24,10 +24,10 @@ from torch_fidelity.utils import (
 )
 from tqdm import tqdm
 
+from dvdp.diffusion.randomness import generator
 from dvdp.evaluation.coverage import precision_recall
 from dvdp.evaluation.extractors import Extractor, load_network
 from dvdp.evaluation.published import Statistics
-from dvdp.randomness import generator
 
 LIBRARY = f"torch-fidelity {torch_fidelity.__version__}"
 

@@ -17,12 +17,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dvdp import bands
+from dvdp.diffusion import bands
+from dvdp.diffusion.process import Process
+from dvdp.diffusion.randomness import generator
+from dvdp.diffusion.sampling import Denoiser, Progress, sample
 from dvdp.files import write_atomically
-from dvdp.pixels import to_uint8
-from dvdp.process import Process
-from dvdp.randomness import generator
-from dvdp.sampling import Denoiser, Progress, sample
+from dvdp.models.pixels import to_uint8
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,7 +120,7 @@ def generated_states(
     """One image (C, H, W) as it was at the steps of the sampler nearest to ``times``.
 
     Args:
-        options: of :func:`dvdp.sampling.sample`.
+        options: of :func:`dvdp.diffusion.sampling.sample`.
     """
     seen: list[State] = []
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dvdp import bands
-from dvdp.bands import Pyramid
 from dvdp.config import Target
-from dvdp.process import Process
+from dvdp.diffusion import bands
+from dvdp.diffusion.bands import Pyramid
+from dvdp.diffusion.process import Process
 
 
 class NetworkDenoiser:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from dvdp import tensors
 from dvdp.config import Run, SamplingParams
+from dvdp.diffusion.process import Process
+from dvdp.diffusion.randomness import image_labels
+from dvdp.diffusion.sampling import Progress, sample
 from dvdp.errors import UserError, did_you_mean
 from dvdp.files import write_atomically
 from dvdp.models.denoiser import NetworkDenoiser
+from dvdp.models.pixels import to_uint8
 from dvdp.models.unet import build_network
-from dvdp.pixels import to_uint8
-from dvdp.process import Process
-from dvdp.randomness import image_labels
-from dvdp.sampling import Progress, sample
 
 KIND = "dvdp model 1"
 
@@ -42,12 +42,12 @@ class TrainedModel:
 
     @property
     def lift_deviations(self) -> list[float] | None:
-        """What the run's ``sampling.lift`` asks of :func:`dvdp.sampling.sample`."""
+        """What the run's ``sampling.lift`` asks of :func:`dvdp.diffusion.sampling.sample`."""
         return lift_deviations(self.run, self.description)
 
     @property
     def label_counts(self) -> list[int] | None:
-        """Of the data it was trained on, for :func:`dvdp.randomness.image_labels`; None if it is told no classes."""
+        """Of the data it was trained on, for :func:`dvdp.diffusion.randomness.image_labels`; None if it is told no classes."""
         return label_counts(self.run, self.description)
 
     def sample(
@@ -67,7 +67,7 @@ class TrainedModel:
     ) -> Tensor:
         """Draw images number ``first`` .. ``first + count - 1``, as uint8 (count, 3, H, W).
 
-        Whatever is None is as the run's ``sampling`` section says; see :func:`dvdp.sampling.sample`.
+        Whatever is None is as the run's ``sampling`` section says; see :func:`dvdp.diffusion.sampling.sample`.
 
         Args:
             label: name of the class of all images, for a model that is told classes; without it classes are drawn, as
@@ -99,7 +99,7 @@ class TrainedModel:
 
         Args:
             first: number of the first image.
-            options: of :func:`dvdp.sampling.sample`, in place of those of the run's ``sampling`` section.
+            options: of :func:`dvdp.diffusion.sampling.sample`, in place of those of the run's ``sampling`` section.
             asked: number of the class of all images, for a model that is told classes; without it classes are drawn.
         """
         options = self.run.sampling.options() if options is None else options

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dvdp.bands import pool
 from dvdp.config import ModelParams
+from dvdp.diffusion.bands import pool
 from dvdp.errors import UserError
 from dvdp.models.ops import attend, convolve_doubled
 

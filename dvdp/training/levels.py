@@ -13,8 +13,8 @@ from functools import lru_cache
 import torch
 
 from dvdp.config import LevelDraw
-from dvdp.randomness import derive_seed, generator
-from dvdp.schedule import Schedule
+from dvdp.diffusion.randomness import derive_seed, generator
+from dvdp.diffusion.schedule import Schedule
 
 #: Steps over which "one" meets the levels' shares.
 BLOCK = 100

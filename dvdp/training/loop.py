@@ -25,22 +25,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dvdp.config import Run
 from dvdp.data.loading import Batch, Images, training_batches
+from dvdp.diffusion.process import Process
+from dvdp.diffusion.randomness import derive_seed, image_labels
+from dvdp.diffusion.sampling import sample
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
 from dvdp.models.denoiser import NetworkDenoiser, example
 from dvdp.models.export import label_counts, lift_deviations, load_model, save_model
+from dvdp.models.flops import mean_flops, training_images
+from dvdp.models.pixels import to_float, to_uint8
 from dvdp.models.unet import build_network
-from dvdp.pixels import to_float, to_uint8
-from dvdp.process import Process
-from dvdp.randomness import derive_seed, image_labels
-from dvdp.sampling import sample
 from dvdp.training import checkpoints, ledger
-from dvdp.training.budget import estimate, mean_flops, peak_memory, training_images
 from dvdp.training.compilation import compile_network, explained
 from dvdp.training.ema import EMA
+from dvdp.training.estimate import estimate, peak_memory
 from dvdp.training.levels import level_counts, parts
 from dvdp.training.optimizer import build_optimizers, pack_optimizers, unpack_optimizers
-from dvdp.transfer import to_device
+from dvdp.training.transfer import to_device
 
 Say = Callable[[str], None]
 #: Shows previews: (images seen, samples as uint8 (n, 3, H, W), file to write).

@@ -18,7 +18,7 @@ from dvdp.data.records import Form, encode
 from dvdp.data.store import ImageStore
 from dvdp.data.writer import StoreWriter
 from dvdp.errors import UserError
-from dvdp.pixels import to_float, to_uint8
+from dvdp.models.pixels import to_float, to_uint8
 
 
 def numbered(count: int) -> ArrayImages:

@@ -20,11 +20,11 @@ import torch
 from data_support import contents, forked, names
 from torch.utils.data import DataLoader
 
-from dvdp import bands
 from dvdp.data.moments import Moments
 from dvdp.data.records import Encoding, Form, Records, encode
 from dvdp.data.store import FORMAT_VERSION, ImageStore, StoreMetadata
 from dvdp.data.writer import StoreWriter
+from dvdp.diffusion import bands
 from dvdp.errors import UserError
 
 

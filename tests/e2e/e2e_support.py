@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from dvdp.training import ledger
-from pipelines.tracking import TRAINING_HASH
+from pipelines.tracking.runs import TRAINING_HASH
 
 SOURCES = Path(__file__).parents[2]
 COPIED = (
@@ -80,7 +80,7 @@ from dvdp.config import read_params
 from dvdp.data.store import ImageStore
 from dvdp.evaluation.figures import grid, save_png
 from dvdp.training.loop import train
-from pipelines.places import Places
+from pipelines.jobs.paths import Places
 from pipelines.stages import jobs
 
 torch.set_num_threads(1)

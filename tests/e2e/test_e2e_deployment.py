@@ -12,7 +12,7 @@ import pytest
 from e2e_support import Project, free_port, sentence, tracked_once
 from mlflow import MlflowClient
 
-from pipelines.services import services_environment
+from pipelines.addresses import services_environment
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from dvdp.training import ledger
 from dvdp.training.loop import PATIENCE
-from pipelines.tracking import TRAINING_HASH
+from pipelines.tracking.runs import TRAINING_HASH
 
 MakeProject = Callable[..., Project]
 

@@ -19,7 +19,7 @@ import pytest
 from e2e_support import Project, sentence, wait_until
 from mlflow import MlflowClient
 
-from pipelines.tracking import EVALUATION_OF
+from pipelines.tracking.runs import EVALUATION_OF
 
 #: More than two shards of one batch each, and no multiple of one.
 COUNT = 700

@@ -12,7 +12,7 @@ from e2e_support import Project, end, free_port, sentence, tracked_once, wait_un
 from mlflow import MlflowClient
 
 from dvdp.training import ledger
-from pipelines.services import healthy
+from pipelines.addresses import healthy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dvdp.evaluation.extractors import Extractor, load_extractor, train_extractor
-from dvdp.evaluation.scores import make_reference
+from dvdp.evaluation.reference import make_reference
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,9 @@ from dvdp.evaluation.extractors import Extractor
 from dvdp.evaluation.extrapolation import counts_for, extrapolate
 from dvdp.evaluation.fidelity import distance, distances
 from dvdp.evaluation.published import Statistics
-from dvdp.evaluation.scores import ScoreRecord, score
+from dvdp.evaluation.records import ScoreRecord
+from dvdp.evaluation.samples import SampleShards
+from dvdp.evaluation.scores import score
 
 EXTRACTOR = Extractor("labels", Path(), "", 64, "", None)
 
@@ -80,16 +82,15 @@ def test_the_record_holds_the_extrapolation_and_all_that_it_rests_on(
 def test_images_are_read_once_for_all_metrics_and_counts(
     room: Room, digits: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dvdp.evaluation import scores
 
     read: list[int] = []
 
-    class Counting(scores.SampleShards):
+    class Counting(SampleShards):
         def __getitem__(self, index: int) -> torch.Tensor:
             read.append(index)
             return super().__getitem__(index)
 
-    monkeypatch.setattr(scores, "SampleShards", Counting)
+    monkeypatch.setattr("dvdp.evaluation.scores.SampleShards", Counting)
     score(write_shards(tmp_path, digits.pixels[1:801:2]), room.reference, room.extractor)
     # torch-fidelity looks at the first image to see what it is.
     assert sorted(read) == [0, *range(400)]

@@ -13,7 +13,8 @@ from evaluation_support import Arrays
 from PIL import Image
 from torch import Tensor
 
-from dvdp import Process, Schedule, bands
+from dvdp import Process, Schedule
+from dvdp.diffusion import bands
 from dvdp.evaluation.figures import (
     ACCENT,
     GUTTER,

@@ -13,7 +13,9 @@ from evaluation_support import Arrays, Room, write_shards
 from dvdp.errors import UserError
 from dvdp.evaluation.extractors import file_sha256
 from dvdp.evaluation.published import read_statistics
-from dvdp.evaluation.scores import ScoreRecord, comparable, export_statistics, score, score_published
+from dvdp.evaluation.records import ScoreRecord, comparable
+from dvdp.evaluation.reference import export_statistics
+from dvdp.evaluation.scores import score, score_published
 
 pytestmark = pytest.mark.filterwarnings("ignore:the reference is an .npz file")
 

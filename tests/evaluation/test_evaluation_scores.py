@@ -22,15 +22,10 @@ from dvdp.errors import UserError
 from dvdp.evaluation import extractors
 from dvdp.evaluation.extractors import Extractor, inception_extractor, load_network, train_extractor
 from dvdp.evaluation.fidelity import metric_names
-from dvdp.evaluation.scores import (
-    Reference,
-    SampleShards,
-    ScoreRecord,
-    comparable,
-    make_reference,
-    read_reference,
-    score,
-)
+from dvdp.evaluation.records import ScoreRecord, comparable
+from dvdp.evaluation.reference import Reference, make_reference, read_reference
+from dvdp.evaluation.samples import SampleShards
+from dvdp.evaluation.scores import score
 
 SAMPLING = {"rule": "ddpm", "steps": 250, "seed": 0, "ema": "halflife 20000, ramp 0.1"}
 

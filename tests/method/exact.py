@@ -1,6 +1,6 @@
 """What the method's tests compare with: dense matrices, and denoisers that are exact without training.
 
-Nothing here calls dvdp.bands, so a mistake there cannot hide.
+Nothing here calls dvdp.diffusion.bands, so a mistake there cannot hide.
 """
 
 from __future__ import annotations

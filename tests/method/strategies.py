@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dvdp import Schedule
-from dvdp.schedule import ATTENUATIONS
+from dvdp.diffusion.schedule import ATTENUATIONS
 
 #: The same few examples on every run.
 few = settings(max_examples=30, deadline=None, derandomize=True)

@@ -13,28 +13,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dvdp import Process, Schedule, bands
+from dvdp import Process, Schedule
+from dvdp.audit.figure import draw_audit
+from dvdp.audit.result import Audit, Score, attribute, solver_sampling, starts
+from dvdp.audit.run import FEWEST, audit, draw
+from dvdp.audit.states import Subject, describe, real_images, true_states
 from dvdp.data.loading import ArrayImages
+from dvdp.diffusion import bands
+from dvdp.diffusion.randomness import generator, image_labels
+from dvdp.diffusion.sampling import Denoiser
 from dvdp.errors import UserError
-from dvdp.evaluation.audit import (
-    FEWEST,
-    Audit,
-    Score,
-    Subject,
-    attribute,
-    audit,
-    describe,
-    draw,
-    real_images,
-    solver_sampling,
-    starts,
-    true_states,
-)
-from dvdp.evaluation.audit_figure import draw_audit
 from dvdp.evaluation.fidelity import frechet
-from dvdp.pixels import to_float, to_uint8
-from dvdp.randomness import generator, image_labels
-from dvdp.sampling import Denoiser
+from dvdp.models.pixels import to_float, to_uint8
 
 from .exact import EmpiricalDenoiser, GaussianDenoiser, digits, split
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvdp import bands
+from dvdp.diffusion import bands
 
 from .exact import as_matrix, combine, down_matrix, projectors, split
 from .strategies import few, images, seeds

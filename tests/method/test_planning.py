@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dvdp import Process, Schedule, UserError, bands
+from dvdp import Process, Schedule, UserError
 from dvdp.config import Run, parse_params
-from dvdp.evaluation.fisher import orthogonal_divergences
-from dvdp.frontier import candidate_points, cheapest, frontier, most_levels, search
-from dvdp.grids import SPACINGS
-from dvdp.planning import Plan, Planner, band_errors, generated_deviations, lift_losses, overall_error
-from dvdp.rules import RULES
-from dvdp.training.budget import network_flops, relative_flops
+from dvdp.diffusion import bands
+from dvdp.diffusion.solvers import RULES
+from dvdp.diffusion.timesteps import SPACINGS
+from dvdp.models.flops import network_flops, relative_flops
+from dvdp.planning.fisher import orthogonal_divergences
+from dvdp.planning.planner import Plan, Planner, band_errors, generated_deviations, lift_losses, overall_error
+from dvdp.planning.search import candidate_points, cheapest, frontier, most_levels, search
 
 from .exact import EmpiricalDenoiser, GaussianDenoiser, digits
 from .strategies import few

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dvdp import Process, Schedule, UserError, bands
-from dvdp.process import Variance
+from dvdp import Process, Schedule, UserError
+from dvdp.diffusion import bands
+from dvdp.diffusion.process import Variance
 
 from .exact import as_matrix, combine, down_matrix, projectors, split
 from .strategies import few, images, schedules, seeds

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dvdp import Process, Schedule, sample
-from dvdp.grids import step_grid
-from dvdp.randomness import ImageNoise, derive_seed, generator
-from dvdp.sampling import Progress
+from dvdp.diffusion.randomness import ImageNoise, derive_seed, generator
+from dvdp.diffusion.sampling import Progress
+from dvdp.diffusion.timesteps import step_grid
 
 PROCESS = Process(Schedule.dvdp([300, 600]))
 SHAPE = (5, 3, 16, 16)
@@ -160,7 +160,7 @@ class CountingNoise(ImageNoise):
 def test_only_stochastic_steps_draw_noise(
     rule: dict[str, Any], expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dvdp.sampling.ImageNoise", CountingNoise)
+    monkeypatch.setattr("dvdp.diffusion.sampling.ImageNoise", CountingNoise)
     process = Process(Schedule.dvdp([333, 666]))
     sample(process, elementwise, SHAPE, 9, **rule)
     assert CountingNoise.drawn == expected

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dvdp import Process, Schedule, UserError, sample
-from dvdp.grids import SPACINGS, step_grid
-from dvdp.planning import band_errors, generated_deviations, lift_losses
-from dvdp.randomness import ImageNoise
-from dvdp.rules import RULES, make_rule
-from dvdp.sampling import Progress
+from dvdp.diffusion.randomness import ImageNoise
+from dvdp.diffusion.sampling import Progress
+from dvdp.diffusion.solvers import RULES, make_rule
+from dvdp.diffusion.timesteps import SPACINGS, step_grid
+from dvdp.planning.planner import band_errors, generated_deviations, lift_losses
 
 from .exact import GaussianDenoiser, projectors, split
 from .strategies import few, schedules

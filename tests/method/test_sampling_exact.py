@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dvdp import Process, Schedule, UserError, sample
-from dvdp.grids import step_grid
-from dvdp.randomness import ImageNoise
-from dvdp.sampling import Progress
+from dvdp.diffusion.randomness import ImageNoise
+from dvdp.diffusion.sampling import Progress
+from dvdp.diffusion.timesteps import step_grid
 
 from .exact import EmpiricalDenoiser, GaussianDenoiser, digits, projectors, split
 

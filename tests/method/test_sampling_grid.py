@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvdp import Process, Schedule, UserError, sample
-from dvdp.grids import SPACINGS, share_steps, step_grid
+from dvdp.diffusion.timesteps import SPACINGS, share_steps, step_grid
 
 from .strategies import few, schedules
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvdp import Schedule, UserError
-from dvdp.schedule import ATTENUATIONS, alpha_bar
+from dvdp.diffusion.schedule import ATTENUATIONS, alpha_bar
 
 from .strategies import few, schedules
 

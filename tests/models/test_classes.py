@@ -14,9 +14,9 @@ from torch import Tensor
 from dvdp import Process, Schedule, UserError, sample
 from dvdp.config import ModelParams, Run, parse_params
 from dvdp.data.loading import ArrayImages
+from dvdp.diffusion.randomness import image_labels
 from dvdp.models.export import TrainedModel, load_model, save_model
 from dvdp.models.unet import build_network
-from dvdp.randomness import image_labels
 from dvdp.training.loop import Training, train
 
 SMALL = ModelParams(channels=8, multipliers=(1, 2), attention=(2,), head_channels=8, classes=3)

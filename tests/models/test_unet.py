@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from dvdp import Process, Schedule, UserError
-from dvdp.bands import pool
 from dvdp.config import ModelParams
+from dvdp.diffusion.bands import pool
 from dvdp.models.denoiser import NetworkDenoiser, example
+from dvdp.models.flops import network_flops
 from dvdp.models.ops import attend, convolve_doubled
 from dvdp.models.unet import UNet
-from dvdp.training.budget import network_flops
 
 SMALL = ModelParams(channels=8, multipliers=(1, 2, 2), blocks=2, attention=(2, 4), head_channels=8)
 

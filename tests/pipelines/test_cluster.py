@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from dvdp.config import ClusterParams
-from pipelines.cluster import cluster, on_workers
+from pipelines.jobs.cluster import cluster, on_workers
 
 
 def at_once(spans: list[tuple[float, float]]) -> int:

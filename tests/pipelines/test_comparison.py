@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from dvdp.config import parse_params
-from dvdp.evaluation.scores import ScoreRecord
+from dvdp.evaluation.records import ScoreRecord
 from dvdp.files import write_atomically
-from pipelines.comparison import Result, best, compare, legend, table
-from pipelines.stages import Job
+from pipelines.jobs.job import Job
+from pipelines.reports.comparison import Result, best, compare, legend, table
 
 PARAMS: dict[str, Any] = {
     "settings": [{"name": "ddpm", "process": "ddpm"}, {"name": "dvdp", "process": "dvdp", "turning_points": [300]}],

@@ -16,14 +16,15 @@ from tracking_store import empty_store, small_model
 from dvdp.config import read_params
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
-from dvdp.evaluation.scores import ScoreRecord
+from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.export import load_model
-from pipelines import tracking
 from pipelines.cli import main
-from pipelines.evaluation import RegisteredModel, add_evaluation, registered_model
-from pipelines.places import Places
-from pipelines.registry import WEIGHTS_DIGEST, register
-from pipelines.stages import make_extractor, make_references, missing_shards, prepare_data, sample_shard
+from pipelines.commands.evaluate import RegisteredModel, add_evaluation, registered_model
+from pipelines.jobs.paths import Places
+from pipelines.jobs.sample import missing_shards, sample_shard
+from pipelines.stages import make_extractor, make_references, prepare_data
+from pipelines.tracking.registry import WEIGHTS_DIGEST, register
+from pipelines.tracking.runs import DATASET_DIGEST, EVALUATION_OF, SAMPLING_HASH, TRAINING_HASH, open_run, read_text
 
 NAME = "dvdp-digits"
 ADDRESS = f"models:/{NAME}/1"
@@ -58,11 +59,11 @@ def client(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mlflo
     Path("data").symlink_to(data)
     client = empty_store(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
-    run = tracking.open_run(client, "dvdp", tracking.SAMPLING_HASH, "sampled", "dvdp-300")
+    run = open_run(client, "dvdp", SAMPLING_HASH, "sampled", "dvdp-300")
     run.set_metrics({"fd_labels": 5.0}, step=100)
     run.set_status("FINISHED")
     digest = ImageStore(Places.of(read_params()).store).metadata.digest
-    tags = {tracking.TRAINING_HASH: "trained", tracking.DATASET_DIGEST: digest}
+    tags = {TRAINING_HASH: "trained", DATASET_DIGEST: digest}
     register(run, NAME, small_model(tmp_path / "weights.safetensors"), tags)
     return client
 
@@ -81,8 +82,8 @@ def sampled() -> RegisteredModel:
 
 def evaluations(client: MlflowClient) -> list[Any]:
     """The runs beneath the trained one, the oldest first."""
-    (parent,) = client.search_runs(["1"], f"tags.`{tracking.SAMPLING_HASH}` = 'sampled'")
-    query = f"tags.`{tracking.EVALUATION_OF}` = '{parent.info.run_id}'"
+    (parent,) = client.search_runs(["1"], f"tags.`{SAMPLING_HASH}` = 'sampled'")
+    query = f"tags.`{EVALUATION_OF}` = '{parent.info.run_id}'"
     found = client.search_runs(["1"], query, order_by=["attributes.start_time ASC"])
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in found)
     assert all((run.info.run_name, run.info.status) == ("evaluation", "FINISHED") for run in found)
@@ -105,7 +106,7 @@ def test_a_registered_model_is_scored_once_and_added_beneath_the_run_it_came_fro
     assert printed.startswith(f"{NAME} version 1: fd_labels ")
     assert "Note: 12 samples are fewer than the extractor's 64 features" in printed
     (child,) = evaluations(client)
-    record = ScoreRecord.from_json(tracking.read_text(client, child.info.run_id, "score.json") or "")
+    record = ScoreRecord.from_json(read_text(client, child.info.run_id, "score.json") or "")
     assert child.data.metrics == record.metrics
     assert child.data.params["sampling.steps"] == "4"
     assert (record.samples, record.sampling["seed"]) == (12, 3)
@@ -130,7 +131,7 @@ def test_another_sampler_adds_a_second_evaluation_and_leaves_the_first_and_the_r
     assert [run.data.params["sampling.steps"] for run in both] == ["4", "6"]
     assert both[0].data.metrics == first.data.metrics
     assert len(list(other.samples.parent.iterdir())) == len(list(other.folder.glob("scores/*.json"))) == 2
-    (parent,) = client.search_runs(["1"], f"tags.`{tracking.SAMPLING_HASH}` = 'sampled'")
+    (parent,) = client.search_runs(["1"], f"tags.`{SAMPLING_HASH}` = 'sampled'")
     assert parent.data.metrics == {"fd_labels": 5.0}
 
 
@@ -153,7 +154,7 @@ def test_published_statistics_are_a_score_of_their_own_beside_that_against_the_r
 
 def test_a_record_that_is_the_runs_own_is_not_added(client: MlflowClient) -> None:
     record = ScoreRecord({"fd_labels": 5.0}, "labels", "e", 12, 1797, "d", "none", 8, 4, "torch-fidelity")
-    run = tracking.open_run(client, "dvdp", tracking.SAMPLING_HASH, "sampled", "dvdp-300")
+    run = open_run(client, "dvdp", SAMPLING_HASH, "sampled", "dvdp-300")
     run.log_json("score.json", json.loads(record.to_json()))
     add_evaluation(run, record, 100)
     assert evaluations(client) == []
@@ -165,7 +166,7 @@ def test_a_record_that_is_the_runs_own_is_not_added(client: MlflowClient) -> Non
 def test_a_model_of_other_data_is_scored_with_a_remark(
     client: MlflowClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client.set_model_version_tag(NAME, "1", tracking.DATASET_DIGEST, "another")
+    client.set_model_version_tag(NAME, "1", DATASET_DIGEST, "another")
     sampled()
     assert main(["evaluate", "--model", ADDRESS]) == 0
     assert f"Note: {NAME} version 1 was trained on another data set" in capsys.readouterr().out

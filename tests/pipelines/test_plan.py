@@ -20,15 +20,16 @@ from dvdp.data.records import Form, encode
 from dvdp.data.store import ImageStore
 from dvdp.data.writer import StoreWriter
 from dvdp.errors import UserError
-from dvdp.evaluation.scores import ScoreRecord
+from dvdp.evaluation.records import ScoreRecord
 from dvdp.identity import training_identity
 from dvdp.models.export import save_model
 from dvdp.models.unet import UNet
-from dvdp.planning import Plan, Planner
-from pipelines import tracking
+from dvdp.planning.expectation import fit
+from dvdp.planning.planner import Plan, Planner
 from pipelines.cli import main
-from pipelines.planned import Trained, fit, trained_settings
-from pipelines.stages import jobs
+from pipelines.jobs.job import jobs
+from pipelines.tracking.history import Trained, trained_settings
+from pipelines.tracking.runs import DATASET_DIGEST, SAMPLING_HASH, Status, open_run
 
 TREE: dict[str, Any] = {
     "dataset": {"name": "stripes", "resolution": 16},
@@ -191,7 +192,7 @@ SCORE = ScoreRecord(
 
 
 def train(
-    client: MlflowClient, points: tuple[int, ...], scores: list[float], status: tracking.Status = "FINISHED", **how: Any
+    client: MlflowClient, points: tuple[int, ...], scores: list[float], status: Status = "FINISHED", **how: Any
 ) -> None:
     """Put into MLflow what the experiment does of trained settings, one score a seed."""
     name, digest = "".join(map(str, points)), ImageStore("data/stripes/store").metadata.digest
@@ -199,13 +200,13 @@ def train(
     params = parse_params({**TREE, "settings": [setting], "seeds": list(range(len(scores))), **how.get("params", {})})
     for run, score in zip(params.runs(), scores, strict=True):
         key = re.sub("[^a-z0-9]+", "-", f"{name}/{run.seed}/{how}")
-        entry = tracking.open_run(client, params.tracking.experiment, tracking.SAMPLING_HASH, key, name)
+        entry = open_run(client, params.tracking.experiment, SAMPLING_HASH, key, name)
         logged = {**training_identity(run), "flip": False}
         if how.get("earlier"):  # Of a release that knew neither key.
             logged["model"] = {k: v for k, v in logged["model"].items() if k != "classes"}
             logged["training"] = {k: v for k, v in logged["training"].items() if k != "compile"}
         entry.log_params(logged)
-        entry.set_tags({tracking.DATASET_DIGEST: how.get("digest", digest)})
+        entry.set_tags({DATASET_DIGEST: how.get("digest", digest)})
         record = dataclasses.replace(SCORE, metrics={**SCORE.metrics, "fd_labels": score}, **how.get("terms", {}))
         entry.log_json("score.json", json.loads(record.to_json()))
         entry.set_status(status)

@@ -22,12 +22,13 @@ from tracking_store import empty_store, free_port, kill, mlflow_server, small_mo
 
 from dvdp.errors import UserError
 from dvdp.evaluation.figures import grid
-from dvdp.evaluation.scores import ScoreRecord
+from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.export import load_model, save_model
+from pipelines.addresses import healthy
 from pipelines.cli import main
-from pipelines.registry import CHAMPION, Promotion, promote, register, requirements
-from pipelines.services import healthy
-from pipelines.tracking import SEED, TRAINING_HASH, TrackedRun, connect, open_run
+from pipelines.tracking.connection import connect
+from pipelines.tracking.registry import CHAMPION, Promotion, promote, register, requirements
+from pipelines.tracking.runs import SEED, TRAINING_HASH, TrackedRun, open_run
 
 PROJECT = Path(__file__).parents[2]
 NAME = "dvdp-digits"

@@ -22,7 +22,7 @@ PROJECT = Path(__file__).parents[2]
 sys.path.insert(0, str(PROJECT))
 
 from infra import services  # noqa: E402
-from pipelines.services import services_environment  # noqa: E402
+from pipelines.addresses import services_environment  # noqa: E402
 
 
 def alive(pid: int) -> bool:

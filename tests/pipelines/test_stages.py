@@ -16,13 +16,13 @@ from dvdp.config import Params, Run, parse_params
 from dvdp.data.records import Form, encode
 from dvdp.data.writer import StoreWriter
 from dvdp.errors import UserError
-from dvdp.evaluation.scores import SampleShards, write_shard
+from dvdp.evaluation.samples import SampleShards, write_shard
 from dvdp.models.export import TrainedModel, load_model, save_model
 from dvdp.models.unet import build_network
-from pipelines import stages
-from pipelines.stages import Job, jobs, missing_shards, sample_shard, seconds_per_sample
-from pipelines.tracked import model_file
-from pipelines.tracking import SETTING
+from pipelines.jobs.job import Job, jobs
+from pipelines.jobs.sample import missing_shards, sample_shard, seconds_per_sample
+from pipelines.tracking.job_runs import model_file
+from pipelines.tracking.runs import SETTING
 
 
 def params(storage: Path = Path("runs")) -> Params:
@@ -114,7 +114,7 @@ def test_a_batch_is_written_while_the_next_is_drawn(tmp_path: Path, monkeypatch:
         write_shard(path, images)
 
     monkeypatch.setattr(TrainedModel, "draw", spy)
-    monkeypatch.setattr(stages, "write_shard", write_late)
+    monkeypatch.setattr("pipelines.jobs.sample.write_shard", write_late)
     changed = replace(run.sampling, batch=4)
     sample_shard(str(weights), str(tmp_path / "samples"), 0, 8, changed, params().cluster)
     assert len(SampleShards(tmp_path / "samples")) == 8

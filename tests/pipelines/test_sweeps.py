@@ -7,9 +7,9 @@ from pathlib import Path
 from PIL import Image
 
 from dvdp.config import ProcessName, Run, parse_params
-from dvdp.evaluation.scores import ScoreRecord
-from pipelines.planned import Trained
-from pipelines.sweeps import draw_sweeps
+from dvdp.evaluation.records import ScoreRecord
+from pipelines.reports.sweeps import draw_sweeps
+from pipelines.tracking.history import Trained
 
 
 def a_run() -> Run:

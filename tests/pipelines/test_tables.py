@@ -18,13 +18,13 @@ from PIL import Image
 from tracking_store import empty_store
 
 from dvdp.config import parse_params, read_params
-from dvdp.evaluation.paper import TABLES
-from dvdp.evaluation.scores import ScoreRecord
+from dvdp.evaluation.records import ScoreRecord
 from dvdp.identity import training_identity
-from pipelines import tracking
 from pipelines.cli import main
-from pipelines.evaluation import add_evaluation
-from pipelines.tables import fill_tables
+from pipelines.commands.evaluate import add_evaluation
+from pipelines.reports.paper import TABLES
+from pipelines.reports.paper_scores import fill_tables
+from pipelines.tracking.runs import DATASET, DATASET_DIGEST, SAMPLING_HASH, SETTING, TrackedRun, open_run
 
 SMALL = {"channels": 8, "multipliers": [1, 2], "attention": [], "head_channels": 8}
 SCORE = ScoreRecord({"fid": 1.0}, "inception", "e", 50_000, 50_000, "r", "none", 32, 1000, "torch-fidelity")
@@ -69,9 +69,9 @@ def ran(
     params = parse_params(tree)
     for run, score in zip(params.runs(), scores, strict=True):
         key = hashlib.sha256(f"{run.seed} {tree} {terms}".encode()).hexdigest()
-        entry = tracking.open_run(client, "mine", tracking.SAMPLING_HASH, key, "s")
+        entry = open_run(client, "mine", SAMPLING_HASH, key, "s")
         entry.log_params({**training_identity(run), "flip": False})
-        entry.set_tags({tracking.DATASET: name, tracking.DATASET_DIGEST: f"digest of {name}", tracking.SETTING: "s"})
+        entry.set_tags({DATASET: name, DATASET_DIGEST: f"digest of {name}", SETTING: "s"})
         told = {**run.sampling.options(), "lift": "noise"}
         record = dataclasses.replace(SCORE, metrics={"fid": score}, side=side, sampling=told)
         record = dataclasses.replace(record, **(terms or {}))
@@ -217,7 +217,7 @@ def test_an_evaluation_on_other_terms_fills_no_cell_and_is_not_counted(project: 
     before = report()
     told = fill_tables(read_params()).left_out
     (entry,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
-    run = tracking.TrackedRun(client, entry.info.run_id, entry.info.experiment_id)
+    run = TrackedRun(client, entry.info.run_id, entry.info.experiment_id)
     add_evaluation(run, dataclasses.replace(SCORE, metrics={"fid": 1.0}, samples=10), step=640)
     assert len(client.search_runs([entry.info.experiment_id])) == 2
     assert report() == before

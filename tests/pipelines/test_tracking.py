@@ -21,19 +21,10 @@ from tracking_store import empty_store, free_port, kill, mlflow_server, small_ru
 
 from dvdp.errors import UserError
 from dvdp.training import ledger
-from pipelines import tracking
-from pipelines.tracking import (
-    COMPARISON_HASH,
-    TRAINING_HASH,
-    LedgerSync,
-    TrackedRun,
-    TrackingAway,
-    adopt,
-    connect,
-    open_run,
-    provenance,
-    reaching,
-)
+from pipelines.provenance import DVC_HASH, GIT_COMMIT, provenance
+from pipelines.tracking.connection import TrackingAway, connect, reaching
+from pipelines.tracking.runs import COMPARISON_HASH, TRAINING_HASH, TrackedRun, adopt, open_run
+from pipelines.tracking.sync import LedgerSync
 
 matplotlib.use("agg")
 
@@ -212,13 +203,13 @@ def test_provenance_names_commit_and_lock_as_far_as_there_are_any(tmp_path: Path
     git("add", ".")
     git("commit", "-m", "first")
     clean = provenance(tmp_path, store)
-    assert len(clean[tracking.GIT_COMMIT]) == 40
-    assert clean[tracking.DVC_HASH] == "abc.dir"
-    assert tracking.DVC_HASH not in provenance(tmp_path, Path("data/other/store"))
+    assert len(clean[GIT_COMMIT]) == 40
+    assert clean[DVC_HASH] == "abc.dir"
+    assert DVC_HASH not in provenance(tmp_path, Path("data/other/store"))
     (tmp_path / "dvc.lock").write_text(lock % "def")
     changed = provenance(tmp_path, store)
-    assert changed[tracking.GIT_COMMIT] == clean[tracking.GIT_COMMIT] + "-dirty"
-    assert changed[tracking.DVC_HASH] == "def.dir"
+    assert changed[GIT_COMMIT] == clean[GIT_COMMIT] + "-dirty"
+    assert changed[DVC_HASH] == "def.dir"
 
 
 # --- from the ledger to MLflow

@@ -24,8 +24,8 @@ from mlflow import MlflowClient
 from dvdp.config import Params, Run, parse_params
 from dvdp.models.export import save_model
 from dvdp.models.unet import UNet
-from pipelines.services import healthy
-from pipelines.tracking import connect
+from pipelines.addresses import healthy
+from pipelines.tracking.connection import connect
 
 
 @functools.lru_cache(maxsize=1)

@@ -14,8 +14,8 @@ from dvdp import UserError
 from dvdp.config import Run, parse_params
 from dvdp.data.loading import ArrayImages
 from dvdp.models.export import load_model
+from dvdp.models.flops import relative_flops, training_images
 from dvdp.training import checkpoints, ledger
-from dvdp.training.budget import relative_flops, training_images
 from dvdp.training.ema import EMA
 from dvdp.training.loop import Training, train
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dvdp.data.loading import Batch
-from dvdp.transfer import to_device, to_host
+from dvdp.training.transfer import to_device, to_host
 
 DEVICES = [
     "cpu",

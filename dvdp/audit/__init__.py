@@ -1,0 +1,1 @@
+"""Which level, lift or solver costs a trained model its score."""

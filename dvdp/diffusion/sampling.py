@@ -1,0 +1,155 @@
+"""From noise to images: the reverse process along a grid of timesteps.
+
+A *denoiser* is any callable ``denoiser(x, t)`` with x (B, C, h, w) at the level of t, and t (B,) integer timesteps
+of one level; it returns the predicted noise, of x's shape. A trained network (:mod:`dvdp.models.denoiser`), an exact
+posterior and a test double are the same thing here. One that is told classes is called ``denoiser(x, t, labels)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dvdp.diffusion import bands
+from dvdp.diffusion.bands import Pyramid
+from dvdp.diffusion.process import Process, Variance
+from dvdp.diffusion.randomness import ImageNoise
+from dvdp.diffusion.solvers import make_rule
+from dvdp.diffusion.timesteps import Share, step_grid
+from dvdp.errors import UserError
+
+Denoiser = Callable[..., Tensor]
+
+
+class Progress(NamedTuple):
+    """What a progress callback sees after each network call."""
+
+    call: int
+    """Network calls made so far, from 1."""
+    calls: int
+    """Network calls in all."""
+    level: int
+    t: int
+    """The timestep the network was called at."""
+    s: int
+    """The timestep that ``state`` is at."""
+    state: Tensor
+    """x_s, (B, C, h, w) at ``level``."""
+    clean: Tensor
+    """The clean image predicted from x_t, of the same level, in [-2^level, 2^level] if clipped."""
+
+
+def sample(
+    process: Process,
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    steps: int = 1000,
+    rule: str = "ddpm",
+    eta: float = 0.0,
+    variance: Variance = "lower",
+    clip: bool = True,
+    spacing: str = "uniform",
+    share: Share = "length",
+    lift_deviations: Sequence[float] | None = None,
+    labels: Tensor | None = None,
+    start: tuple[Tensor, int] | None = None,
+    seed: int = 0,
+    first: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    callback: Callable[[Progress], None] | None = None,
+) -> Tensor:
+    """Draw images.
+
+    Args:
+        shape: (n, C, H, W) of the result; n is the batch the denoiser is called with.
+        steps: the exact number of network calls.
+        rule: ``"ddpm"`` (ancestral), ``"ddim"`` (deterministic at every level unless ``eta`` is above 0), or another of
+            :data:`dvdp.diffusion.solvers.RULES`.
+        eta: of DDIM, 0 to 1; 1 has the variance of ancestral sampling.
+        variance: of ancestral sampling, the ``"lower"`` or ``"upper"`` choice.
+        spacing: of the timesteps within a level; see :func:`dvdp.diffusion.timesteps.step_grid`.
+        share: of the steps among levels; see :func:`dvdp.diffusion.timesteps.share_steps`.
+        lift_deviations: of the data, for each of the K + 1 bands: what a lift adds then has the band's signal in its
+            variance, as Jing et al. do. See :meth:`dvdp.diffusion.process.Process.lift`.
+        labels: (n,) classes of the images, -1 for none, for a denoiser that is told them.
+        start: a state (n, C, h, w) and the turning point that it is at, in place of noise at T: of the level above
+            the turning point, which is then lifted, or of the level below, as a lift would have left it. ``steps`` is
+            the number of calls from T; those of the levels that are left out are not made.
+        clip: keep the predicted clean image in the pixel range of its level, [-2^k, 2^k].
+        seed: with ``first``, names the images: image i draws all its noise from (seed, first + i).
+        callback: called after each network call.
+
+    Returns:
+        Images (n, C, H, W), in [-1, 1] if clipped.
+
+    Raises:
+        UserError: an argument is out of range, or labels are not one for each image.
+    """
+    n, channels, height, width = shape
+    process.check_side(height)
+    process.check_side(width)
+    tables = make_rule(rule, eta, variance)
+    grid = step_grid(process.schedule, steps, spacing, share)
+    lifted = [0.0] * (process.levels + 1) if lift_deviations is None else list(lift_deviations)
+    if len(lifted) != process.levels + 1:
+        raise UserError(
+            f"lift_deviations: found {len(lifted)} numbers, expected one for each of {process.levels + 1} bands."
+        )
+    source = ImageNoise(seed, first, n, device)
+    if labels is not None and labels.shape != (n,):
+        raise UserError(f"labels: found {tuple(labels.shape)}, expected one for each of {n} images; give ({n},).")
+    told = () if labels is None else (labels.to(device),)
+
+    def normal(level: int) -> Tensor:
+        return source.normal((channels, height >> level, width >> level), dtype)
+
+    call = 0
+    with torch.no_grad():
+        if start is None:
+            # The coarsest level has one band.
+            x = process.schedule.noise[-1, -1].item() * normal(process.levels)
+        else:
+            x = start[0].to(device, dtype)
+            grid = [part for part in grid if part[0] <= _level_to_enter(process, (height, width), x, start[1])]
+            steps = sum(len(times) - 1 for _, times in grid)
+        for level, times in grid:
+            if x.shape[-1] < width >> level:
+                x = process.lift(x, level + 1, normal(level), lifted[level])
+            step = tables(process, times, level)
+            noisy = (step.z > 0).any(dim=1).tolist()
+            x_table, history, z_table = (bands.merge(table).to(device, dtype) for table in step[1:])
+            predictions: list[Pyramid] = []
+            for i, (t, s) in enumerate(pairwise(times)):
+                state = Pyramid(x)
+                eps = denoiser(x, torch.full((n,), t, device=x.device), *told).to(dtype)
+                x0 = process.predict_clean(state, t, eps, level)
+                if clip:
+                    x0 = x0.clamp(-(2.0**level), 2.0**level)
+                prediction = x0 if step.predicts == "clean" else process.predict_noise(state, t, x0, level)
+                predictions.insert(0, Pyramid(prediction))
+                terms = [(state, x_table[i]), *zip(predictions, history[:, i], strict=False)]
+                if noisy[i]:
+                    terms.append((Pyramid(normal(level)), z_table[i]))
+                x = bands.combine(*terms)
+                del predictions[len(history) - 1 :]
+                call += 1
+                if callback:
+                    callback(Progress(call, steps, level, t, s, x, x0))
+    return x
+
+
+def _level_to_enter(process: Process, size: tuple[int, int], x: Tensor, t: int) -> int:
+    """The first level that a state at a turning point goes through."""
+    for below, turning_point in enumerate(process.schedule.turning_points):
+        for level in (below, below + 1):
+            if t == turning_point and x.shape[-2:] == (size[0] >> level, size[1] >> level):
+                return below
+    raise UserError(
+        f"start: found a state of {tuple(x.shape[-2:])} px at t = {t}, expected one at a turning point,"
+        f" {list(process.schedule.turning_points)}, of the level above it or below it."
+    )

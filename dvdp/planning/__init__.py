@@ -1,0 +1,1 @@
+"""What turning points cost and lose before training, the search over them, and its figure."""

@@ -1,0 +1,1 @@
+"""What the commands plan, audit and evaluate do."""

@@ -1,0 +1,69 @@
+"""``dvdp audit``: the tables that it prints, and what it adds to MLflow."""
+
+from __future__ import annotations
+
+from dvdp.audit.result import FREE, REAL, Audit
+from dvdp.models.flops import training_images
+from pipelines.jobs.audit import AuditJob
+from pipelines.reports.text_tables import as_text
+from pipelines.tracking.connection import connect, reaching
+
+
+def summary(audit: Audit, name: str) -> str:
+    """Tables for a terminal, and one sentence."""
+    found = audit.attribution
+    lines = [["as many real images", f"{audit.scores[REAL].value:.3f}", ""]]
+    lines += [[audit.title(part), f"{cost:+.3f}", f"± {found.error:.2g}"] for part, cost in found.costs.items()]
+    how = f"{audit.sampling['rule']}, {audit.sampling['steps']} steps"
+    lines.append([f"samples ({how})", f"{audit.scores[FREE].value:.3f}", ""])
+    if audit.solver is not None and found.solver is not None:
+        many = f"against {audit.solver['rule']}, {audit.solver['steps']} steps"
+        lines.append([f"of which the solver ({many})", f"{found.solver:+.3f}", f"± {found.error:.2g}"])
+    tables = [as_text([name, audit.metric, f"{audit.images} images"], lines)]
+    if audit.states:
+        headings = ["just before the lift", "size of bands against true, finest first", "means apart", "Frechet"]
+        cells = []
+        for state in reversed(audit.states):
+            ratios = [
+                f"{a / b:.3f} ± {error:.3f}"
+                for a, b, error in zip(state.generated, state.true, state.errors, strict=True)
+            ]
+            cells.append(
+                [
+                    f"t = {state.turning_point}, {audit.side >> state.level} px",
+                    ", ".join(ratios),
+                    f"{state.mean_difference:.3f} (floor {state.mean_floor:.3f})",
+                    f"{state.distance:.2f} (floor {state.distance_floor:.2f})",
+                ]
+            )
+        tables.append(as_text(headings, cells))
+    return "\n\n".join([*tables, f"{name}: {audit.verdict}"])
+
+
+def track(audit: AuditJob, result: Audit) -> None:
+    """Put the audit into the MLflow run of its job; again changes nothing.
+
+    Raises:
+        TrackingAway: MLflow does not answer; everything is on disk.
+    """
+    from pipelines.tracking.job_runs import tracked
+
+    job, found = audit.job, result.attribution
+    metrics = {f"audit/score/{start}": score.value for start, score in result.scores.items()}
+    metrics |= {f"audit/cost/{part}": cost for part, cost in found.costs.items()}
+    metrics |= {"audit/cost/total": found.total, "audit/cost/error": found.error}
+    if found.solver is not None:
+        metrics["audit/cost/solver"] = found.solver
+    for state in result.states:
+        at = f"audit/state/{state.level}"
+        metrics |= {f"{at}/distance": state.distance, f"{at}/distance_floor": state.distance_floor}
+        metrics |= {f"{at}/mean_difference": state.mean_difference, f"{at}/mean_floor": state.mean_floor}
+        for band, (ours, true) in enumerate(zip(state.generated, state.true, strict=True), start=state.level):
+            metrics[f"{at}/band_{band}"] = ours / true
+    with reaching(connect(), audit.result.parent):
+        run = tracked(job)
+        run.set_metrics(metrics, step=training_images(job.run))
+        run.log_file(audit.result, "audit")
+        run.log_file(audit.chart, "audit")
+        run.set_tags({"dvdp.audit": result.verdict})
+        run.set_status("FINISHED")

@@ -1,0 +1,247 @@
+"""``dvdp evaluate``: scores of what is sampled already, or of a registered model, added to what MLflow knows.
+
+A run's own metrics are those that the experiment gave it. Every other record (another sampler, other counts, another
+reference) is a run of its own beneath it, named ``evaluation`` and found by what the record says, so that nothing is
+replaced and the same record is there once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlflow.artifacts
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.utils import mlflow_tags
+
+from dvdp.config import Params
+from dvdp.errors import UserError
+from dvdp.evaluation.published import read_statistics
+from dvdp.evaluation.records import ScoreRecord
+from dvdp.evaluation.reference import read_reference
+from dvdp.files import write_atomically
+from dvdp.models.export import lift_deviations, load_model
+from dvdp.models.flops import training_images
+from pipelines.jobs.cluster import cluster
+from pipelines.jobs.job import Job, Sampled
+from pipelines.jobs.paths import Places
+from pipelines.jobs.sample import missing_shards, sample_job
+from pipelines.jobs.score import check_scorable, extractor_of, score_job
+from pipelines.tracking import registry
+from pipelines.tracking.connection import TrackingAway, connect, reaching
+from pipelines.tracking.job_runs import tracked
+from pipelines.tracking.runs import DATASET_DIGEST, EVALUATION_HASH, EVALUATION_OF, TrackedRun, open_run, read_text
+
+
+@dataclass(frozen=True)
+class RegisteredModel(Sampled):
+    """A version of a registered model, sampled as the params say now (so does its run), in a folder of its own."""
+
+    title: str
+    weights_digest: str
+    """Of its weights."""
+    run_id: str
+    """Of the MLflow run that the version comes from."""
+    dataset_digest: str
+    """Of what it was trained on."""
+
+    @property
+    def name(self) -> str:
+        """The version's."""
+        return self.title
+
+    @property
+    def trained(self) -> str:
+        """The digest of the weights."""
+        return self.weights_digest
+
+    @property
+    def folder(self) -> Path:
+        """Named for the weights."""
+        return folder_of(self.params, self.weights_digest)
+
+
+def folder_of(params: Params, weights_digest: str) -> Path:
+    """Where what is made of a registered model lies."""
+    return params.cluster.storage / "models" / weights_digest[:12]
+
+
+def registered_model(params: Params, address: str) -> RegisteredModel:
+    """Look a version up in MLflow and keep a copy of its weights.
+
+    Args:
+        address: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
+
+    Raises:
+        UserError: there is no such version, it is none of ours, its images have another side than the data set, MLflow
+            does not answer, or the sampling of the params does not fit it.
+    """
+    parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", address)
+    if parts is None:
+        raise UserError(
+            f"--model: found '{address}', expected models:/<name>@<alias> or models:/<name>/<version>, such as"
+            f" models:/{params.tracking.model}-{params.dataset.name}@{registry.CHAMPION}."
+        )
+    # Without an address it is a file here, which only reading need not create.
+    if not (os.environ.get("MLFLOW_TRACKING_URI") or Path("mlflow.db").is_file()):
+        raise UserError(
+            f"--model: found '{address}' and no MLflow here, expected mlflow.db or a server at MLFLOW_TRACKING_URI;"
+            " run `dvdp experiment` first, or name the server."
+        )
+    client = connect()
+    try:
+        with reaching(client, params.cluster.storage):
+            name, alias, number = parts.groups(default="")
+            return _fetched(client, params, _version(client, name, alias, number), address)
+    except TrackingAway:
+        raise UserError(
+            "MLFLOW_TRACKING_URI: found no answer from MLflow there, which holds the registered models, expected a"
+            " server that runs; start it, or unset the variable to use mlflow.db here."
+        ) from None
+
+
+def evaluate(subject: Job | RegisteredModel, statistics: Path | None = None) -> ScoreRecord:
+    """Score a job's samples, or sample and score a registered model; what is there already is not made again.
+
+    Args:
+        statistics: an ``.npz`` file to score against in place of the reference.
+
+    Raises:
+        UserError: something that scoring needs is missing; told before images are drawn.
+    """
+    if isinstance(subject, Job):
+        return score_job(subject, statistics)
+    params = subject.params
+    if statistics is None:
+        check_scorable(params)
+    else:
+        read_statistics(statistics, extractor_of(params).features)
+    if missing_shards(subject):
+        with cluster(params.cluster) as room, room:
+            sample_job(subject, room)
+    return score_job(subject, statistics, [] if statistics else _foreign(subject))
+
+
+def track(subject: Job | RegisteredModel, record: ScoreRecord) -> None:
+    """Add a record to the MLflow run of a job, or of a model's training; again changes nothing.
+
+    Raises:
+        TrackingAway: MLflow does not answer; everything is on disk.
+    """
+    client = connect()
+    with reaching(client, subject.samples):
+        if isinstance(subject, Job):
+            run = tracked(subject)
+            if client.get_run(run.run_id).info.status == "RUNNING":  # One that failed stays so.
+                run.set_status("FINISHED")
+        else:
+            found = client.get_run(subject.run_id)
+            run = TrackedRun(client, found.info.run_id, found.info.experiment_id)
+        add_evaluation(run, record, training_images(subject.run))
+
+
+def add_evaluation(run: TrackedRun, record: ScoreRecord, step: int) -> None:
+    """A run beneath ``run`` for a record other than its own; see the top of this file.
+
+    Args:
+        step: images seen in training.
+    """
+    client = run.client
+    own = read_text(client, run.run_id, "score.json")
+    with contextlib.suppress(UserError):  # of another release
+        if own is not None and ScoreRecord.from_json(own) == record:
+            return
+    key = hashlib.sha256(f"{run.run_id} {record.to_json()}".encode()).hexdigest()[:16]
+    experiment = client.get_experiment(run.experiment_id).name
+    child = open_run(client, experiment, EVALUATION_HASH, key, "evaluation")
+    child.set_tags({mlflow_tags.MLFLOW_PARENT_RUN_ID: run.run_id, EVALUATION_OF: run.run_id})
+    # What scores can differ for, so that MLflow's page of several shows it.
+    outcome = ("metrics", "warnings", "counts")
+    child.log_params({name: value for name, value in dataclasses.asdict(record).items() if name not in outcome})
+    child.set_metrics(record.metrics, step)
+    child.log_text("score.json", record.to_json())
+    child.set_status("FINISHED")
+
+
+def _version(client: MlflowClient, name: str, alias: str, number: str) -> ModelVersion:
+    found = f"models:/{name}@{alias}" if alias else f"models:/{name}/{number}"
+    try:
+        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise UserError(
+            f"--model: found no version '{found}' in MLflow, expected one that `dvdp experiment` has registered; look"
+            " for its name and number on MLflow's page of models."
+        ) from None
+    if registry.WEIGHTS_DIGEST not in version.tags or not version.run_id or version.status != "READY":
+        raise UserError(
+            f"--model: found '{found}', which is no finished version of ours, expected one that `dvdp experiment` has"
+            " registered; name another."
+        )
+    return version
+
+
+def _fetched(client: MlflowClient, params: Params, version: ModelVersion, address: str) -> RegisteredModel:
+    digest = version.tags[registry.WEIGHTS_DIGEST]
+    weights = folder_of(params, digest) / "weights.safetensors"
+    if not weights.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                copy = mlflow.artifacts.download_artifacts(
+                    f"models:/{version.name}/{version.version}/artifacts/{weights.name}",
+                    dst_path=folder,
+                    tracking_uri=client.tracking_uri,
+                    registry_uri=client.tracking_uri,
+                )
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                raise UserError(
+                    f"--model: found no {weights.name} of '{address}' where MLflow keeps it, {version.source}, expected"
+                    " the weights that were registered; put them back, or name another version."
+                ) from None
+            if registry.weights_digest(Path(copy)) != digest:
+                raise UserError(
+                    f"--model: found other weights in '{address}' than its tag {registry.WEIGHTS_DIGEST} says, expected"
+                    " those that were registered; name another version."
+                )
+            write_atomically(weights, Path(copy).read_bytes())
+    model = load_model(weights)
+    if model.side != params.dataset.resolution:
+        raise UserError(
+            f"--model: found a model of {model.side} px images, expected dataset.resolution,"
+            f" {params.dataset.resolution} px; give the params of its data set with --params."
+        )
+    if params.evaluation.samples > params.sampling.count:
+        raise UserError(
+            f"evaluation.samples: found {params.evaluation.samples}, expected at most sampling.count,"
+            f" {params.sampling.count}; draw more or score fewer."
+        )
+    run = replace(model.run, sampling=params.sampling)
+    run.check()
+    lift_deviations(run, model.description)
+    return RegisteredModel(
+        params=params,
+        run=run,
+        title=f"{version.name} version {version.version}",
+        weights_digest=digest,
+        run_id=str(version.run_id),
+        dataset_digest=version.tags.get(DATASET_DIGEST, ""),
+    )
+
+
+def _foreign(model: RegisteredModel) -> list[str]:
+    """A remark if the model is scored against other images than it was trained on."""
+    digest = read_reference(Places.of(model.params).reference).data_digest
+    if digest == model.dataset_digest:
+        return []
+    return [f"{model.name} was trained on another data set than the reference's, '{model.params.dataset.name}'."]

@@ -1,0 +1,148 @@
+"""Ray: the cluster that settings train and sample on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from dvdp.config import ClusterParams
+from dvdp.errors import UserError
+
+#: Set before Ray is imported, and in every worker: quiet, prompt, and an allocator that keeps large blocks.
+WORKER_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A call after the cluster has ended must fail, not start another one.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    # A process for each run, which tells training of a node that is about to go; ours goes on from its checkpoints.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
+}
+
+
+@contextlib.contextmanager
+def cluster(params: ClusterParams) -> Iterator[threading.Semaphore]:
+    """Join the cluster at ``RAY_ADDRESS``, or start one on this machine for as long as the block lasts.
+
+    Yields its room: each training run holds one of it, and there is as much as runs fit at a time.
+
+    Raises:
+        UserError: the cluster does not answer, or has not the CPUs and GPUs that a run asks for.
+    """
+    check_address()
+    os.environ.update(WORKER_ENVIRONMENT)
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    environment = {"env_vars": {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(params.threads)}}
+    sizes: dict[str, Any] = {}
+    if not address:
+        sizes = {
+            "num_cpus": max(len(os.sched_getaffinity(0)), params.num_workers * params.threads),
+            "include_dashboard": False,
+            "object_store_memory": 200 * 2**20,
+        }
+    with restored_interrupt():
+        try:
+            ray.init(
+                address=address or "local",
+                runtime_env=environment,
+                # What workers have to say comes through their run's log file; see following.
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                **sizes,
+            )
+        except (ConnectionError, ValueError) as error:
+            raise UserError(
+                f"RAY_ADDRESS: found no cluster at '{address}' ({error}); start it, or unset RAY_ADDRESS to run here."
+            ) from None
+        try:
+            yield threading.Semaphore(_slots(params, ray.cluster_resources()))
+        finally:
+            ray.shutdown()
+
+
+def check_address() -> None:
+    """Raise UserError if ``RAY_ADDRESS`` is set and nothing listens there.
+
+    Ray itself would try a dead address for over a minute, and then end the process.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"RAY_ADDRESS: found nothing that answers at '{address}' ({error}), expected a Ray cluster; start it, or"
+            " unset RAY_ADDRESS to run here."
+        ) from None
+
+
+def _slots(params: ClusterParams, there: Mapping[str, float]) -> int:
+    needed = {"CPU": params.num_workers * params.threads, "GPU": params.num_workers * params.gpu}
+    for name, count in needed.items():
+        if there.get(name, 0) < count:
+            raise UserError(
+                f"cluster: found {there.get(name, 0):g} {name}s, expected at least {count} for {params.num_workers}"
+                " workers; lower cluster.num_workers or cluster.threads, or add nodes."
+            )
+    return min(int(there[name] // count) for name, count in needed.items() if count)
+
+
+@contextlib.contextmanager
+def restored_interrupt() -> Iterator[None]:
+    """Give Ctrl-C its meaning back: Ray replaces the handler and leaves its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def on_workers(
+    params: ClusterParams, work: Callable[..., Any], arguments: list[tuple[Any, ...]], room: threading.Semaphore
+) -> Iterator[Any]:
+    """Run ``work(*arguments[i])`` on the cluster, and yield the results as they come.
+
+    Args:
+        room: of the cluster. The caller holds one of it, for as many tasks at a time as a run has ranks. What nobody
+            else holds, now or later, is taken as well until all is done.
+    """
+    import ray
+
+    remote = ray.remote(num_cpus=params.threads, num_gpus=int(params.gpu), max_retries=params.max_failures)(work)
+    left, taken = deque(arguments), 0
+    waiting: list[Any] = []
+    try:
+        while left or waiting:
+            while left:
+                if len(waiting) == (1 + taken) * params.num_workers:
+                    if not room.acquire(blocking=False):
+                        break
+                    taken += 1
+                waiting.append(remote.remote(*left.popleft()))
+            done, waiting = ray.wait(waiting)
+            try:
+                yield from ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, UserError) else error) from None
+    finally:
+        for _ in range(taken):
+            room.release()

@@ -1,0 +1,120 @@
+"""One setting with one seed as a job: the names and folders of everything that it makes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from dvdp.config import Params, Run
+from dvdp.data.store import ImageStore
+from dvdp.errors import UserError
+from dvdp.identity import evaluation_hash, sampling_hash, training_hash
+from pipelines.jobs.paths import Places
+
+
+@dataclass(frozen=True)
+class Sampled(ABC):
+    """What images are drawn from and scored, with the places of all that is made: a job, or a registered model."""
+
+    params: Params
+    run: Run
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> str:
+        """Names the weights."""
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """Of weights, samples and scores."""
+
+    @property
+    def weights(self) -> Path:
+        """The trained model."""
+        return self.folder / "weights.safetensors"
+
+    @property
+    def sampling_hash(self) -> str:
+        """Names the samples."""
+        return sampling_hash(self.run, self.trained)
+
+    @property
+    def samples(self) -> Path:
+        """Folder of the samples, ``<first image>.npy``."""
+        return self.folder / "samples" / self.sampling_hash
+
+    def score_path(self, reference: str) -> Path:
+        """The score record against a reference, by its name."""
+        name = evaluation_hash(self.params.evaluation, self.sampling_hash, reference)
+        return self.folder / "scores" / f"{name}.json"
+
+
+@dataclass(frozen=True)
+class Job(Sampled):
+    """One setting and seed on one data set, with the names of all it makes."""
+
+    dataset_digest: str
+
+    @cached_property
+    def training_hash(self) -> str:
+        """Names the run; see :mod:`dvdp.identity`."""
+        return training_hash(self.run, self.dataset_digest, self.params.dataset.flip, self.params.cluster.num_workers)
+
+    @property
+    def trained(self) -> str:
+        """The training hash."""
+        return self.training_hash
+
+    @property
+    def name(self) -> str:
+        """The setting, and the seed where there are several."""
+        return self.run.setting if len(self.params.seeds) == 1 else f"{self.run.setting}-seed{self.run.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The run's."""
+        return self.params.cluster.storage / self.training_hash
+
+
+def jobs(params: Params) -> list[Job]:
+    """Every setting with every seed, on the prepared data set.
+
+    Turning points that are ``auto`` are chosen here, for the jobs and their params.
+
+    Raises:
+        UserError: the data set is not prepared, or was prepared with another resolution; a batch does not divide
+            over the ranks; turning points cannot be chosen.
+    """
+    store = ImageStore(Places.of(params).store)
+    if store.metadata.resolution != params.dataset.resolution:
+        raise UserError(
+            f"dataset.resolution: found {params.dataset.resolution}, expected {store.metadata.resolution} as in"
+            f" {Places.of(params).store}; prepare the data set again."
+        )
+    if any(isinstance(setting.turning_points, str) for setting in params.settings):
+        # Looks into MLflow, unlike everything else here, and is not needed otherwise.
+        from pipelines.turning_points import choose_turning_points
+
+        params = choose_turning_points(params, store.metadata)
+    runs, ranks, classes = params.runs(), params.cluster.num_workers, len(store.metadata.labels)
+    for run in runs:
+        if run.model.classes not in (0, classes):
+            known = f"0, or {classes} as in" if classes else "0, as there are no labels in"
+            raise UserError(
+                f"model.classes: found {run.model.classes} for {run.setting}, expected {known}"
+                f" {Places.of(params).store}; change it."
+            )
+        if run.training.batch % ranks:
+            raise UserError(
+                f"training.batch: found {run.training.batch} for {run.setting}, expected a multiple of"
+                f" cluster.num_workers, {ranks}; change one of them."
+            )
+    return [Job(params, run, store.metadata.digest) for run in runs]

@@ -1,0 +1,182 @@
+"""Training of a job with Ray Train."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvdp.config import ClusterParams, Run
+from dvdp.data.store import ImageStore
+from dvdp.errors import UserError
+from dvdp.files import locked, write_atomically
+from dvdp.training.loop import is_finished
+from pipelines.jobs.cluster import restored_interrupt
+from pipelines.jobs.job import Job
+from pipelines.jobs.paths import Places
+
+
+def train_job(job: Job, description: Mapping[str, str]) -> Path:
+    """Train to the end, unless that is done; returns the weights. Needs :func:`pipelines.jobs.cluster.cluster`.
+
+    One at a time trains a run, in this process or another: whoever comes second waits, and finds it finished.
+    """
+    lock = job.folder / "driver.lock"
+    with locked(lock, patience=0) as free:
+        if not free:
+            print(f"{job.name}: waiting for another process that trains the same run ({lock})")
+    with locked(lock):
+        if not is_finished(job.folder):
+            store = ImageStore(Places.of(job.params).store)
+            about = {"training_hash": job.training_hash, **description, "run": job.run.describe()}
+            write_atomically(job.folder / "run.json", json.dumps(about, indent=2) + "\n")
+            train_on_workers(
+                job.run,
+                store.path,
+                job.folder,
+                job.training_hash,
+                job.params.dataset.flip,
+                {**description, **store.metadata.told(len(job.run.turning_points))},
+                job.params.cluster,
+            )
+    return job.weights
+
+
+#: File of a run's folder with the status lines of training.
+LOG = "log.txt"
+
+
+def train_on_workers(
+    run: Run,
+    store: Path,
+    folder: Path,
+    training_hash: str,
+    flip: bool,
+    description: Mapping[str, Any],
+    params: ClusterParams,
+) -> None:
+    """Train a run with Ray Train: ``cluster.num_workers`` ranks, restarted up to ``max_failures`` times.
+
+    Resuming is the training loop's own affair (its checkpoints lie in ``folder``), so Ray, whose run is named after
+    the training hash, keeps none.
+
+    Raises:
+        UserError: the training loop's, or the workers failed too often.
+    """
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import FailureConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    attempt = uuid.uuid4().hex
+
+    resources: dict[str, float] = {"CPU": params.threads, **({"GPU": 1} if params.gpu else {})}
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={
+            "run": run.describe(),
+            "store": str(store.resolve()),
+            "folder": str(folder.resolve()),
+            "training_hash": training_hash,
+            "flip": flip,
+            "description": dict(description),
+            "threads": params.threads,
+            "attempt": attempt,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=params.num_workers, use_gpu=params.gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=training_hash,
+            storage_path=str((folder / "ray").resolve()),
+            failure_config=FailureConfig(max_failures=params.max_failures, controller_failure_limit=3),
+        ),
+        torch_config=TorchConfig(backend="nccl" if params.gpu else "gloo"),
+    )
+    with restored_interrupt(), following(folder / LOG):
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise UserError(
+                f"training: the workers of '{folder}' failed more than cluster.max_failures, {params.max_failures},"
+                f" times, at last with '{last}'; run the same command again to go on from the newest checkpoint."
+            ) from error
+    mistakes = sorted(folder.glob(f"mistake-{attempt}-*.txt"))
+    texts = [path.read_text() for path in mistakes]
+    for path in mistakes:
+        path.unlink()
+    if texts:
+        raise UserError(texts[0])
+
+
+def worker(config: dict[str, Any]) -> None:
+    """What every rank does."""
+    import torch
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    from dvdp.data.store import ImageStore
+    from dvdp.evaluation.figures import grid, save_png
+    from dvdp.training.loop import train
+
+    torch.set_num_threads(config["threads"])
+    folder = Path(config["folder"])
+
+    def say(line: str) -> None:
+        with (folder / LOG).open("a") as file:
+            file.write(line + "\n")
+
+    def preview(_: int, samples: torch.Tensor, path: Path) -> None:
+        save_png(grid(samples), path)
+
+    try:
+        train(
+            Run.from_description(config["run"]),
+            ImageStore(Path(config["store"])),
+            folder,
+            config["training_hash"],
+            flip=config["flip"],
+            device=get_device(),
+            description=config["description"],
+            preview=preview,
+            say=say,
+        )
+    except UserError as error:
+        # Raised here, Ray would try again.
+        name = f"mistake-{config['attempt']}-{get_context().get_world_rank()}.txt"
+        write_atomically(folder / name, str(error))
+
+
+@contextlib.contextmanager
+def following(path: Path) -> Iterator[None]:
+    """Print the lines that workers add to a file while the block runs."""
+    done = threading.Event()
+    start = path.stat().st_size if path.exists() else 0
+
+    def follow() -> None:
+        position = start
+        while True:
+            last = done.wait(0.5)
+            if path.exists():
+                with path.open() as file:
+                    file.seek(position)
+                    for line in file.readlines():
+                        print(line, end="", flush=True)
+                    position = file.tell()
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, name=f"following {path.parent.name}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

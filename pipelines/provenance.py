@@ -1,0 +1,69 @@
+"""Where a run comes from: the git commit, DVC's hash of the data, and whether the data are what dvc.lock names."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from pathlib import Path
+
+import yaml
+
+from dvdp.errors import UserError
+
+#: Tags that lead back to where a run, or a version of a model, comes from.
+GIT_COMMIT = "dvdp.git_commit"
+DVC_HASH = "dvdp.dvc_hash"
+
+
+def provenance(project: Path | str = ".", store: Path | None = None) -> dict[str, str]:
+    """Tags of the code and data that a run is made with, as far as there are any: git commit and DVC's hash.
+
+    Args:
+        store: the prepared data set; ``dvc.lock`` names its hash.
+    """
+    tags: dict[str, str] = {}
+    lock = Path(project) / "dvc.lock"
+    if store is not None and lock.is_file():
+        stages = yaml.safe_load(lock.read_text()).get("stages", {})
+        for out in (out for stage in stages.values() for out in stage.get("outs", [])):
+            if Path(out["path"]) == store and "md5" in out:
+                tags[DVC_HASH] = out["md5"]
+    commit = _git(project, "rev-parse", "HEAD")
+    if commit:
+        dirty = _git(project, "status", "--porcelain", "--untracked-files=no")
+        tags[GIT_COMMIT] = commit + ("-dirty" if dirty else "")
+        # The one that MLflow's page shows.
+        tags["mlflow.source.git.commit"] = commit
+    return tags
+
+
+def _git(project: Path | str, *arguments: str) -> str:
+    with contextlib.suppress(FileNotFoundError):
+        command = ["git", "-C", str(project), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return ""
+
+
+def check_data_is_locked(store: Path, project: Path = Path()) -> None:
+    """Raise UserError unless the prepared data set is the one that ``dvc.lock`` names."""
+    if not (project / "dvc.lock").is_file():
+        raise UserError(
+            "dvc.lock: found no such file, expected the data set that a `dvc repro` has prepared; run that, or name the"
+            " folder of the report with --reports."
+        )
+    from dvc.repo import Repo
+
+    with Repo(str(project)) as repo:
+        stages = [
+            stage
+            for stage in repo.stage.collect("prepare")
+            if any(Path(o.fs_path) == store.resolve() for o in stage.outs)
+        ]
+        outs = [out for stage in stages for out in stage.outs if Path(out.fs_path) == store.resolve()]
+        if not outs or any(out.changed() for out in outs):
+            raise UserError(
+                f"dataset: found '{store}' other than dvc.lock names it, expected it unchanged;"
+                " run `dvc checkout prepare`, or `dvc repro` to accept new data."
+            )

@@ -1,0 +1,188 @@
+"""``reports/``: what DVC tracks and people open. A page that needs no server, and its parts as files."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, select_autoescape
+from PIL import Image
+
+from dvdp.evaluation import figures
+from dvdp.evaluation.reference import read_reference
+from dvdp.evaluation.samples import SampleShards
+from dvdp.files import write_atomically
+from dvdp.training import ledger
+from pipelines.jobs.job import Job
+from pipelines.jobs.paths import Places
+from pipelines.jobs.sample import draw_process
+from pipelines.reports.comparison import Result, Row, legend, table
+from pipelines.reports.sweeps import draw_sweeps, known_settings
+from pipelines.reports.text_tables import as_csv, as_markdown
+
+SHEET_IMAGES = 12
+
+
+@dataclass(frozen=True)
+class Report:
+    """The files of a report folder that others show too."""
+
+    folder: Path
+    text: str
+    """The table for a terminal or an artifact, as Markdown."""
+
+    @property
+    def page(self) -> Path:
+        """The page to open."""
+        return self.folder / "index.html"
+
+    @property
+    def pictures(self) -> Path:
+        """Folder of the samples and the process pictures."""
+        return self.folder / "pictures"
+
+    @property
+    def contact_sheet(self) -> Path:
+        """Samples of all settings."""
+        return self.pictures / "contact_sheet.png"
+
+
+def draw_samples(job: Job, picture: Path, count: int = 64) -> Path:
+    """The first samples of a job as one grid."""
+    return figures.save_png(figures.grid(_samples(job, count)), picture)
+
+
+def write_report(
+    folder: Path,
+    rows: Sequence[Row],
+    results: Sequence[Result],
+    failures: Mapping[str, str],
+    provenance: Mapping[str, Any],
+) -> Report:
+    """Write the whole folder: page, table, metrics and plots for DVC, pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = results[0].record
+    params = results[0].job.params
+    headings, cells = table(rows, record.headline)
+    report = Report(folder, as_markdown(headings, cells))
+
+    write_atomically(folder / "table.csv", as_csv(headings, cells))
+    write_atomically(folder / "table.md", report.text + "\n")
+    write_atomically(folder / "metrics.json", json.dumps(_metrics(rows), indent=2, sort_keys=True) + "\n")
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+    _write_loss_csv(plots / "loss.csv", results)
+
+    sheet = figures.contact_sheet({r.job.name: _samples(r.job, SHEET_IMAGES) for r in results}, columns=SHEET_IMAGES)
+    figures.save_png(sheet, report.contact_sheet)
+    curves = _draw_curves(plots, rows, results)
+    sweeps = draw_sweeps(report.pictures, known_settings(results), results[0].job.run)
+    grids, processes = [], []
+    for r in results:
+        path = draw_samples(r.job, report.pictures / f"samples_{r.job.name}.png")
+        grids.append({"picture": _inline(path), "caption": _caption(r)})
+        if r.job.run.seed == params.seeds[0]:
+            path = report.pictures / f"process_{r.job.name}.png"
+            write_atomically(path, draw_process(r.job).read_bytes())
+            processes.append({"picture": _inline(path), "caption": _caption(r)})
+
+    environment = Environment(loader=PackageLoader("pipelines.reports"), autoescape=select_autoescape())
+    page = environment.get_template("report.html").render(
+        title=f"DVDP on {params.dataset.name}",
+        subtitle=f"{_count(len(rows), 'setting')}, {_count(len(params.seeds), 'seed')},"
+        f" {params.dataset.resolution} px images"
+        + (f", networks told {params.model.classes} classes" if params.model.classes else ""),
+        headings=headings,
+        cells=cells,
+        legend=legend(rows, record),
+        failures=failures,
+        contact_sheet=_inline(report.contact_sheet),
+        curves=[{"picture": _inline(path), "caption": caption} for path, caption in curves],
+        sweeps=[{"picture": _inline(path), "caption": caption} for path, caption in sweeps],
+        grids=grids,
+        processes=processes,
+        anchors=_anchors(params.dataset.name, Places.of(params).reference, record.metrics),
+        provenance=provenance,
+    )
+    write_atomically(report.page, page)
+    return report
+
+
+def _samples(job: Job, count: int) -> np.ndarray:
+    shards = SampleShards(job.samples)
+    return np.stack([shards[i].numpy() for i in range(min(count, len(shards)))])
+
+
+def _metrics(rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        row.setting: {
+            **row.metrics,
+            "training_images": row.images,
+            "milliseconds_per_training_image": 1e3 * row.seconds_per_image,
+            "seconds_per_sample": row.seconds_per_sample,
+            "training_speedup": row.training_speedup,
+            "sampling_speedup": row.sampling_speedup,
+        }
+        for row in rows
+    }
+
+
+def _write_loss_csv(path: Path, results: Sequence[Result]) -> None:
+    lines = ["images,loss,run"]
+    for result in results:
+        entries = ledger.read(result.job.folder / "metrics.jsonl")
+        lines += [f"{e.images},{e.metrics['loss']:.6f},{result.job.name}" for e in entries]
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def _draw_curves(folder: Path, rows: Sequence[Row], results: Sequence[Result]) -> list[tuple[Path, str]]:
+    logs = {result.job.name: ledger.read(result.job.folder / "metrics.jsonl") for result in results}
+    loss = {name: [(e.images, e.metrics["loss"]) for e in entries] for name, entries in logs.items()}
+    levels = {}
+    for result in results:
+        for level in range(len(result.job.run.turning_points) + 1):
+            key, entries = f"loss/level_{level}", logs[result.job.name]
+            levels[f"{result.job.name}, level {level}"] = [
+                (e.images, e.metrics[key]) for e in entries if key in e.metrics
+            ]
+    drawn = [
+        (folder / "loss.png", "Loss over training images, all levels by their share"),
+        (folder / "loss_levels.png", "Loss of each level"),
+    ]
+    for (path, caption), lines in zip(drawn, (loss, levels), strict=True):
+        figures.curves(path, lines, title=caption, xlabel="images", ylabel="loss", logy=True)
+    return drawn
+
+
+def _caption(result: Result) -> str:
+    points = ", ".join(map(str, result.job.run.turning_points))
+    return f"{result.job.name}: " + (f"turning points at t = {points}" if points else "no turning point")
+
+
+def _anchors(dataset: str, reference: Path, metrics: Mapping[str, float]) -> dict[str, Any]:
+    anchors = read_reference(reference).anchors
+    # What is extrapolated from samples is no anchor's.
+    names = [name for name in metrics if not name.endswith("_std") and name in anchors["halves"]["metrics"]]
+    titles = {"halves": f"two halves of {dataset}", "blurred": "blurred", "noised": "noised"}
+    return {
+        "headings": ["real images", "against", *names],
+        "cells": [
+            [titles.get(key, key), f"{anchor['references']:,}", *(f"{anchor['metrics'][name]:.3f}" for name in names)]
+            for key, anchor in anchors.items()
+        ],
+    }
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _inline(path: Path) -> str:
+    with Image.open(path) as image:
+        image.verify()
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

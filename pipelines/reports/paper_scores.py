@@ -1,0 +1,240 @@
+"""The paper's tables with ours beside them, from what MLflow holds and nothing else.
+
+A score stands in a row's cell if its run is of the row's data set (by name), side, process and turning points. All our
+cells of one data set in one table are of runs that were trained alike and scored on the same terms. Where MLflow has
+several such groups, it is the one that differs least from the paper, then the one that fills most cells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from dvdp.config import Params, Run, parse_params
+from dvdp.evaluation.records import ScoreRecord, comparable
+from dvdp.identity import training_identity
+from dvdp.models.flops import training_images
+from pipelines.reports.paper import TABLES, TIMESTEPS, Row, Table
+from pipelines.tracking.connection import connect, reaching
+from pipelines.tracking.runs import DATASET, DATASET_DIGEST, EVALUATION_OF, SETTING, read_text
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as Entry
+
+#: Runs that are looked at, the newest first.
+_MOST = 5000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A scored run, as MLflow knows it."""
+
+    run_id: str
+    run: Run
+    record: ScoreRecord
+    alike: str
+    """The same for runs that differ in nothing but process, turning points, seed and sampling."""
+    seconds_per_image: float | None
+    """Of training, median over the logs."""
+    seconds_per_sample: float | None
+
+    @property
+    def score(self) -> float:
+        """Of the headline metric."""
+        return self.record.metrics[self.record.headline]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the paper, and ours for it."""
+
+    row: Row
+    seeds: tuple[Measured, ...] = ()
+    """One run a seed; empty where nothing ran."""
+    training_speedup: float | None = None
+    """Over our DDPM beside it."""
+    sampling_speedup: float | None = None
+    differs: tuple[str, ...] = ()
+    """Why ours does not compare with the paper's; empty if it does."""
+
+    @property
+    def mean(self) -> float:
+        """Of the score, over seeds."""
+        return statistics.mean(seed.score for seed in self.seeds)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds; 0 for one."""
+        return statistics.stdev(seed.score for seed in self.seeds) if len(self.seeds) > 1 else 0.0
+
+    @property
+    def images(self) -> int:
+        """Training images of a run."""
+        return training_images(self.seeds[0].run)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """All tables."""
+
+    lines: dict[Table, list[Line]]
+    experiment: str
+    left_out: dict[str, int]
+    """Scored runs that stand in no cell, counted by data set."""
+
+
+def fill_tables(params: Params) -> Filled:
+    """Read ``tracking.experiment`` in MLflow; where there is no MLflow, all our cells are empty.
+
+    Raises:
+        TrackingAway: MLflow does not answer.
+    """
+    entries: list[Entry] = []
+    found: list[tuple[Row, Measured]] = []
+    # Without an address it is a file here, which only reading need not create.
+    if os.environ.get("MLFLOW_TRACKING_URI") or Path("mlflow.db").is_file():
+        client = connect()
+        with reaching(client, params.cluster.storage):
+            entries = _scored_runs(client, params.tracking.experiment)
+            candidates = [(entry, rows) for entry in entries if (rows := _rows(entry))]
+            for entry, rows in tqdm(candidates, desc="scores in MLflow", unit="run", disable=None, leave=False):
+                measured = _read(client, entry)
+                if measured is not None:
+                    how = measured.run.sampling.rule, measured.run.sampling.steps
+                    found += [(row, measured) for row in rows if row.sampling in (None, how)]
+    lines = {table: _fill(table, [(row, m) for row, m in found if row in table.rows]) for table in TABLES}
+    shown = {seed.run_id for table in lines.values() for line in table for seed in line.seeds}
+    left_out = Counter(_data_set(entry) for entry in entries if entry.info.run_id not in shown)
+    return Filled(lines, params.tracking.experiment, dict(left_out))
+
+
+def _scored_runs(client: MlflowClient, experiment: str) -> list[Entry]:
+    """Finished runs that have a score, the newest first, without evaluations of them under other terms."""
+    place = client.get_experiment_by_name(experiment)
+    if place is None:
+        return []
+    entries = client.search_runs([place.experiment_id], "attributes.status = 'FINISHED'", max_results=_MOST)
+    return [
+        entry
+        for entry in entries
+        if any(name.startswith(("fid", "fd_")) for name in entry.data.metrics) and EVALUATION_OF not in entry.data.tags
+    ]
+
+
+def _data_set(entry: Entry) -> str:
+    return f"{entry.data.tags.get(DATASET, 'unnamed')} ({entry.data.params.get('side', '?')} px)"
+
+
+def _rows(entry: Entry) -> list[Row]:
+    """Those of the run's data set, side, process and turning points, however it was sampled."""
+    name, logged = entry.data.tags.get(DATASET, ""), entry.data.params
+    keys = tuple(logged.get(key) for key in ("kind", "turning_points", "side"))
+    return [
+        row
+        for table in TABLES
+        for row in table.rows
+        if keys == (row.kind, json.dumps(row.turning_points), str(row.side)) and row.is_on(name)
+    ]
+
+
+def _read(client: MlflowClient, entry: Entry) -> Measured | None:
+    """None for a run without its params or score record, or with those of another release."""
+    run_id, tags = entry.info.run_id, entry.data.tags
+    params_text, score_text = (read_text(client, run_id, name) for name in ("params.json", "score.json"))
+    if params_text is None or score_text is None:
+        return None
+    with contextlib.suppress(KeyError, ValueError):  # also a UserError
+        params, record = parse_params(json.loads(params_text)), ScoreRecord.from_json(score_text)
+        settings = {setting.name: setting for setting in params.settings}
+        run = params.run(settings[tags[SETTING]], int(entry.data.params["seed"]))
+        # As DDPM, which sees equal images whatever a setting costs.
+        ddpm = replace(run, kind="ddpm", turning_points=(), seed=0)
+        alike = [tags[DATASET_DIGEST], params.dataset.flip, run.training.budget, training_identity(ddpm)]
+        rates = [metric.value for metric in client.get_metric_history(run_id, "images_per_second")]
+        image = 1 / statistics.median(rates) if rates else None
+        sample = entry.data.metrics.get("seconds_per_sample")
+        return Measured(run_id, run, record, json.dumps(alike), image, sample)
+    return None
+
+
+def _fill(table: Table, found: Iterable[tuple[Row, Measured]]) -> list[Line]:
+    """A line for each row of the table, in its order."""
+    groups: list[list[tuple[Row, Measured]]] = []
+    for entry in found:
+        group = next((group for group in groups if _belong_together(group[0], entry)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(entry)
+    chosen: dict[tuple[str, int], dict[Row, dict[int, Measured]]] = {}
+    # Of groups that rank alike the newest stays first.
+    for group in sorted(groups, key=lambda group: _rank(table, group), reverse=True):
+        rows: dict[Row, dict[int, Measured]] = {}
+        for row, measured in group:
+            # The newest come first.
+            rows.setdefault(row, {}).setdefault(measured.run.seed, measured)
+        chosen.setdefault((group[0][0].data_set, group[0][0].side), rows)
+    return [_line(table, row, chosen.get((row.data_set, row.side), {})) for row in table.rows]
+
+
+def _belong_together(a: tuple[Row, Measured], b: tuple[Row, Measured]) -> bool:
+    """On one data set, trained alike, and scored on the same terms but for what rows of a table differ in."""
+    keys = [(row.data_set, row.side, row.sampling is None, measured.alike) for row, measured in (a, b)]
+    return keys[0] == keys[1] and not comparable(_terms(*a), _terms(*b))
+
+
+def _terms(row: Row, measured: Measured) -> ScoreRecord:
+    if row.sampling is None:
+        return measured.record
+    kept = {key: value for key, value in measured.record.sampling.items() if key not in ("rule", "steps")}
+    return replace(measured.record, sampling=kept)
+
+
+def _rank(table: Table, group: Sequence[tuple[Row, Measured]]) -> tuple[int, int, int]:
+    differs = {text for row, measured in group for text in _differences(table, row, measured)}
+    return -len(differs), len({row for row, _ in group}), len(group)
+
+
+def _line(table: Table, row: Row, group: dict[Row, dict[int, Measured]]) -> Line:
+    if row not in group:
+        return Line(row)
+    seeds = tuple(measured for _, measured in sorted(group[row].items()))
+    ddpm = next((tuple(found.values()) for other, found in group.items() if other.kind == "ddpm"), ())
+
+    def speedup(name: str) -> float | None:
+        of_ddpm, ours = ([getattr(run, name) for run in runs] for runs in (ddpm, seeds))
+        if not of_ddpm or None in of_ddpm + ours:
+            return None
+        return statistics.mean(of_ddpm) / statistics.mean(ours)
+
+    differs = _differences(table, row, seeds[0])
+    return Line(row, seeds, speedup("seconds_per_image"), speedup("seconds_per_sample"), tuple(differs))
+
+
+def _differences(table: Table, row: Row, measured: Measured) -> list[str]:
+    """What keeps a score from being compared with the paper's."""
+    run, record = measured.run, measured.record
+    rule, steps = row.sampling or ("ddpm", TIMESTEPS)
+    networks, other = ("per_level", "shared") if table.two_networks else ("shared", "per_level")
+    words = {"shared": "one network for all levels", "per_level": "one for each level"}
+    checks = (
+        (record.extractor == "inception", f"{record.headline}, which is not FID"),
+        (record.samples == table.samples, f"{record.samples:,} samples, not {table.samples:,}"),
+        (run.sampling.steps == steps, f"{run.sampling.steps} steps, not {steps}"),
+        (run.sampling.rule == rule, f"{run.sampling.rule}, not {rule}"),
+        (run.sampling.spacing == "uniform", f"{run.sampling.spacing} spacing"),
+        (run.sampling.lift == "noise", "a lift with the variance of the data"),
+        (not run.model.classes, "a network that is told classes"),
+        (run.process.timesteps == TIMESTEPS, f"T = {run.process.timesteps}, not {TIMESTEPS}"),
+        (not run.turning_points or run.model.networks == networks, f"{words[other]}, not {words[networks]}"),
+    )
+    return [text for same, text in checks if not same]

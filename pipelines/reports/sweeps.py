@@ -1,0 +1,82 @@
+"""Scores over turning points from all that MLflow holds, not from one comparison alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dvdp.config import Run
+from dvdp.errors import UserError
+from dvdp.evaluation.records import comparable
+from dvdp.models.flops import relative_flops
+from pipelines.reports.comparison import Result
+from pipelines.reports.sweep_figures import Scored, draw_over_first_turning_point, draw_over_levels
+from pipelines.tracking.history import Trained, trained_settings
+
+
+def known_settings(results: Sequence[Result]) -> list[Trained]:
+    """Settings of these results, and what MLflow knows beside: trained alike, and scored on the same terms.
+
+    Alike is all but process, turning points and seed. Where MLflow is away, the results alone.
+    """
+    first = results[0].job
+    terms = results[0].record
+    alike = [r for r in results if _as(r.job.run, first.run) == first.run and not comparable(terms, r.record)]
+    found: dict[tuple[str, tuple[int, ...]], Trained] = {}
+    for result in alike:
+        run, score = result.job.run, result.record.metrics[result.record.headline]
+        known = found.get((run.kind, run.turning_points))
+        scores = (*known.scores, score) if known else (score,)
+        found[run.kind, run.turning_points] = Trained(run.kind, run.turning_points, scores, result.record)
+    try:
+        elsewhere = trained_settings(first.params, first.run, first.dataset_digest, terms)
+    except UserError:
+        elsewhere = []
+    for setting in elsewhere:
+        here = found.get((setting.kind, setting.turning_points))
+        if here is None or len(setting.scores) > len(here.scores):
+            found[setting.kind, setting.turning_points] = setting
+    return sorted(found.values(), key=lambda setting: (setting.kind, setting.turning_points))
+
+
+def _as(run: Run, other: Run) -> Run:
+    """With the name, process, turning points and seed of another."""
+    return replace(run, setting=other.setting, kind=other.kind, turning_points=other.turning_points, seed=other.seed)
+
+
+def draw_sweeps(folder: Path, settings: Sequence[Trained], run: Run) -> list[tuple[Path, str]]:
+    """The pictures that these settings are enough for, with captions: over T_1, and over K.
+
+    Args:
+        run: any of theirs, for what a setting costs.
+    """
+    if not settings:
+        return []
+    metric = settings[0].record.headline
+    drawn: list[tuple[Path, str]] = []
+    ddpm = next((_mark(s, 0) for s in settings if not s.turning_points), None)
+    lines: dict[str, list[Scored]] = {}
+    for setting in settings:
+        if len(setting.turning_points) == 1:
+            lines.setdefault(setting.kind, []).append(_mark(setting, setting.turning_points[0]))
+    if any(len(marks) > 1 for marks in lines.values()):
+        path = draw_over_first_turning_point(folder / "first_turning_point.png", lines, ddpm, metric)
+        drawn.append((path, "Score over T_1 of settings with one turning point; the band is DDPM's spread over seeds"))
+    levels = [s for s in settings if s.kind != "subspace"]
+    if len({len(s.turning_points) for s in levels}) > 2:
+        scores = [_mark(s, len(s.turning_points)) for s in levels]
+        speedups = [
+            Scored(
+                len(s.turning_points), 1 / relative_flops(replace(run, kind=s.kind, turning_points=s.turning_points)), 0
+            )
+            for s in levels
+        ]
+        path = draw_over_levels(folder / "turning_points.png", scores, speedups, metric)
+        drawn.append((path, "Score and speed-up over the number of turning points"))
+    return drawn
+
+
+def _mark(setting: Trained, x: float) -> Scored:
+    label = ", ".join(map(str, setting.turning_points)) or "none"
+    return Scored(x, setting.mean, setting.spread, label)

@@ -1,0 +1,80 @@
+"""A job's run in MLflow, and what leads back from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from dvdp.config import Params
+from dvdp.data.store import ImageStore
+from dvdp.identity import training_identity
+from dvdp.models.export import load_model, save_model
+from dvdp.training.loop import is_finished
+from pipelines.jobs.job import Job
+from pipelines.jobs.paths import Places
+from pipelines.provenance import provenance
+from pipelines.tracking.connection import connect
+from pipelines.tracking.runs import (
+    DATASET,
+    DATASET_DIGEST,
+    PARAMS_DIGEST,
+    SAMPLING_HASH,
+    SEED,
+    SETTING,
+    TRAINING_HASH,
+    TURNING_POINTS,
+    TrackedRun,
+    open_run,
+)
+
+
+def tracked(job: Job) -> TrackedRun:
+    """The job's run in MLflow, with all that is known before training.
+
+    A run is one way of sampling from one training: what is trained once and sampled twice makes two.
+    """
+    params = job.params
+    run = open_run(connect(), params.tracking.experiment, SAMPLING_HASH, job.sampling_hash, job.name)
+    store = ImageStore(Places.of(params).store)
+    run.log_params({**training_identity(job.run), "flip": params.dataset.flip})
+    run.log_dataset(params.dataset.name, job.dataset_digest, store.images(range(min(16, len(store)))))
+    run.set_tags(description(job))
+    return run
+
+
+def description(job: Job) -> dict[str, str]:
+    """What leads back from a trained run to where it comes from: as it was when the run was trained."""
+    digest = hashlib.sha256(json.dumps(job.run.describe(), sort_keys=True).encode()).hexdigest()
+    if is_finished(job.folder):
+        known = load_model(job.weights).description
+        told = {name: value for name, value in known.items() if name.startswith("dvdp.")}
+        # Another setting may have trained what this one samples in its own way.
+        return {**told, SETTING: job.run.setting, PARAMS_DIGEST: digest}
+    return {
+        TRAINING_HASH: job.training_hash,
+        DATASET_DIGEST: job.dataset_digest,
+        SETTING: job.run.setting,
+        SEED: str(job.run.seed),
+        TURNING_POINTS: json.dumps(job.run.turning_points),
+        PARAMS_DIGEST: digest,
+        DATASET: job.params.dataset.name,
+        **provenance(store=Places.of(job.params).store),
+    }
+
+
+def model_file(job: Job) -> Path:
+    """The trained model with the job's own way of sampling as its default."""
+    model = load_model(job.weights)
+    if model.run.sampling == job.run.sampling:
+        return job.weights
+    path = job.folder / "models" / job.sampling_hash / job.weights.name
+    about = {**model.description, **description(job), "run": replace(model.run, sampling=job.run.sampling).describe()}
+    save_model(path, model.denoiser.network.state_dict(), about)
+    return path
+
+
+def model_name(params: Params) -> str:
+    """Of the registered model."""
+    return f"{params.tracking.model}-{params.dataset.name}"

@@ -1,0 +1,258 @@
+"""Trained runs as versions of a registered model, and which of them is the champion.
+
+A version holds what sampling needs and nothing else: the weights with their configuration (one safetensors file), the
+few lines of :mod:`pipelines.tracking.model_code`, and the source of ``dvdp`` (``code_paths``), so that it loads where the slim
+core's dependencies and mlflow are installed and ``dvdp`` is not. Where ``dvdp`` is imported already, that one runs.
+
+Its tags lead back to everything: see ``tags`` of :func:`register`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import mlflow.pyfunc
+import numpy as np
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelOutput
+from mlflow.entities.logged_model_status import LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+import dvdp
+from dvdp.errors import UserError
+from dvdp.evaluation.records import ScoreRecord, comparable
+from dvdp.models.export import load_model
+from pipelines.tracking.runs import TRAINING_HASH, TrackedRun
+
+CHAMPION = "champion"
+
+WEIGHTS_DIGEST = "dvdp.weights_digest"
+#: The score that versions are ranked by: its name, its value, and the whole record as JSON.
+SCORE_NAME = "dvdp.score_name"
+SCORE = "dvdp.score"
+SCORE_RECORD = "dvdp.score_record"
+
+SIGNATURE = ModelSignature(
+    inputs=Schema(
+        [
+            ColSpec(DataType.long, "count"),
+            ColSpec(DataType.long, "seed", required=False),
+            ColSpec(DataType.string, "rule", required=False),
+            ColSpec(DataType.long, "steps", required=False),
+            ColSpec(DataType.string, "label", required=False),
+        ]
+    ),
+    outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
+)
+
+
+def register(
+    run: TrackedRun, name: str, weights: Path, tags: Mapping[str, str], record: ScoreRecord | None = None, step: int = 0
+) -> ModelVersion:
+    """Make a trained run a version of the registered model ``name``; a run that is one already stays that one.
+
+    Args:
+        name: ``<tracking.model>-<dataset.name>``.
+        weights: the run's ``weights.safetensors``.
+        tags: where it comes from: ``TRAINING_HASH`` (required) and what else :mod:`pipelines.tracking` names.
+        record: its scores; newer ones take the place of older ones.
+        step: images seen in training.
+
+    Returns:
+        The version, found or created.
+
+    Raises:
+        UserError: the weights are missing, or are none of ours.
+    """
+    client = run.client
+    digest = weights_digest(weights)
+    tags = {**tags, WEIGHTS_DIGEST: digest}
+    if record is not None:
+        tags |= _score_tags(record)
+    found = _find_version(client, name, tags[TRAINING_HASH], digest)
+    if found is None:
+        model = _logged_model(run, weights, tags, step)
+        found = _create_version(run, name, model, tags)
+    for key, value in tags.items():
+        if found.tags.get(key) != value:
+            client.set_model_version_tag(name, found.version, key, value)
+    return client.get_model_version(name, found.version)
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What :func:`promote` did."""
+
+    champion: int | None
+    """The version that has the alias now."""
+    moved: bool
+    text: str
+    """One sentence for people."""
+
+
+def promote(client: MlflowClient, name: str) -> Promotion:
+    """Give the alias ``champion`` to the version with the best (lowest) score.
+
+    It moves only between versions whose score records agree in what matters: with a champion, only to versions that
+    compare with it; without one, to the best of those that compare with the newest scored version. The champion
+    keeps the alias at a tie.
+
+    Raises:
+        UserError: no version of the model has a score.
+    """
+    scored = {int(v.version): record for v in _versions(client, name) if (record := _record(v)) is not None}
+    if not scored:
+        raise UserError(f"champion: found no scored version of '{name}', expected at least one; evaluate and register.")
+    holder = _holder(client, name)
+    if holder is not None and holder not in scored:
+        text = f"Version {holder} of {name} stays champion: it has no score to compare others with."
+        return Promotion(holder, False, text)
+    measure = scored[max(scored) if holder is None else holder]
+    different = {number: comparable(measure, record) for number, record in scored.items()}
+    # The holder first, then the newest: min takes the first of equals.
+    order = sorted((n for n in scored if not different[n]), key=lambda n: (n != holder, -n))
+    best = min(order, key=lambda n: _score(scored[n]))
+    moved = best != holder
+    if moved:
+        client.set_registered_model_alias(name, CHAMPION, str(best))
+    text = f"Version {best} of {name} {'is now' if moved else 'stays'} champion"
+    text += f" ({scored[best].headline} {_score(scored[best]):.4g}"
+    if moved and holder is not None:
+        text += f", version {holder} had {_score(scored[holder]):.4g}"
+    text += ")"
+    newest = max(scored)
+    if different[newest]:
+        text += f"; version {newest} does not compare with it, as they differ in {', '.join(different[newest])}"
+    return Promotion(best, moved, text + ".")
+
+
+def requirements() -> list[str]:
+    """What a model needs: ``dvdp``'s own dependencies without extras, and this mlflow."""
+    needed = importlib.metadata.requires("dvdp") or []
+    return [*(line for line in needed if "extra ==" not in line), f"mlflow=={mlflow.__version__}"]
+
+
+def _score_tags(record: ScoreRecord) -> dict[str, str]:
+    name = record.headline
+    text = json.dumps(dataclasses.asdict(record), sort_keys=True)
+    scores = {f"dvdp.score.{key}": f"{value:.6g}" for key, value in record.metrics.items()}
+    return {SCORE_NAME: name, SCORE: repr(record.metrics[name]), SCORE_RECORD: text, **scores}
+
+
+def _record(version: ModelVersion) -> ScoreRecord | None:
+    """The version's scores; None without a number to rank it by, or where another release of dvdp wrote them."""
+    try:
+        record = ScoreRecord.from_json(version.tags.get(SCORE_RECORD, ""))
+    except UserError:
+        return None
+    return record if math.isfinite(_score(record)) else None
+
+
+def _score(record: ScoreRecord) -> float:
+    return record.metrics[record.headline]
+
+
+def _holder(client: MlflowClient, name: str) -> int | None:
+    version = client.get_registered_model(name).aliases.get(CHAMPION)
+    return None if version is None else int(version)
+
+
+def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    found: list[ModelVersion] = []
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=token)
+        # A version whose creation was cut short is none.
+        found += [version for version in page if version.status == "READY"]
+        token = page.token
+        if not token:
+            return found
+
+
+def _find_version(client: MlflowClient, name: str, training_hash: str, digest: str) -> ModelVersion | None:
+    wanted = {TRAINING_HASH: training_hash, WEIGHTS_DIGEST: digest}
+    for version in _versions(client, name):
+        if wanted.items() <= version.tags.items():
+            return version
+    return None
+
+
+def _logged_model(run: TrackedRun, weights: Path, tags: Mapping[str, str], step: int) -> LoggedModel:
+    """The run's model in MLflow: found, completed where uploading was cut short, or created."""
+    client = run.client
+    query = f"source_run_id = '{run.run_id}' AND tags.`{WEIGHTS_DIGEST}` = '{tags[WEIGHTS_DIGEST]}'"
+    found = client.search_logged_models([run.experiment_id], query, max_results=1)
+    if found:
+        model = found[0]
+    else:
+        model = client.create_logged_model(
+            run.experiment_id, name="dvdp", source_run_id=run.run_id, tags=dict(tags), model_type="image generation"
+        )
+    known = client.get_run(run.run_id).outputs
+    if model.model_id not in [output.model_id for output in (known.model_outputs if known else [])]:
+        client.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, step)])
+    if model.status == LoggedModelStatus.READY:
+        return model
+    defaults = load_model(weights).run.sampling
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        mlflow.pyfunc.save_model(
+            str(path),
+            python_model=str(Path(__file__).with_name("model_code.py")),
+            artifacts={"weights": str(weights.resolve())},
+            code_paths=[str(Path(dvdp.__file__).parent)],
+            pip_requirements=requirements(),
+            signature=SIGNATURE,
+            input_example=pd.DataFrame([{"count": 4, "seed": 0, "rule": defaults.rule, "steps": defaults.steps}]),
+            mlflow_model=Model(
+                artifact_path=model.artifact_location,
+                model_uuid=model.model_id,
+                model_id=model.model_id,
+                run_id=run.run_id,
+                metadata=dict(tags),
+            ),
+        )
+        client.log_model_artifacts(model.model_id, str(path))
+    return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+
+def _create_version(run: TrackedRun, name: str, model: LoggedModel, tags: Mapping[str, str]) -> ModelVersion:
+    client = run.client
+    try:
+        client.create_registered_model(name, description="Draws images; input: count, seed, rule, steps, label.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = client.create_model_version(
+        name, model.artifact_location, run.run_id, tags=dict(tags), model_id=model.model_id
+    )
+    # How MLflow's page of the logged model finds its versions.
+    link = json.dumps([{"name": name, "version": version.version}])
+    client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})
+    return version
+
+
+def weights_digest(weights: Path) -> str:
+    """Of the tensors, and of the default way of sampling: what is trained once may be sampled in several."""
+    model = load_model(weights)
+    state = model.denoiser.network.state_dict()
+    told = {**model.run.sampling.options(), "lift": model.run.sampling.lift}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,234 @@
+"""Runs in MLflow: found or created by a tag, written to, and nested under comparisons.
+
+Comparisons: a trained setting is a run of its own, at the top of its experiment, and belongs to as many comparisons
+as one likes. A comparison is a run too, found by the hash of what it compares; it holds the table and the contact
+sheet. :func:`adopt` nests the trained runs under the newest comparison they are in (``mlflow.parentRunId``, which
+MLflow keeps one of) and writes links to all of them, and to MLflow's own page that lays them side by side, into the
+comparison's description, which older comparisons keep.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.numpy_dataset import from_numpy
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.utils import mlflow_tags
+from PIL import Image
+
+from dvdp.errors import UserError
+from dvdp.files import locked
+from pipelines.tracking.connection import _lock_of, _sqlite_file
+
+logger = logging.getLogger("dvdp.tracking")
+#: Tags that runs are found by.
+TRAINING_HASH = "dvdp.training_hash"
+SAMPLING_HASH = "dvdp.sampling_hash"
+COMPARISON_HASH = "dvdp.comparison_hash"
+EVALUATION_HASH = "dvdp.evaluation_hash"
+#: Tag of an evaluation: the run that it is one of.
+EVALUATION_OF = "dvdp.evaluation_of"
+DATASET = "dvdp.dataset"
+DATASET_DIGEST = "dvdp.dataset_digest"
+PARAMS_DIGEST = "dvdp.params_digest"
+SETTING = "dvdp.setting"
+SEED = "dvdp.seed"
+TURNING_POINTS = "dvdp.turning_points"
+#: What MLflow takes in one call.
+_BATCH = {"metrics": 1000, "params": 100, "tags": 100}
+_MAX_PARAM = 6000
+_MAX_DIGEST = 36
+Status = Literal["RUNNING", "FINISHED", "FAILED"]
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run in MLflow, and what we write to it. Every method may be called again with the same arguments."""
+
+    client: MlflowClient
+    run_id: str
+    experiment_id: str
+
+    def set_status(self, status: Status) -> None:
+        """RUNNING when work goes on, then FINISHED or FAILED."""
+        if status == "RUNNING":
+            self.client.update_run(self.run_id, status=status)
+        elif self.client.get_run(self.run_id).info.status != status:
+            # Not again: that would move its end.
+            self.client.set_terminated(self.run_id, status)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Tags, in place of older values."""
+        entries = [RunTag(key, str(value)) for key, value in tags.items()]
+        for part in _parts(entries, _BATCH["tags"]):
+            self.client.log_batch(self.run_id, tags=part, synchronous=True)
+
+    def log_params(self, tree: Mapping[str, Any]) -> None:
+        """Nested params as ``section.key``.
+
+        MLflow never changes a param: give only what the run is found by (its training hash) covers, and put the rest
+        into tags. One that differs stays as it was, with a warning.
+        """
+        known = self.client.get_run(self.run_id).data.params
+        given = {key: value[:_MAX_PARAM] for key, value in flatten(tree).items()}
+        for key in given.keys() & known.keys():
+            if given[key] != known[key]:
+                logger.warning("param %s stays '%s' in MLflow, which keeps the first value", key, known[key])
+        entries = [Param(key, value) for key, value in given.items() if key not in known]
+        for part in _parts(entries, _BATCH["params"]):
+            self.client.log_batch(self.run_id, params=part, synchronous=True)
+
+    def set_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Metrics outside the ledger, e.g. scores; a value that differs from the newest at this step is added."""
+        now = time.time_ns() // 1_000_000
+        changed = []
+        for key, value in values.items():
+            past = [entry for entry in self.client.get_metric_history(self.run_id, key) if entry.step == step]
+            newest = max(past, key=lambda entry: entry.timestamp, default=None)
+            if newest is None or not (newest.value == value or (math.isnan(newest.value) and math.isnan(value))):
+                changed.append(Metric(key, value, now, step))
+        for part in _parts(changed, _BATCH["metrics"]):
+            self.client.log_batch(self.run_id, metrics=part, synchronous=True)
+
+    def log_dataset(self, name: str, digest: str, sample: np.ndarray, context: str = "training") -> None:
+        """Tie the run to its data set.
+
+        Args:
+            digest: of its content; MLflow shows the first 36 characters.
+            sample: a few images, for the shape and type that MLflow shows; they are not stored.
+        """
+        # The digest is what leads back to the data; a path of this machine would not.
+        source = CodeDatasetSource(tags={DATASET: name, DATASET_DIGEST: digest})
+        dataset = from_numpy(sample, source=source, name=name, digest=digest[:_MAX_DIGEST])
+        tags = [InputTag(mlflow_tags.MLFLOW_DATASET_CONTEXT, context)]
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
+
+    def log_image(self, path: str, image: Image.Image) -> None:
+        """A picture at an artifact path, e.g. ``samples.png``."""
+        self.client.log_image(self.run_id, image, artifact_file=path, synchronous=True)
+
+    def log_figure(self, path: str, figure: Any) -> None:
+        """A matplotlib figure at an artifact path."""
+        self.client.log_figure(self.run_id, figure, path)
+
+    def log_text(self, path: str, text: str) -> None:
+        """A text at an artifact path."""
+        self.client.log_text(self.run_id, text, path)
+
+    def log_json(self, path: str, content: Any) -> None:
+        """Plain data as indented JSON at an artifact path."""
+        self.log_text(path, json.dumps(content, indent=2) + "\n")
+
+    def log_file(self, file: Path, folder: str | None = None) -> None:
+        """A copy of a file, in an artifact folder."""
+        self.client.log_artifact(self.run_id, str(file), folder)
+
+    def log_table(self, path: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A table at an artifact path ``*.json``, in place of an older one; the rows' keys are its columns."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        # MLflow's own log_table appends to what is there; this is the format it reads.
+        self.log_text(path, json.dumps({"columns": columns, "data": [[row.get(c) for c in columns] for row in rows]}))
+        entry = {"path": path, "type": "table"}
+        tags = self.client.get_run(self.run_id).data.tags
+        tables = json.loads(tags.get(mlflow_tags.MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        if entry not in tables:
+            self.set_tags({mlflow_tags.MLFLOW_LOGGED_ARTIFACTS: json.dumps([*tables, entry])})
+
+
+def open_run(client: MlflowClient, experiment: str, key: str, value: str, name: str) -> TrackedRun:
+    """The run of ``experiment`` whose tag ``key`` is ``value``: found, or created.
+
+    Args:
+        key: ``TRAINING_HASH``, ``COMPARISON_HASH``, ..
+        name: of the run, when it is created.
+
+    Raises:
+        UserError: the experiment was deleted in MLflow.
+    """
+    with locked(_lock_of(client.tracking_uri)):
+        experiment_id = _experiment(client, experiment)
+        # Should there be several, made from several machines at once, everybody takes the same.
+        order = ["attributes.start_time ASC", "attributes.run_id ASC"]
+        found = client.search_runs([experiment_id], f"tags.`{key}` = '{value}'", order_by=order, max_results=1)
+        if found:
+            run = found[0]
+        else:
+            tags = {key: value, mlflow_tags.MLFLOW_SOURCE_NAME: "dvdp"}
+            run = client.create_run(experiment_id, tags=tags, run_name=name)
+    return TrackedRun(client, run.info.run_id, experiment_id)
+
+
+def adopt(parent: TrackedRun, children: Mapping[str, TrackedRun], summary: str = "") -> None:
+    """Make ``parent`` the comparison of ``children``, by name; see the top of this file.
+
+    Args:
+        summary: Markdown above the links in the parent's description.
+    """
+    for child in children.values():
+        child.set_tags({mlflow_tags.MLFLOW_PARENT_RUN_ID: parent.run_id})
+    runs = json.dumps([child.run_id for child in children.values()], separators=(",", ":"))
+    experiments = json.dumps([parent.experiment_id])
+    lines = [f"- [{name}](#/experiments/{child.experiment_id}/runs/{child.run_id})" for name, child in children.items()]
+    query = f"runs={quote(runs)}&experiments={quote(experiments)}"
+    side_by_side = f"[Side by side](#/compare-runs?{query}), or one by one:"
+    note = "\n".join([*([summary, ""] if summary else []), side_by_side, "", *lines])
+    parent.set_tags({mlflow_tags.MLFLOW_RUN_NOTE: note, "dvdp.children": runs})
+
+
+def read_text(client: MlflowClient, run_id: str, path: str) -> str | None:
+    """A text artifact at the top of a run; None where there is none."""
+    if not any(artifact.path == path for artifact in client.list_artifacts(run_id)):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(client.download_artifacts(run_id, path, folder)).read_text()
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as ``{"section.key": text}``; lists and the like are JSON."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        # A server knows where its artifacts go; beside a sqlite file they go next to it, not into the current folder.
+        database = _sqlite_file(client.tracking_uri)
+        location = None if database is None else (database.parent / "mlartifacts").as_uri()
+        try:
+            # Without this tag MLflow's page asks what kind of experiment it is.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return client.create_experiment(name, artifact_location=location, tags=kind)
+        except MlflowException as error:
+            # Another process was faster, or something is wrong.
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise error from None
+    if found.lifecycle_stage != "active":
+        raise UserError(
+            f"tracking.experiment: found '{name}' deleted in MLflow, expected an active one; restore it with"
+            f" `mlflow experiments restore --experiment-id {found.experiment_id}` or take another name."
+        )
+    return str(found.experiment_id)
+
+
+def _parts(entries: list[Any], size: int) -> Iterable[list[Any]]:
+    return (entries[start : start + size] for start in range(0, len(entries), size))

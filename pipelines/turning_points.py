@@ -1,0 +1,107 @@
+"""``turning_points: auto``: the choice for a prepared data set, made once and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+
+from dvdp.config import Params, Run, SettingParams
+from dvdp.data.store import ImageStore, StoreMetadata
+from dvdp.errors import UserError
+from dvdp.files import write_atomically
+from dvdp.planning.planner import Plan, Planner
+from dvdp.planning.search import candidate_points, cheapest, most_levels, search
+from pipelines.jobs.paths import Places
+from pipelines.tracking.history import trained_settings
+
+
+def choose_turning_points(params: Params, metadata: StoreMetadata) -> Params:
+    """The params with the planner's choice for every setting that says ``turning_points: auto``.
+
+    A choice is made once and kept in ``<cluster.storage>/plans``: what is trained later must not move it.
+
+    Raises:
+        UserError: nothing meets a tolerance, or MLflow does not answer.
+    """
+    settings = []
+    for setting in params.settings:
+        if isinstance(setting.turning_points, str):
+            points = _choice(params, setting, metadata)
+            setting = dataclasses.replace(setting, turning_points=points, tolerance=None)
+        settings.append(setting)
+    return dataclasses.replace(params, settings=tuple(settings))
+
+
+def band_deviations(metadata: StoreMetadata) -> tuple[float, ...]:
+    """Of all bands of the data set, finest first.
+
+    Raises:
+        UserError: it has no statistics that plans can be made of.
+    """
+    deviations = (*metadata.detail_deviations, *metadata.level_deviations[-1:])
+    if len(deviations) < 2 or not all(deviation > 0 for deviation in deviations):
+        raise UserError(
+            f"data set: found band deviations {list(deviations)} of '{metadata.name}', expected at least two, all above"
+            " 0; prepare it again at a side that can be halved, and no larger than its images are."
+        )
+    return deviations
+
+
+def _store(params: Params) -> ImageStore:
+    store = ImageStore(Places.of(params).store)
+    if store.metadata.resolution != params.dataset.resolution:
+        raise UserError(
+            f"dataset.resolution: found {params.dataset.resolution}, expected {store.metadata.resolution} as in"
+            f" {store.path}; prepare the data set again."
+        )
+    return store
+
+
+def _choice(params: Params, setting: SettingParams, metadata: StoreMetadata) -> tuple[int, ...]:
+    """Turning points of a setting that says ``auto``: those chosen before, or chosen now."""
+    run = params.run(setting, params.seeds[0])
+    about = {
+        # All that a plan depends on, and nothing else: drawing more samples must not choose anew.
+        **{name: run.describe()[name] for name in ("kind", "side", "process")},
+        **{
+            name: {k: v for k, v in run.describe()[name].items() if k != "classes"}
+            for name in ("model", "reference_model")
+        },
+        "sampling": {
+            k: v for k, v in run.describe()["sampling"].items() if k not in ("count", "batch", "seed", "clip")
+        },
+        "tolerance": setting.tolerance,
+        "data": metadata.digest,
+    }
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+    path = params.cluster.storage / "plans" / f"{name}.json"
+    if not path.exists():
+        try:
+            chosen, why = _choose(params, setting, run, metadata)
+        except UserError as error:
+            raise UserError(f"settings.{setting.name}: {error}") from None
+        content = {"turning_points": chosen.turning_points, "why": why, "for": about}
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
+    kept = json.loads(path.read_text())
+    print(f"{setting.name}: turning points {kept['turning_points']}, {kept['why']} (kept in {path})")
+    return tuple(kept["turning_points"])
+
+
+def _choose(params: Params, setting: SettingParams, run: Run, metadata: StoreMetadata) -> tuple[Plan, str]:
+    deviations = band_deviations(metadata)
+    trained = trained_settings(params, run, metadata.digest)
+    covered = [entry.turning_points[0] for entry in trained if entry.kind == run.kind and entry.turning_points]
+    points = sorted({*candidate_points(run.process.timesteps), *covered})
+    plans = search(Planner(run, deviations, points), most_levels(run, len(deviations)), points)
+    where = "by the planner alone, as MLflow holds no trained settings like it"
+    if covered:
+        low, high = min(covered), max(covered)
+        plans = [entry for entry in plans if not entry.turning_points or low <= entry.turning_points[0] <= high]
+        where = f"with T_1 within {low} to {high}, which settings that were trained cover"
+    tolerance = setting.tolerance or 0.0
+    chosen = cheapest(plans, tolerance)
+    return chosen, (
+        f"the fastest of {len(plans)} sets ({chosen.training_speedup:.2f}x in training) whose error exceeds DDPM's by"
+        f" {tolerance:g} at most (by {chosen.excess:.4f}), {where}"
+    )
