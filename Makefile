@@ -44,7 +44,7 @@ test-slow: setup
 
 # Did a training step or sampling become slower? Three minutes on one core, against the committed ratios.
 bench: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.steps --sides 64 --precisions fp32 \
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.steps --resolutions 64 --precisions fp32 \
 		--baseline benchmarks/results/baseline_64.json
 
 # MLflow and Prefect servers and a Prefect worker for a team on one machine, loopback only.

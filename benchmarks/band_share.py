@@ -49,36 +49,36 @@ class NoNetwork(nn.Module):
 
 
 def main() -> None:
-    """Measure each side, print the shares and write what was found."""
+    """Measure each resolution, print the shares and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", type=int, nargs="+", choices=[*SIZES, *TOY], default=[32, 64])
+    parser.add_argument("--resolutions", type=int, nargs="+", choices=[*SIZES, *TOY], default=[32, 64])
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     cases = []
-    for side in options.sides:
-        cases.append(measure(side, options.turns))
+    for resolution in options.resolutions:
+        cases.append(measure(resolution, options.turns))
         result = {"machine": machine(), "turning_points": TURNING_POINTS, "cases": cases}
         write_atomically(options.out, json.dumps(result, indent=2) + "\n")
         for kind in ("training", "sampling"):
             for name, found in cases[-1][kind].items():
                 print(
-                    f"{side} px, {kind}, {name}: {found['outside'] * 1e3:.2f} of {found['whole'] * 1e3:.1f} ms outside"
+                    f"{resolution} px, {kind}, {name}: {found['outside'] * 1e3:.2f} of {found['whole'] * 1e3:.1f} ms outside"
                     f" the network, {found['share']:.2%}; normal numbers {found['noise'] * 1e3:.2f} ms"
                 )
 
 
-def measure(side: int, turns: int) -> dict[str, Any]:
+def measure(resolution: int, turns: int) -> dict[str, Any]:
     """One size: seconds of a step, and of a sampling call, of each level."""
-    batch, model = {**SIZES, **TOY}[side]
-    pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, side, side), dtype=np.uint8)
+    batch, model = {**SIZES, **TOY}[resolution]
+    pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, resolution, resolution), dtype=np.uint8)
     images = torch.from_numpy(pixels)
     # Each work appends its seconds under (training or sampling, level, whole or outside or noise).
     found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     works: list[Callable[[], None]] = []
     for setting, points in (("DDPM", ()), ("DVDP", TURNING_POINTS)):
-        run = make_run(points, side, model, TrainingParams(batch=batch))
+        run = make_run(points, resolution, model, TrainingParams(batch=batch))
         whole, bare = (start(run, pixels, CPU) for _ in range(2))
         remove_network(bare)
         levels = range(len(points) + 1)
@@ -90,15 +90,21 @@ def measure(side: int, turns: int) -> dict[str, Any]:
             calls = [found["sampling", f"{setting}, level {level}", what] for level in levels]
             works.append(partial(draw, training, batch // 2, calls))
         for level in levels:
-            shape, source = (3, side >> level, side >> level), ImageNoise(0, 0, batch // 2)
+            shape, source = (3, resolution >> level, resolution >> level), ImageNoise(0, 0, batch // 2)
             for kind, noise in (
                 ("training", partial(torch.randn, (batch, *shape))),
                 ("sampling", partial(source.normal, shape)),
             ):
                 works.append(partial(timed, noise, found[kind, f"{setting}, level {level}", "noise"]))
-    for _ in in_turns(works, turns, f"{side} px", warm_up=0):
+    for _ in in_turns(works, turns, f"{resolution} px", warm_up=0):
         pass
-    case: dict[str, Any] = {"side": side, "batch": batch, "sampling_batch": batch // 2, "training": {}, "sampling": {}}
+    case: dict[str, Any] = {
+        "resolution": resolution,
+        "batch": batch,
+        "sampling_batch": batch // 2,
+        "training": {},
+        "sampling": {},
+    }
     for (kind, name, what), times in found.items():
         case[kind].setdefault(name, {})[what] = statistics.median(times)
     for entry in (*case["training"].values(), *case["sampling"].values()):

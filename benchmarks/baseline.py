@@ -118,7 +118,7 @@ def conditions(result: Mapping[str, Any]) -> dict[str, Any]:
     machine = result.get("machine", {})
     names = {"malloc": "MALLOC_MMAP_THRESHOLD_", "threads": "threads"}
     found = {name: machine[key] for key, name in names.items() if key in machine}
-    return found | {f"images a step at {case['side']} px": case["batch"] for case in result.get("cases", ())}
+    return found | {f"images a step at {case['resolution']} px": case["batch"] for case in result.get("cases", ())}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What few steps cost: scores of trained settings under every rule, beside those of the many steps of the study.
+"""What few steps cost: scores of trained settings under every solver, beside those of the many steps of the study.
 
     OMP_NUM_THREADS=1 python -m benchmarks.few_steps --params benchmarks/study_digits.yaml --work /tmp/study \\
         --settings ddpm dvdp-300-600 --out few_steps.json
 
 Reads the networks that benchmarks/study.py trained, in its ``--work`` folder. Samples are kept, so it may be stopped
-and started again. What is written holds, for every rule, the score at few steps over that of the study's own sampling.
+and started again. What is written holds, for every solver, the score at few steps over that of the study's own sampling.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.study import metric, prepared, sampled_metrics, trained
 from dvdp.config import Run, SamplingParams, read_params
 from dvdp.files import write_atomically
 
-#: Ways to spend few steps: (rule, spacing, lift).
+#: Ways to spend few steps: (solver, timestep_spacing, lift).
 WAYS = (
     ("ddpm", "uniform", "noise"),
     ("ddpm", "quadratic", "noise"),
@@ -55,8 +55,10 @@ def main() -> None:
     for run, folder in trained(params, options.settings, options.work, store):
         many = sampled_metrics(params, run, folder, options.work)[metric(params)]
         rows.append(_row(run, run.sampling, many, many))
-        for rule, spacing, lift in WAYS:
-            way = replace(run.sampling, steps=options.steps, rule=rule, spacing=spacing, lift=lift)  # type: ignore[arg-type]
+        for solver, timestep_spacing, lift in WAYS:
+            way = replace(
+                run.sampling, steps=options.steps, solver=solver, timestep_spacing=timestep_spacing, lift=lift
+            )  # type: ignore[arg-type]
             if lift == "data" and not run.turning_points:
                 continue
             few = sampled_metrics(params, replace(run, sampling=way), folder, options.work)[metric(params)]
@@ -71,8 +73,8 @@ def _row(run: Run, way: SamplingParams, found: float, many: float) -> dict[str, 
         "setting": run.setting,
         "seed": run.seed,
         "steps": way.steps,
-        "rule": way.rule,
-        "spacing": way.spacing,
+        "solver": way.solver,
+        "timestep_spacing": way.timestep_spacing,
         "lift": way.lift,
         "score": round(found, 4),
         "over_many_steps": round(found / many, 4),
@@ -83,7 +85,7 @@ def _summary(rows: list[dict[str, object]]) -> dict[str, dict[str, float]]:
     """Means over seeds, by setting and way."""
     grouped: dict[str, list[dict[str, object]]] = {}
     for row in rows:
-        name = f"{row['setting']}, {row['steps']} x {row['rule']}, {row['spacing']}, lift {row['lift']}"
+        name = f"{row['setting']}, {row['steps']} x {row['solver']}, {row['timestep_spacing']}, lift {row['lift']}"
         grouped.setdefault(name, []).append(row)
     return {
         name: {

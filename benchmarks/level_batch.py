@@ -37,9 +37,9 @@ CPU = torch.device("cpu")
 
 
 def main() -> int:
-    """Measure each side and precision, write what was found, print a table."""
+    """Measure each resolution and precision, write what was found, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", type=int, nargs="+", choices=[*SIZES, *TOY], default=[32, 64])
+    parser.add_argument("--resolutions", type=int, nargs="+", choices=[*SIZES, *TOY], default=[32, 64])
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -47,9 +47,9 @@ def main() -> int:
     warn_of_allocator(CPU)
     result: dict[str, Any] = {"machine": machine(), "seconds_of": "processor time", "turns": options.turns}
     result |= {"cases": [], "ratios": {}, "spreads": {}}
-    for side in options.sides:
+    for resolution in options.resolutions:
         for precision in PRECISIONS:
-            case, between_turns = measure(side, precision, options.turns)
+            case, between_turns = measure(resolution, precision, options.turns)
             result["cases"].append(case)
             result["ratios"] |= ratios(case)
             result["spreads"] |= between_turns
@@ -58,16 +58,18 @@ def main() -> int:
     return 0
 
 
-def measure(side: int, precision: str, turns: int) -> tuple[dict[str, Any], dict[str, float]]:
-    """One side and precision: seconds and memory of the steps, by what they train; and the spreads of the ratios."""
-    at_once, model = {**SIZES, **TOY}[side]
+def measure(resolution: int, precision: str, turns: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """One resolution and precision: seconds and memory of the steps, by what they train; and the spreads of the ratios."""
+    at_once, model = {**SIZES, **TOY}[resolution]
     works: dict[str, Callable[[], None]] = {}
     for accumulation in PARTS:
         batch = at_once * accumulation
-        pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, side, side), dtype=np.uint8)
+        pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, resolution, resolution), dtype=np.uint8)
         images = torch.from_numpy(pixels)
         settings = TrainingParams(batch=batch, accumulation=accumulation, precision=precision)  # type: ignore[arg-type]
-        ddpm, dvdp = (start(make_run(points, side, model, settings), pixels, CPU) for points in ((), TURNING_POINTS))
+        ddpm, dvdp = (
+            start(make_run(points, resolution, model, settings), pixels, CPU) for points in ((), TURNING_POINTS)
+        )
         for run in (ddpm, dvdp):
             # The optimiser's moments are there before memory is measured.
             step(run, images[:1], [1, *[0] * run.process.levels])
@@ -82,9 +84,9 @@ def measure(side: int, precision: str, turns: int) -> tuple[dict[str, Any], dict
     memory = {name: peak_memory(work, CPU) / 2**30 for name, work in works.items()}
     # Measuring memory gave it back; the first to take it again would be slower.
     next(iter(works.values()))()
-    times = times_in_turns(list(works.values()), turns, CPU, f"{side} px, {precision}", warm_up=0)
+    times = times_in_turns(list(works.values()), turns, CPU, f"{resolution} px, {precision}", warm_up=0)
     case: dict[str, Any] = {
-        "side": side,
+        "resolution": resolution,
         "precision": precision,
         "batch": at_once,
         "shares": schedule.shares(),
@@ -106,7 +108,7 @@ def ratios(case: dict[str, Any]) -> dict[str, float]:
         one = sum(share * seconds[f"level {level}, {parts}"] for level, share in enumerate(case["shares"]))
         for draw, of_dvdp in (("one level", one), ("all levels", seconds[f"all levels, {parts}"])):
             batch = f"{parts} x {case['batch']} images"
-            name = f"{case['side']} px, {case['precision']}, training, DDPM over DVDP, {draw} a step, {batch}"
+            name = f"{case['resolution']} px, {case['precision']}, training, DDPM over DVDP, {draw} a step, {batch}"
             found[name] = seconds[f"ddpm, {parts}"] / of_dvdp
     return found
 
@@ -124,7 +126,7 @@ def table(result: dict[str, Any]) -> str:
             gib = " | ".join(f"{m:.2f}" for m in (memory[f"ddpm, {parts}"], memory[f"all levels, {parts}"], most))
             batch = f"{parts} x {case['batch']}"
             speed = f"{every:.2f}x | {one:.2f}x | {case['bound']:.2f}x"
-            lines.append(f"| {case['side']} | {case['precision']} | {batch} | {speed} | {gib} |")
+            lines.append(f"| {case['resolution']} | {case['precision']} | {batch} | {speed} | {gib} |")
     return "\n".join(lines)
 
 

@@ -91,11 +91,11 @@ def row(states: dict[str, Tensor]) -> Image.Image:
 
 def spectrum(x: Tensor) -> list[tuple[float, float]]:
     """(cycles per image, mean power) over rings of the two-dimensional spectrum; white noise of size 1 has power 1."""
-    side = x.shape[-1]
+    resolution = x.shape[-1]
     power = torch.fft.fft2(x - x.mean(dim=(-2, -1), keepdim=True), norm="ortho").abs().square().mean(dim=(0, 1))
-    frequency = torch.fft.fftfreq(side, 1 / side, dtype=torch.float64)
+    frequency = torch.fft.fftfreq(resolution, 1 / resolution, dtype=torch.float64)
     radius = torch.hypot(frequency[:, None], frequency[None, :])
-    edges = torch.logspace(0, np.log10(side / 2 * 2**0.5), 40, dtype=torch.float64)
+    edges = torch.logspace(0, np.log10(resolution / 2 * 2**0.5), 40, dtype=torch.float64)
     ring = torch.bucketize(radius, edges)
     return [
         (radius[ring == i].mean().item(), power[ring == i].mean().item()) for i in range(1, 40) if (ring == i).any()

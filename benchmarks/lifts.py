@@ -49,10 +49,10 @@ def _row(params: Params, run: Run, folder: Path, work: Path) -> dict[str, Any]:
     row = {
         "setting": run.setting,
         "seed": run.seed,
-        "kind": run.kind,
+        "process": run.process,
         "turning_points": list(run.turning_points),
         "images": training_images(run),
-        "nats": lift_losses(model.process.schedule, model.description["band_deviations"], run.side),
+        "nats": lift_losses(model.process.schedule, model.description["band_std"], run.resolution),
     }
     for lift in ("noise", "data"):
         way = replace(run.sampling, lift=lift)

@@ -90,7 +90,7 @@ def main() -> None:
         "machine": {**machine(), "torchvision": torchvision.__version__, "pillow": PIL.__version__},
         "images": flowers.name if flowers.is_file() else "synthetic",
         "count": len(pictures),
-        "side": SIDE,
+        "resolution": SIDE,
         "jpeg_quality": QUALITY,
         "batch": options.batch,
         "page_cache": "warm",
@@ -114,13 +114,13 @@ def photographs(archive: Path, count: int) -> list[NDArray[np.uint8]]:
 def synthetic(count: int) -> list[NDArray[np.uint8]]:
     """Sums of noise at every scale, the coarser the stronger, as in photographs."""
     source = torch.Generator().manual_seed(0)
-    sides = [SIDE >> k for k in range(7)]
+    resolutions = [SIDE >> k for k in range(7)]
 
     def picture() -> NDArray[np.uint8]:
         layers = [
-            interpolate(torch.randn(1, 3, side, side, generator=source), SIDE, mode="bilinear")
-            * (8 * SIDE / side) ** 0.7
-            for side in sides
+            interpolate(torch.randn(1, 3, resolution, resolution, generator=source), SIDE, mode="bilinear")
+            * (8 * SIDE / resolution) ** 0.7
+            for resolution in resolutions
         ]
         return (128 + torch.cat(layers).sum(0)).clamp(0, 255).byte().numpy()
 
@@ -160,7 +160,7 @@ def write(pictures: Sequence[NDArray[np.uint8]], root: Path) -> list[Way]:
 
 
 def image_folder(place: Path, *, batch: int, workers: int) -> Iterator[Any]:
-    """Torchvision's way to endless batches of mirrored uint8 images."""
+    """Torchvision's way to infinite batches of mirrored uint8 images."""
     # Resize leaves an image of the right size alone.
     folder = ImageFolder(str(place), Compose([Resize(SIDE), RandomHorizontalFlip(), PILToTensor()]))
     # So many images that its epochs never end, each in an order of its own.

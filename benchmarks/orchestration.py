@@ -29,7 +29,7 @@ from dvdp.config import read_params
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from pipelines.jobs.cluster import WORKER_ENVIRONMENT
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 
 #: A terminal's colours and cursor movements.
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -145,7 +145,7 @@ def measure(project: Path, span: Span, lines: Sequence[Line]) -> dict[str, Any]:
     Raises:
         UserError: the pipeline has not left what is needed.
     """
-    places = Places.of(read_params(project / "params.yaml"))
+    places = DataPaths.of(read_params(project / "params.yaml"))
     data = project / places.data
     runs = sorted((project / "runs").glob("*/weights.safetensors"), key=_written)
     if not runs:

@@ -28,20 +28,20 @@ def build(run: Run) -> nn.Module:
     from diffusers import UNet2DModel
 
     model = run.model
-    factors = [2**i for i in range(len(model.multipliers))]
-    attends = [factor in model.attention for factor in factors]
-    groups = min(32, model.channels // 4)
+    factors = [2**i for i in range(len(model.channel_mult))]
+    attends = [factor in model.attention_factors for factor in factors]
+    groups = min(32, model.model_channels // 4)
     return UNet2DModel(
         in_channels=3,
         out_channels=3,
-        block_out_channels=tuple(model.channels * multiplier for multiplier in model.multipliers),
-        layers_per_block=model.blocks,
+        block_out_channels=tuple(model.model_channels * multiplier for multiplier in model.channel_mult),
+        layers_per_block=model.num_res_blocks,
         down_block_types=tuple("AttnDownBlock2D" if here else "ResnetDownsampleBlock2D" for here in attends),
         up_block_types=tuple("AttnUpBlock2D" if here else "ResnetUpsampleBlock2D" for here in reversed(attends)),
         downsample_type="resnet",
         upsample_type="resnet",
         resnet_time_scale_shift="scale_shift",
-        attention_head_dim=min(model.head_channels, model.channels),
+        attention_head_dim=min(model.num_head_channels, model.model_channels),
         norm_num_groups=groups,
         attn_norm_num_groups=groups,
         dropout=model.dropout,
@@ -51,7 +51,7 @@ def build(run: Run) -> nn.Module:
 def forward_flops(run: Run) -> int:
     """FLOPs of one forward pass of one full-size image, as :func:`dvdp.models.flops.network_flops` counts ours."""
     with torch.device("meta"):
-        network, x, t = build(run), torch.empty(1, 3, run.side, run.side), torch.zeros(1)
+        network, x, t = build(run), torch.empty(1, 3, run.resolution, run.resolution), torch.zeros(1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(x, t)
     return counter.get_total_flops()
@@ -69,13 +69,13 @@ class Peer:
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=run.training.learning_rate, weight_decay=0.0, fused=True
         )
-        self.scheduler = DDPMScheduler(num_train_timesteps=run.process.timesteps)
+        self.scheduler = DDPMScheduler(num_train_timesteps=run.schedule.timesteps)
 
     def step(self, images: Tensor) -> None:
         """A training step on uint8 images, as the package's own example of unconditional training makes it."""
         x0 = to_float(images.to(self.device))
         noise = torch.randn_like(x0)
-        t = torch.randint(0, self.run.process.timesteps, (len(x0),), device=self.device)
+        t = torch.randint(0, self.run.schedule.timesteps, (len(x0),), device=self.device)
         x = self.scheduler.add_noise(x0, noise, t)
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.training.precision == "bf16"):
@@ -90,7 +90,7 @@ class Peer:
         """Ancestral sampling by their scheduler."""
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(steps)
-        x = torch.randn(count, 3, self.run.side, self.run.side, device=self.device)
+        x = torch.randn(count, 3, self.run.resolution, self.run.resolution, device=self.device)
         for t in scheduler.timesteps:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.training.precision == "bf16"):
                 output = self.ema.network(x, t).sample

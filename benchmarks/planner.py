@@ -25,9 +25,9 @@ from dvdp.evaluation.figures import save_figure
 from dvdp.files import write_atomically
 from dvdp.planning.expectation import FEWEST, fit
 from dvdp.planning.planner import Plan, Planner
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 from pipelines.tracking.history import Trained, trained_settings
-from pipelines.turning_points import band_deviations
+from pipelines.turning_points import band_std
 
 
 def main() -> None:
@@ -38,16 +38,16 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, required=True)
     options = parser.parse_args()
     params = read_params(options.params)
-    metadata = ImageStore(Places.of(params).store).metadata
+    metadata = ImageStore(DataPaths.of(params).store).metadata
     runs = [params.run(setting, params.seeds[0]) for setting in params.settings]
     known = trained_settings(params, runs[-1], metadata.digest)
-    found = {(entry.kind, entry.turning_points): entry for entry in known}
-    missing = [run.setting for run in runs if (run.kind, run.turning_points) not in found]
+    found = {(entry.process, entry.turning_points): entry for entry in known}
+    missing = [run.setting for run in runs if (run.process, run.turning_points) not in found]
     if missing:
         raise UserError(f"{options.params}: found no scores of {', '.join(missing)} in MLflow; train them first.")
-    trained = [found[run.kind, run.turning_points] for run in runs]
+    trained = [found[run.process, run.turning_points] for run in runs]
     points = [t for run in runs for t in run.turning_points]
-    planner = Planner(runs[-1], band_deviations(metadata), points)
+    planner = Planner(runs[-1], band_std(metadata), points)
     plans = [planner.plan(run.turning_points) for run in runs]
     model = fit(plans[:FEWEST], [entry.mean for entry in trained[:FEWEST]])
     everything = fit(plans, [entry.mean for entry in trained])

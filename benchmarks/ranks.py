@@ -4,7 +4,7 @@
         python -m benchmarks.ranks --steps benchmarks/results/steps.json --measure --out benchmarks/results/ranks.json
 
 Computed for 1, 8 and 64 ranks from the seconds of each level that ``benchmarks.steps`` measured: ranks wait for each
-other in every step, so the slowest level drawn by any of them rules. Exchanging gradients is left out; it costs all
+other in every step, so the slowest level drawn by any of them solvers. Exchanging gradients is left out; it costs all
 alike. ``--measure`` runs one rank, and two of gloo, on this machine, one thread each, for some five minutes; as ranks
 wait, seconds are of wall-clock time there. What is kept is always of DDPM's own step.
 """
@@ -48,24 +48,28 @@ def main() -> None:
     parser.add_argument("--steps", type=Path, required=True, help="result of benchmarks.steps")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--sides", type=int, nargs="+", choices=list(BATCHES), default=[32, 64], help="to measure")
+    parser.add_argument(
+        "--resolutions", type=int, nargs="+", choices=list(BATCHES), default=[32, 64], help="to measure"
+    )
     parser.add_argument("--turns", type=int, default=3, help="of what is measured")
     options = parser.parse_args()
     cases = json.loads(options.steps.read_text())["cases"]
-    sides = options.sides if options.measure else []
+    resolutions = options.resolutions if options.measure else []
     result: dict[str, Any] = {
         "machine": machine(),
         "computed": [computed(case, p) for case in cases for p in case["sampling_seconds_per_call"]],
         "measured": [],
         "ratios": {},
         "spreads": {},
-        "left_out": {f"{side} px, ": "not measured in this run" for side in BATCHES if side not in sides},
+        "left_out": {
+            f"{resolution} px, ": "not measured in this run" for resolution in BATCHES if resolution not in resolutions
+        },
     }
-    if sides:
+    if resolutions:
         warn_of_allocator(torch.device("cpu"))
-    for side in sides:
+    for resolution in resolutions:
         for ranks in MEASURED_RANKS:
-            case, between_turns = measured(side, ranks, options.turns)
+            case, between_turns = measured(resolution, ranks, options.turns)
             result["measured"].append(case)
             result["ratios"] |= ratios(case)
             result["spreads"] |= between_turns
@@ -95,7 +99,7 @@ def computed(case: dict[str, Any], precision: str) -> dict[str, Any]:
             for name, mean in {**ours, **waited}.items()
         }
     return {
-        "side": case["side"],
+        "resolution": case["resolution"],
         "precision": precision,
         "bound": case["bounds"]["training"],
         "share_of_bound_kept": kept,
@@ -123,19 +127,19 @@ def slowest_mix(seconds: list[float], shares: list[float], batch: int, ranks: in
     return float((counts @ np.array(seconds) / batch).max(axis=1).mean())
 
 
-def measured(side: int, ranks: int, turns: int) -> tuple[dict[str, Any], dict[str, float]]:
+def measured(resolution: int, ranks: int, turns: int) -> tuple[dict[str, Any], dict[str, float]]:
     """Median seconds of a step of each kind, and what of the FLOP bound is kept; and the spreads of that."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (ranks, side, turns, folder), nprocs=ranks)
+        mp.spawn(_rank, (ranks, resolution, turns, folder), nprocs=ranks)
         found: list[dict[str, float]] = json.loads((Path(folder) / "found.json").read_text())
-    _, model = {**SIZES, **TOY}[side]
-    run = make_run(TURNING_POINTS, side, model, TrainingParams())
-    flops_bound = bound(level_flops(run), run.schedule().shares())
+    _, model = {**SIZES, **TOY}[resolution]
+    run = make_run(TURNING_POINTS, resolution, model, TrainingParams())
+    flops_bound = bound(level_flops(run), run.build_schedule().shares())
 
     def case(turns: list[dict[str, float]]) -> dict[str, Any]:
         seconds = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
         kept = {name: seconds["ddpm"] / s / flops_bound for name, s in seconds.items() if name != "ddpm"}
-        about = {"side": side, "batch_of_a_rank": BATCHES[side], "precision": "fp32", "ranks": ranks}
+        about = {"resolution": resolution, "batch_of_a_rank": BATCHES[resolution], "precision": "fp32", "ranks": ranks}
         return {**about, "seconds": seconds, "share_of_bound_kept": kept}
 
     return case(found), spreads([ratios(case([turn])) for turn in found])
@@ -143,19 +147,21 @@ def measured(side: int, ranks: int, turns: int) -> tuple[dict[str, Any], dict[st
 
 def ratios(case: dict[str, Any]) -> dict[str, float]:
     """What must not fall of what was measured, by name."""
-    about = f"{case['side']} px, {case['precision']}, ranks: {case['ranks']}, share of the bound kept, "
+    about = f"{case['resolution']} px, {case['precision']}, ranks: {case['ranks']}, share of the bound kept, "
     return {about + name: kept for name, kept in case["share_of_bound_kept"].items()}
 
 
-def _rank(rank: int, ranks: int, side: int, turns: int, folder: str) -> None:
+def _rank(rank: int, ranks: int, resolution: int, turns: int, folder: str) -> None:
     torch.set_num_threads(1)
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    batch, (_, model) = BATCHES[side], {**SIZES, **TOY}[side]
-    pixels = np.random.default_rng(rank).integers(0, 256, (batch, 3, side, side), dtype=np.uint8)
+    batch, (_, model) = BATCHES[resolution], {**SIZES, **TOY}[resolution]
+    pixels = np.random.default_rng(rank).integers(0, 256, (batch, 3, resolution, resolution), dtype=np.uint8)
     images, device = torch.from_numpy(pixels), torch.device("cpu")
     settings = TrainingParams(batch=batch * ranks)
-    ddpm, dvdp = (start(make_run(points, side, model, settings), pixels, device) for points in ((), TURNING_POINTS))
+    ddpm, dvdp = (
+        start(make_run(points, resolution, model, settings), pixels, device) for points in ((), TURNING_POINTS)
+    )
     schedule = dvdp.process.schedule
     # Ten steps hold each level as often as its share says.
     together = [level for level, share in enumerate(schedule.shares()) for _ in range(round(10 * share))]

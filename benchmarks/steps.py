@@ -32,7 +32,7 @@ from benchmarks import peers
 from benchmarks.baseline import TURNS, compare, read_result
 from benchmarks.machine import machine
 from benchmarks.timing import DTYPES, busy_clock, peak_memory, peak_tflops, spreads, times_in_turns, warn_of_allocator
-from dvdp.config import ModelParams, ProcessName, ProcessParams, Run, SamplingParams, TrainingParams
+from dvdp.config import ModelParams, ProcessName, Run, SamplingParams, ScheduleParams, TrainingParams
 from dvdp.data.loading import ArrayImages
 from dvdp.diffusion.sampling import Progress, sample
 from dvdp.diffusion.timesteps import share_steps
@@ -49,13 +49,13 @@ PRECISIONS = ("fp32", "bf16")
 #: Side -> images a step and network: sized so that arithmetic, not calls, fills a step on a CPU. Ten images, or a
 #: multiple, give each level its exact share. Noise is predicted, as by diffusers' step and in the paper.
 SIZES = {
-    32: (20, ModelParams("noise", 64, (1, 2, 2), attention=(4,))),
-    64: (20, ModelParams("noise", 64, (1, 2, 2), attention=(4,))),
-    128: (10, ModelParams("noise", 32, (1, 1, 2, 2), attention=(8,))),
-    256: (10, ModelParams("noise", 16, (1, 1, 2, 4, 4), attention=(16,))),
+    32: (20, ModelParams("epsilon", 64, (1, 2, 2), attention_factors=(4,))),
+    64: (20, ModelParams("epsilon", 64, (1, 2, 2), attention_factors=(4,))),
+    128: (10, ModelParams("epsilon", 32, (1, 1, 2, 2), attention_factors=(8,))),
+    256: (10, ModelParams("epsilon", 16, (1, 1, 2, 4, 4), attention_factors=(16,))),
 }
 #: For tests: seconds in all.
-TOY = {16: (10, ModelParams("noise", 8, (1, 2), attention=(2,), head_channels=8))}
+TOY = {16: (10, ModelParams("epsilon", 8, (1, 2), attention_factors=(2,), num_head_channels=8))}
 #: Of sampling: few, but with the levels' shares exact.
 STEPS = 10
 
@@ -63,7 +63,7 @@ STEPS = 10
 def main() -> int:
     """Measure, write the results, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", type=int, nargs="+", choices=[*SIZES, *TOY], default=list(SIZES))
+    parser.add_argument("--resolutions", type=int, nargs="+", choices=[*SIZES, *TOY], default=list(SIZES))
     parser.add_argument("--batch", type=int, help="images a step, in place of each size's own")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--turns", type=int, default=TURNS)
@@ -88,7 +88,9 @@ def run(options: argparse.Namespace) -> None:
     warn_of_allocator(device)
     peaks: dict[str, dict[str, float]] = {precision: {} for precision in options.precisions}
     sizes = {**SIZES, **TOY}
-    left_out = {f"{side} px, ": "not in --sides" for side in sizes if side not in options.sides}
+    left_out = {
+        f"{resolution} px, ": "not in --resolutions" for resolution in sizes if resolution not in options.resolutions
+    }
     left_out |= {precision: "not in --precisions" for precision in PRECISIONS if precision not in options.precisions}
     if not peers.available():
         print(peers.MISSING, file=sys.stderr)
@@ -96,13 +98,15 @@ def run(options: argparse.Namespace) -> None:
     result: dict[str, Any] = {"machine": machine(), "seconds_of": "processor time", "turns": options.turns}
     result |= {"turning_points": TURNING_POINTS, "peak_tflops": peaks}
     result |= {"cases": [], "ratios": {}, "spreads": {}, "left_out": left_out}
-    for side in options.sides:
+    for resolution in options.resolutions:
         # Before each size, the best kept: other work may be in the way of one.
         for precision, best in peaks.items():
             for name, value in peak_tflops(precision, device).items():
                 best[name] = max(value, best.get(name, 0.0))
-        batch, model = sizes[side]
-        case, between_turns = measure(side, options.batch or batch, model, options.precisions, options.turns, device)
+        batch, model = sizes[resolution]
+        case, between_turns = measure(
+            resolution, options.batch or batch, model, options.precisions, options.turns, device
+        )
         result["cases"].append(case)
         result["ratios"] |= ratios(case)
         result["spreads"] |= between_turns
@@ -114,10 +118,10 @@ def run(options: argparse.Namespace) -> None:
         print(compare(result, baseline))
 
 
-def make_run(turning_points: tuple[int, ...], side: int, model: ModelParams, training: TrainingParams) -> Run:
+def make_run(turning_points: tuple[int, ...], resolution: int, model: ModelParams, training: TrainingParams) -> Run:
     """DVDP, or DDPM without turning points: a run without a params file, which would need pydantic."""
     kind: ProcessName = "dvdp" if turning_points else "ddpm"
-    return Run(kind, 0, kind, turning_points, side, ProcessParams(), model, training, SamplingParams(), model)
+    return Run(kind, 0, kind, turning_points, resolution, ScheduleParams(), model, training, SamplingParams(), model)
 
 
 def start(run: Run, pixels: NDArray[np.uint8], device: torch.device) -> Training:
@@ -126,20 +130,20 @@ def start(run: Run, pixels: NDArray[np.uint8], device: torch.device) -> Training
 
 
 def measure(
-    side: int, batch: int, model: ModelParams, precisions: list[str], turns: int, device: torch.device
+    resolution: int, batch: int, model: ModelParams, precisions: list[str], turns: int, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """One size: seconds, memory, FLOPs of everything, in both precisions; and the spreads of its ratios."""
-    pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, side, side), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, resolution, resolution), dtype=np.uint8)
     images = torch.from_numpy(pixels)
-    case = exact(side, batch, model)
+    case = exact(resolution, batch, model)
     steps: dict[str, Callable[[], None]] = {}
     samples: dict[str, Callable[[], None]] = {}
     level_seconds: dict[str, list[list[float]]] = {}
     for precision in precisions:
         training = TrainingParams(batch=batch, precision=precision)  # type: ignore[arg-type]
         runs = [
-            make_run((), side, model, training),
-            make_run(TURNING_POINTS, side, model, training),
+            make_run((), resolution, model, training),
+            make_run(TURNING_POINTS, resolution, model, training),
         ]
         ddpm, dvdp = (start(run, pixels, device) for run in runs)
         for small in (ddpm, dvdp):
@@ -165,10 +169,10 @@ def measure(
     next(iter(steps.values()))()
     timed = {
         **steps,
-        **{f"{precision} convolution": convolution(side, batch, model, precision) for precision in precisions},
+        **{f"{precision} convolution": convolution(resolution, batch, model, precision) for precision in precisions},
     }
-    step_times = times_in_turns(list(timed.values()), turns, device, f"{side} px, training", warm_up=0)
-    sample_times = times_in_turns(list(samples.values()), turns, device, f"{side} px, sampling", warm_up=0)
+    step_times = times_in_turns(list(timed.values()), turns, device, f"{resolution} px, training", warm_up=0)
+    sample_times = times_in_turns(list(samples.values()), turns, device, f"{resolution} px, sampling", warm_up=0)
 
     def seconds_of(training: list[tuple[float, ...]], sampling: list[tuple[float, ...]]) -> dict[str, dict[str, float]]:
         """Medians of some turns, by name."""
@@ -192,20 +196,20 @@ def measure(
     return case, spreads(single)
 
 
-def convolution(side: int, batch: int, model: ModelParams, precision: str) -> Callable[[], object]:
+def convolution(resolution: int, batch: int, model: ModelParams, precision: str) -> Callable[[], object]:
     """A 3x3 convolution of the first stage's size, forward and backward, by nothing but torch."""
-    width, dtype = model.channels, DTYPES[precision]
-    x, upstream = (torch.randn(batch, width, side, side, dtype=dtype, requires_grad=True) for _ in range(2))
+    width, dtype = model.model_channels, DTYPES[precision]
+    x, upstream = (torch.randn(batch, width, resolution, resolution, dtype=dtype, requires_grad=True) for _ in range(2))
     weight = torch.randn(width, width, 3, 3, dtype=dtype, requires_grad=True)
     return lambda: torch.autograd.grad(conv2d(x, weight, padding=1), (x, weight), upstream)
 
 
-def exact(side: int, batch: int, model: ModelParams) -> dict[str, Any]:
+def exact(resolution: int, batch: int, model: ModelParams) -> dict[str, Any]:
     """What of one size is counted and not measured: the same on every machine."""
-    ddpm, dvdp = (make_run(points, side, model, TrainingParams(batch=batch)) for points in ((), TURNING_POINTS))
-    schedule, flops = dvdp.schedule(), level_flops(dvdp)
+    ddpm, dvdp = (make_run(points, resolution, model, TrainingParams(batch=batch)) for points in ((), TURNING_POINTS))
+    schedule, flops = dvdp.build_schedule(), level_flops(dvdp)
     case: dict[str, Any] = {
-        "side": side,
+        "resolution": resolution,
         "batch": batch,
         "network": asdict(model),
         "images_per_level": level_counts(schedule, "all", 0, 0, batch),
@@ -239,7 +243,7 @@ def ratios(case: dict[str, Any]) -> dict[str, float]:
     training, sampling = case["training_seconds"], case["sampling_seconds"]
     found = {}
     for precision in [name.split()[0] for name in training if name.endswith("ddpm")]:
-        ddpm, about = training[f"{precision} ddpm"], f"{case['side']} px, {precision}, "
+        ddpm, about = training[f"{precision} ddpm"], f"{case['resolution']} px, {precision}, "
         one = sum(s * training[f"{precision} level {level}"] for level, s in enumerate(case["shares"]))
         found[about + "training, DDPM over DVDP, all levels a step"] = ddpm / training[f"{precision} all levels"]
         found[about + "training, DDPM over DVDP, one level a step"] = ddpm / one
@@ -268,9 +272,9 @@ def parameters(network: nn.Module) -> int:
 
 
 def as_written(run: Run, flops: list[int]) -> list[int]:
-    """FLOPs of each level if a convolution after an enlargement were done at the larger side, as others do it."""
+    """FLOPs of each level if a convolution after an enlargement were done at the larger resolution, as others do it."""
     with torch.device("meta"):
-        network, x, t = build_network(run.model, 0), torch.empty(1, 3, run.side, run.side), torch.empty(1)
+        network, x, t = build_network(run.model, 0), torch.empty(1, 3, run.resolution, run.resolution), torch.empty(1)
     saved = 0
 
     def count(block: ResidualBlock, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -303,8 +307,8 @@ def draw(training: Training, batch: int, level_seconds: Sequence[list[float]] = 
         level_seconds[progress.level].append(now - last)
         last = now
 
-    denoiser = NetworkDenoiser(training.ema.network, training.process, run.side, run.model.predicts)
-    shape = (batch, 3, run.side, run.side)
+    denoiser = NetworkDenoiser(training.ema.network, training.process, run.resolution, run.model.prediction_type)
+    shape = (batch, 3, run.resolution, run.resolution)
     with torch.autocast(training.device.type, torch.bfloat16, enabled=run.training.precision == "bf16"):
         callback = note if level_seconds else None
         sample(training.process, denoiser, shape, steps=steps, device=training.device, callback=callback)

@@ -73,14 +73,14 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|" + ("---|---|---|" if theirs else ""),
     ]
     for case, precision in rows(result):
-        about = f"{case['side']} px, {precision}, "
+        about = f"{case['resolution']} px, {precision}, "
 
         def ratio(name: str, about: str = about) -> str:
             value = result["ratios"].get(about + name)
             return "" if value is None else f"{value:.2f}x"
 
         cells = [
-            str(case["side"]),
+            str(case["resolution"]),
             precision,
             ratio("training, DDPM over DVDP, all levels a step"),
             ratio("training, DDPM over DVDP, one level a step"),
@@ -107,7 +107,7 @@ def table(result: dict[str, Any]) -> str:
                 continue
             what, seconds = name.removeprefix(precision + " "), case["training_seconds"][name]
             cells = [
-                *((str(case["side"]), precision, size(case)) if what == "ddpm" else ("", "", "")),
+                *((str(case["resolution"]), precision, size(case)) if what == "ddpm" else ("", "", "")),
                 {"ddpm": "DDPM", "all levels": "DVDP, `all`"}.get(what, what.replace("level", "DVDP, level")),
                 f"{seconds:.3f}",
                 f"{speed:.3f}",
@@ -136,12 +136,14 @@ def ranks_table(result: dict[str, Any]) -> str:
     lines = [f"| px | | ranks | {' | '.join(names)} |", "|---|---|---|" + "---|" * len(names)]
     for case in result["computed"]:
         for ranks, kept in case["share_of_bound_kept"].items():
-            cells = [str(case["side"]), case["precision"], ranks, *(f"{kept[name]:.0%}" for name in names)]
+            cells = [str(case["resolution"]), case["precision"], ranks, *(f"{kept[name]:.0%}" for name in names)]
             lines.append(f"| {' | '.join(cells)} |")
     for case in result["measured"]:
         kept = case["share_of_bound_kept"]
         shares = [f"{kept[name]:.0%}" if name in kept else "" for name in names]
-        lines.append(f"| {case['side']} | {case['precision']}, measured | {case['ranks']} | {' | '.join(shares)} |")
+        lines.append(
+            f"| {case['resolution']} | {case['precision']}, measured | {case['ranks']} | {' | '.join(shares)} |"
+        )
     return "\n".join(lines)
 
 
@@ -153,7 +155,7 @@ def rows(result: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
 def size(case: dict[str, Any]) -> str:
     """A network and its batch, for people."""
     network = case["network"]
-    widths = "-".join(str(network["channels"] * multiplier) for multiplier in network["multipliers"])
+    widths = "-".join(str(network["model_channels"] * multiplier) for multiplier in network["channel_mult"])
     return f"{widths}, batch {case['batch']}"
 
 
@@ -181,7 +183,7 @@ def matched(result: dict[str, Any]) -> str:
             flops = case["forward_flops"]
             written = flops["levels, every convolution as written"][0]
             parts.append(
-                f"{case['side']} px: {case['parameters']['ours']:,} and {case['parameters']['diffusers']:,} parameters,"
+                f"{case['resolution']} px: {case['parameters']['ours']:,} and {case['parameters']['diffusers']:,} parameters,"
                 f" {written / 2e9:.3f} and {flops['diffusers'] / 2e9:.3f} GMAC an image, of which ours does"
                 f" {flops['levels'][0] / 2e9:.3f}"
             )
@@ -206,12 +208,12 @@ def plot(result: dict[str, Any]) -> bytes:
             "training, diffusers in fp32 over ours": "training, theirs in fp32",
         },
     }
-    names = [f"{case['side']} px\n{precision}" for case, precision in rows(result)]
+    names = [f"{case['resolution']} px\n{precision}" for case, precision in rows(result)]
     for axes, (title, series) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         width = 0.8 / len(series)
         for i, (ratio, label) in enumerate(series.items()):
             values = [
-                result["ratios"].get(f"{case['side']} px, {precision}, {ratio}", 0.0)
+                result["ratios"].get(f"{case['resolution']} px, {precision}, {ratio}", 0.0)
                 for case, precision in rows(result)
             ]
             places = [place + (i - (len(series) - 1) / 2) * width for place in range(len(names))]

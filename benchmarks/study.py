@@ -120,7 +120,7 @@ def trained_and_scored(params: Params, run: Run, store: ImageStore, work: Path) 
     trained = training_hash(run, store.metadata.digest, params.dataset.flip, 1)
     folder = work / "runs" / trained
     start = time.perf_counter()
-    told = store.metadata.told(len(run.turning_points))
+    told = store.metadata.model_metadata(len(run.turning_points))
     train(run, store, folder, trained, flip=params.dataset.flip, description=told)
     seconds = time.perf_counter() - start
     if not (folder / "seconds.json").exists():
@@ -160,7 +160,7 @@ def _summary(params: Params, results: list[dict[str, object]], work: Path) -> di
         "machine": machine(),
         "data": {"name": params.dataset.name, "digest": reference.data_digest, "images": reference.count},
         "anchors": reference.anchors,
-        "sampling": {"rule": params.sampling.rule, "steps": params.sampling.steps, "count": params.sampling.count},
+        "sampling": {"solver": params.sampling.solver, "steps": params.sampling.steps, "count": params.sampling.count},
         "metric": metric(params),
         "summary": means,
         "runs": results,

@@ -4,7 +4,7 @@
         --settings dvdp-600 --out audit.json
 
 Reads the networks that benchmarks/study.py trained, in its ``--work`` folder, and audits each as the study samples, or
-by the rule, spacing and steps that are given.
+by the solver, timestep_spacing and steps that are given.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def main() -> None:
     parser.add_argument("--params", required=True)
     parser.add_argument("--work", type=Path, required=True, help="of benchmarks/study.py")
     parser.add_argument("--settings", nargs="+", required=True)
-    parser.add_argument("--rule")
-    parser.add_argument("--spacing")
+    parser.add_argument("--solver")
+    parser.add_argument("--timestep_spacing")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     params = read_params(options.params)
-    asked = {name: getattr(options, name) for name in ("rule", "spacing", "steps")}
+    asked = {name: getattr(options, name) for name in ("solver", "timestep_spacing", "steps")}
     sampling = replace(params.sampling, **{name: value for name, value in asked.items() if value is not None})
     store = prepared(params, options.work / params.dataset.name, None)
     data = options.work / params.dataset.name

@@ -1,7 +1,7 @@
 """Seconds of a training iteration and of a sample at the paper's protocol, DDPM beside DVDP.
 
-    python3 -m benchmarks.throughput --side 256 --mode compiled --out throughput_256.json
-    python3 -m benchmarks.throughput --side 32 --iterations 100 --batches 1 --steps 100 --out throughput_32.json
+    python3 -m benchmarks.throughput --resolution 256 --mode compiled --out throughput_256.json
+    python3 -m benchmarks.throughput --resolution 32 --iterations 100 --batches 1 --steps 100 --out throughput_32.json
 
 The protocol: means over 4,000 iterations, of 128 images at 32 px and 24 at 256 px, and over 100 batches of samples, of
 256 and 64 images, in 1,000 steps. Whatever is less, as asked for or because the run was cut short, is marked in the
@@ -47,7 +47,7 @@ PROTOCOL = {"iterations": 4000, "batches": 100, "steps": 1000}
 def main() -> int:
     """Measure, write the record, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, choices=list(PAPER), default=256)
+    parser.add_argument("--resolution", type=int, choices=list(PAPER), default=256)
     parser.add_argument("--mode", choices=MODES, default="eager")
     parser.add_argument("--precision", choices=list(DTYPES), default="bf16")
     parser.add_argument("--levels", choices=["one", "all"], default="one", help="of an iteration; one, as in presets/")
@@ -79,19 +79,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     warn_of_allocator(device)
     torch.backends.cudnn.benchmark = True
-    side, (train_batch, sample_batch, turning_points, model) = options.side, PAPER[options.side]
+    resolution, (train_batch, sample_batch, turning_points, model) = options.resolution, PAPER[options.resolution]
     if options.toy:
-        (side, (train_batch, model)), sample_batch = next(iter(TOY.items())), 2
+        (resolution, (train_batch, model)), sample_batch = next(iter(TOY.items())), 2
     settings = TrainingParams(batch=train_batch, precision=options.precision, levels=options.levels)
-    runs = {name: make_run(at, side, model, settings) for name, at in (("ddpm", ()), ("dvdp", turning_points))}
-    pixels = np.random.default_rng(0).integers(0, 256, (train_batch, 3, side, side), dtype=np.uint8)
+    runs = {name: make_run(at, resolution, model, settings) for name, at in (("ddpm", ()), ("dvdp", turning_points))}
+    pixels = np.random.default_rng(0).integers(0, 256, (train_batch, 3, resolution, resolution), dtype=np.uint8)
     trainings = [start(run, pixels, device) for run in runs.values()]
     for training in trainings:
         arrange(training, options.mode)
 
     record: dict[str, Any] = {
         "machine": machine(),
-        "side": side,
+        "resolution": resolution,
         "network": asdict(model),
         "turning_points": turning_points,
         "precision": options.precision,
@@ -107,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "spreads": {},
     }
 
-    about = f"{side} px, {options.precision}, {options.mode}, levels: {options.levels}, "
+    about = f"{resolution} px, {options.precision}, {options.mode}, levels: {options.levels}, "
 
     def keep(kind: str, unit: str, size: int, times: list[tuple[float, ...]], teraflops: list[float]) -> None:
         means = [sum(each) / len(times) / size for each in zip(*times, strict=True)]
@@ -170,7 +170,7 @@ def times_so_far(
 
 def sample_flops(run: Run, steps: int) -> int:
     """Of one image, lifts left out."""
-    return sum(n * cost for n, cost in zip(share_steps(run.schedule(), steps), level_flops(run), strict=True))
+    return sum(n * cost for n, cost in zip(share_steps(run.build_schedule(), steps), level_flops(run), strict=True))
 
 
 def table(record: dict[str, Any]) -> str:
@@ -192,7 +192,7 @@ def table(record: dict[str, Any]) -> str:
     done = ", ".join(f"{record['done'][name]:,} of {whole:,} {name}" for name, whole in PROTOCOL.items())
     host = record["machine"]
     about = [
-        f"{record['side']} px",
+        f"{record['resolution']} px",
         f"batch {record['training_batch']} to train (levels: {record['levels_of_an_iteration']})",
         f"{record['sampling_batch']} to sample",
         record["precision"],

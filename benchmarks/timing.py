@@ -97,13 +97,15 @@ def peak_tflops(precision: str, device: torch.device) -> dict[str, float]:
     On a CPU a convolution can be the faster one: its kernels come from another library.
     """
     gpu, dtype = device.type == "cuda", DTYPES[precision]
-    size, channels, batch, side = (8192, 512, 64, 64) if gpu else (2048, 256, 4, 32)
+    size, channels, batch, resolution = (8192, 512, 64, 64) if gpu else (2048, 256, 4, 32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    x = torch.randn(batch, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, channels, resolution, resolution, device=device, dtype=dtype).to(
+        memory_format=torch.channels_last
+    )
     weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     works: dict[str, tuple[Callable[[], object], float]] = {
         "matmul": (lambda: a @ b, 2 * size**3),
-        "convolution": (lambda: conv2d(x, weight, padding=1), 2 * 9 * channels**2 * batch * side**2),
+        "convolution": (lambda: conv2d(x, weight, padding=1), 2 * 9 * channels**2 * batch * resolution**2),
     }
     found = {}
     with torch.no_grad():

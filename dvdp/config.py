@@ -20,12 +20,12 @@ import yaml
 
 from dvdp.data.sources import SOURCES
 from dvdp.diffusion.schedule import ATTENUATIONS, Schedule
-from dvdp.diffusion.solvers import RULES
-from dvdp.diffusion.timesteps import SPACINGS, share_steps
+from dvdp.diffusion.solvers import SOLVERS
+from dvdp.diffusion.timesteps import TIMESTEP_SPACINGS, share_steps
 from dvdp.errors import UserError, did_you_mean
 
 ProcessName = Literal["ddpm", "subspace", "dvdp"]
-Target = Literal["noise", "velocity", "clean"]
+PredictionType = Literal["v_prediction", "epsilon", "sample"]
 LevelDraw = Literal["all", "one"]
 Precision = Literal["fp32", "bf16"]
 
@@ -101,7 +101,7 @@ class DatasetParams(Section):
 
 
 @dataclass(frozen=True)
-class ProcessParams(Section):
+class ScheduleParams(Section):
     """The schedule that all settings share; see :mod:`dvdp.diffusion.schedule`."""
 
     timesteps: int = 1000
@@ -117,7 +117,7 @@ class ProcessParams(Section):
             raise UserError(f"floor: found {self.floor}, expected a number above 0 and at most 1")
         self._one_of(ATTENUATIONS, "attenuation")
 
-    def schedule(self, process: ProcessName, turning_points: tuple[int, ...]) -> Schedule:
+    def build(self, process: ProcessName, turning_points: tuple[int, ...]) -> Schedule:
         """The schedule of a setting."""
         if process == "dvdp":
             return Schedule.dvdp(turning_points, self.timesteps, self.base, self.shift, self.attenuation, self.floor)
@@ -137,7 +137,7 @@ class SettingParams(Section):
     tolerance: float | None = None
     """Of ``auto``: the error that turning points may add to DDPM's, see :attr:`dvdp.planning.planner.Plan.excess`."""
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Other values for this setting alone: {section: {key: value}}, of process, model, training and sampling."""
+    """Other values for this setting alone: {section: {key: value}}, of schedule, model, training and sampling."""
 
     def __post_init__(self) -> None:
         self._plain_name("name")
@@ -161,52 +161,54 @@ class SettingParams(Section):
 
 @dataclass(frozen=True)
 class ModelParams(Section):
-    """The UNet of Dhariwal & Nichol (2021), and what it predicts."""
+    """The UNet of Dhariwal & Nichol (2021), and what it prediction_type."""
 
-    predicts: Target = "velocity"
-    channels: int = 32
+    prediction_type: PredictionType = "v_prediction"
+    model_channels: int = 32
     """Width of the first stage; multiple of 4."""
-    multipliers: tuple[int, ...] = (1, 2, 2)
-    """Width of each stage over ``channels``; each stage has half the side of the one before."""
-    blocks: int = 1
+    channel_mult: tuple[int, ...] = (1, 2, 2)
+    """Width of each stage over ``model_channels``; each stage has half the resolution of the one before."""
+    num_res_blocks: int = 1
     """Residual blocks a stage."""
-    attention: tuple[int, ...] = (4,)
+    attention_factors: tuple[int, ...] = (4,)
     """Downsampling factors, within the network, of the stages that have self-attention."""
-    head_channels: int = 32
+    num_head_channels: int = 32
     dropout: float = 0.0
     networks: Literal["shared", "per_level"] = "shared"
     """One network for all levels, or one for each, of this size each."""
-    classes: int = 0
+    num_classes: int = 0
     """How many classes the data set has, where the network is told the class of each image; 0 tells it nothing."""
 
     def __post_init__(self) -> None:
-        self._at_least(1, "blocks", "head_channels")
-        self._at_least(0, "classes")
+        self._at_least(1, "num_res_blocks", "num_head_channels")
+        self._at_least(0, "num_classes")
         self._share("dropout")
-        if self.channels < 4 or self.channels % 4:
-            raise UserError(f"channels: found {self.channels}, expected a multiple of 4")
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise UserError(f"multipliers: found {list(self.multipliers)}, expected at least one, none below 1")
-        factors = [2**i for i in range(len(self.multipliers))]
-        for factor in self.attention:
+        if self.model_channels < 4 or self.model_channels % 4:
+            raise UserError(f"model_channels: found {self.model_channels}, expected a multiple of 4")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise UserError(f"channel_mult: found {list(self.channel_mult)}, expected at least one, none below 1")
+        factors = [2**i for i in range(len(self.channel_mult))]
+        for factor in self.attention_factors:
             if factor not in factors:
-                raise UserError(f"attention: found factor {factor}, expected only factors of this network, {factors}")
-        # The middle of the network, at the last factor, always has attention.
-        for factor in {*self.attention, factors[-1]}:
-            width = self.channels * self.multipliers[factors.index(factor)]
-            if width % min(self.head_channels, width):
                 raise UserError(
-                    f"head_channels: found {self.head_channels}, expected a divisor of {width},"
+                    f"attention_factors: found factor {factor}, expected only factors of this network, {factors}"
+                )
+        # The middle of the network, at the last factor, always has attention.
+        for factor in {*self.attention_factors, factors[-1]}:
+            width = self.model_channels * self.channel_mult[factors.index(factor)]
+            if width % min(self.num_head_channels, width):
+                raise UserError(
+                    f"num_head_channels: found {self.num_head_channels}, expected a divisor of {width},"
                     f" the width at factor {factor}"
                 )
 
-    def check_side(self, side: int, levels: int) -> None:
+    def check_resolution(self, resolution: int, levels: int) -> None:
         """Raise UserError unless this network can halve the smallest level of such images often enough."""
-        halvings, smallest = len(self.multipliers) - 1, side >> levels
-        if side % 2**levels or smallest % 2**halvings:
+        halvings, smallest = len(self.channel_mult) - 1, resolution >> levels
+        if resolution % 2**levels or smallest % 2**halvings:
             raise UserError(
-                f"multipliers: found {len(self.multipliers)} stages, which halve the side {halvings} times, expected"
-                f" few enough for level {levels} of {side} px images, which has {side / 2**levels:g} px; use fewer"
+                f"channel_mult: found {len(self.channel_mult)} stages, which halve the resolution {halvings} times, expected"
+                f" few enough for level {levels} of {resolution} px images, which has {resolution / 2**levels:g} px; use fewer"
                 " stages, fewer turning points or larger images"
             )
 
@@ -223,7 +225,7 @@ class TrainingParams(Section):
     """Images a step, over all ranks and accumulated parts."""
     accumulation: int = 1
     """At most the pixels of 1/accumulation of the batch, at full size, go through the network at once."""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Activations are computed again in the backward pass: less memory, more time, the same weights."""
     compile: bool = False
     """The network by torch.compile, for each level and number of images by itself."""
@@ -288,11 +290,11 @@ class SamplingParams(Section):
 
     count: int = 512
     steps: int = 250
-    rule: str = "ddpm"
+    solver: str = "ddpm"
     eta: float = 0.0
-    variance: Literal["lower", "upper"] = "lower"
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
     clip: bool = True
-    spacing: str = "uniform"
+    timestep_spacing: str = "uniform"
     """Of the timesteps within a level; see :mod:`dvdp.diffusion.timesteps`."""
     share: Literal["length", "cost"] | tuple[int, ...] = "length"
     """Of the steps among levels: by their length, by what they cost, or as given, finest level first."""
@@ -304,8 +306,8 @@ class SamplingParams(Section):
     def __post_init__(self) -> None:
         self._at_least(1, "count", "steps", "batch")
         self._share("eta")
-        self._one_of(RULES, "rule")
-        self._one_of(SPACINGS, "spacing")
+        self._one_of(SOLVERS, "solver")
+        self._one_of(TIMESTEP_SPACINGS, "timestep_spacing")
 
     def options(self, steps: int | None = None) -> dict[str, Any]:
         """Arguments of :func:`dvdp.diffusion.sampling.sample`, but for ``lift``, which needs to know the data.
@@ -313,7 +315,7 @@ class SamplingParams(Section):
         Args:
             steps: in place of the section's; steps given level by level are then shared by length.
         """
-        names = ("rule", "eta", "variance", "clip", "spacing", "share", "seed")
+        names = ("solver", "eta", "variance", "clip", "timestep_spacing", "share", "seed")
         options = {"steps": self.steps, **{name: getattr(self, name) for name in names}}
         if steps is None or steps == self.steps:
             return options
@@ -356,7 +358,7 @@ class Params(Section):
     """The whole of ``params.yaml``, in the order of the pipeline."""
 
     dataset: DatasetParams = field(default_factory=DatasetParams)
-    process: ProcessParams = field(default_factory=ProcessParams)
+    schedule: ScheduleParams = field(default_factory=ScheduleParams)
     settings: tuple[SettingParams, ...] = (SettingParams("ddpm", "ddpm"),)
     seeds: tuple[int, ...] = (0,)
     model: ModelParams = field(default_factory=ModelParams)
@@ -387,7 +389,7 @@ class Params(Section):
         """One setting with its overrides; turning points that are ``auto`` are left out.
 
         Raises:
-            UserError: what the setting asks for does not fit together (turning points, sides, steps).
+            UserError: what the setting asks for does not fit together (turning points, resolutions, steps).
         """
         try:
             sections = {
@@ -401,9 +403,9 @@ class Params(Section):
             run = Run(
                 setting=setting.name,
                 seed=seed,
-                kind=setting.process,
+                process=setting.process,
                 turning_points=() if isinstance(setting.turning_points, str) else setting.turning_points,
-                side=self.dataset.resolution,
+                resolution=self.dataset.resolution,
                 reference_model=self.model,
                 **sections,
             )
@@ -429,35 +431,35 @@ class Run:
 
     setting: str
     seed: int
-    kind: ProcessName
+    process: ProcessName
     turning_points: tuple[int, ...]
-    side: int
-    process: ProcessParams
+    resolution: int
+    schedule: ScheduleParams
     model: ModelParams
     training: TrainingParams
     sampling: SamplingParams
     reference_model: ModelParams
     """The model without overrides: DDPM with it is what costs and speed-ups relate to."""
 
-    def schedule(self) -> Schedule:
-        """The run's schedule."""
-        return self.process.schedule(self.kind, self.turning_points)
+    def build_schedule(self) -> Schedule:
+        """The run's tables of signal and noise."""
+        return self.schedule.build(self.process, self.turning_points)
 
     def check(self) -> None:
         """Raise UserError for what would fail later: before any work."""
-        schedule = self.schedule()
-        if self.side % 2**schedule.levels:
+        schedule = self.build_schedule()
+        if self.resolution % 2**schedule.levels:
             raise UserError(
-                f"dataset.resolution: found {self.side}, expected a multiple of {2**schedule.levels} for"
+                f"dataset.resolution: found {self.resolution}, expected a multiple of {2**schedule.levels} for"
                 f" {schedule.levels} turning points"
             )
-        self.model.check_side(self.side, schedule.levels)
+        self.model.check_resolution(self.resolution, schedule.levels)
         for section, prefix, steps in (
             ("sampling", "", self.sampling.steps),
             ("training", "preview_", self.training.preview_steps),
         ):
             try:
-                share_steps(schedule, steps, self.sampling.spacing, self.sampling.options(steps)["share"])
+                share_steps(schedule, steps, self.sampling.timestep_spacing, self.sampling.options(steps)["share"])
             except UserError as error:
                 raise UserError(f"{section}.{prefix}{error}") from None
 
@@ -476,7 +478,7 @@ class Run:
                 raise UserError(f"model: its description does not fit this version of dvdp ({error}).") from None
 
         kinds = {
-            "process": ProcessParams,
+            "schedule": ScheduleParams,
             "model": ModelParams,
             "training": TrainingParams,
             "sampling": SamplingParams,
@@ -487,7 +489,7 @@ class Run:
 
 
 #: Sections of params.yaml that a setting may override.
-OVERRIDABLE = ("process", "model", "training", "sampling")
+OVERRIDABLE = ("schedule", "model", "training", "sampling")
 
 
 def read_params(path: Path | str = "params.yaml") -> Params:

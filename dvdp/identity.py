@@ -31,7 +31,7 @@ AUDIT_SOURCES = ("audit/result.py", "audit/states.py", "audit/run.py")
 #: Keys of the training section that do not touch the weights.
 OPERATIONAL = {
     "images", "budget", "checkpoint_images", "keep_checkpoints", "log_images", "preview_images", "preview_count",
-    "preview_steps", "loader_workers", "recompute",
+    "preview_steps", "loader_workers", "activation_checkpointing",
 }  # fmt: skip
 
 
@@ -39,10 +39,10 @@ def training_identity(run: Run) -> dict[str, Any]:
     """All of a run that shapes its weights, as plain data."""
     training = {k: v for k, v in dataclasses.asdict(run.training).items() if k not in OPERATIONAL}
     return {
-        "kind": run.kind,
+        "process": run.process,
         "turning_points": run.turning_points,
-        "side": run.side,
-        "process": dataclasses.asdict(run.process),
+        "resolution": run.resolution,
+        "schedule": dataclasses.asdict(run.schedule),
         "model": dataclasses.asdict(run.model),
         "training": {**training, "total_images": training_images(run)},
         "seed": run.seed,

@@ -142,13 +142,13 @@ def _parser() -> argparse.ArgumentParser:
             )
 
     plan = add("plan", _plan, "Say what turning points cost and lose, before any training, and choose some.")
-    plan.add_argument("--steps", type=int, metavar="N", help="network calls an image; default: sampling.steps")
-    plan.add_argument("--rule", help="default: sampling.rule")
+    plan.add_argument("--steps", type=int, metavar="N", help="network evaluations an image; default: sampling.steps")
+    plan.add_argument("--solver", help="default: sampling.solver")
     plan.add_argument(
         "--tolerance", type=float, default=0.01, metavar="X", help="error added to DDPM's, at most; default: 0.01"
     )
     plan.add_argument(
-        "--levels", type=int, metavar="K", help="turning points, at most; default: what side and network allow"
+        "--levels", type=int, metavar="K", help="turning points, at most; default: what resolution and network allow"
     )
     plan.add_argument(
         "--seconds",
@@ -168,7 +168,9 @@ def _parser() -> argparse.ArgumentParser:
         " beside the runs",
     )
 
-    report = add("report", _report, "Write the paper's tables with its numbers and ours side by side, from MLflow.")
+    report = add(
+        "report", _report, "Write the paper's tables with its numbers and ours resolution by resolution, from MLflow."
+    )
     report.add_argument("--out", default="reports/paper", metavar="FOLDER", help="default: reports/paper")
 
     draw = commands.add_parser("draw", help="Draw images from a weights file as one picture.", allow_abbrev=False)
@@ -176,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--count", type=int, default=64)
     draw.add_argument("--seed", type=int)
     draw.add_argument("--steps", type=int)
-    draw.add_argument("--rule")
+    draw.add_argument("--solver")
     draw.add_argument("--label", help="class to draw, of a model that is told classes; default: each image its own")
     draw.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     draw.add_argument("--out", default="samples.png", metavar="FILE", help="a .png")
@@ -275,9 +277,9 @@ def _sample(options: argparse.Namespace) -> None:
                 f"sample: found no weights of {job.name} in '{job.folder}', expected a finished run;"
                 " run `dvdp train` with the same params first."
             )
-    with cluster(params.cluster) as room, room:
+    with cluster(params.cluster) as slots, slots:
         for job in chosen:
-            print(f"{job.name}: {sample_job(job, room)}")
+            print(f"{job.name}: {sample_job(job, slots)}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -288,7 +290,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from pipelines.commands.evaluate import evaluate, registered_model, track
 
     subjects = [registered_model(params, options.model)] if options.model else _chosen(options)[1]
-    with _away_told_once() as attempt:
+    with _unavailability_reported_once() as attempt:
         for subject in subjects:
             record = evaluate(subject, Path(options.statistics) if options.statistics else None)
             metrics = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
@@ -302,29 +304,29 @@ def _audit(options: argparse.Namespace) -> None:
 
     _, chosen = _chosen(options)
     audits = [plan(job, options.images, options.solver_steps) for job in chosen]
-    with _away_told_once() as attempt:
+    with _unavailability_reported_once() as attempt:
         for audit, result in zip(audits, audit_jobs(audits), strict=True):
             print(f"{summary(result, audit.job.name)}\n\nChart: {audit.chart}\n")
             attempt(partial(track, audit, result))
 
 
 @contextlib.contextmanager
-def _away_told_once() -> Iterator[Callable[[Callable[[], None]], None]]:
-    """Gives a function that calls another, and tells at the end, once, what MLflow has not got as it is away."""
-    from pipelines.tracking.connection import TrackingAway
+def _unavailability_reported_once() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Gives a function that calls another, and tells at the end, once, what MLflow has not got as it is unavailable."""
+    from pipelines.tracking.connection import TrackingUnavailable
 
-    away = ""
+    unavailable = ""
 
     def attempt(work: Callable[[], None]) -> None:
-        nonlocal away
+        nonlocal unavailable
         try:
             work()
-        except TrackingAway as problem:
-            away = str(problem)
+        except TrackingUnavailable as problem:
+            unavailable = str(problem)
 
     yield attempt
-    if away:
-        print(f"dvdp: {away}", file=sys.stderr)
+    if unavailable:
+        print(f"dvdp: {unavailable}", file=sys.stderr)
 
 
 def _chosen(options: argparse.Namespace) -> tuple[Params, list]:
@@ -349,7 +351,7 @@ def _plan(options: argparse.Namespace) -> None:
 
     params, out = read_params(options.params), _picture(options.out)
     seconds = tuple(options.seconds) if options.seconds else None
-    question = Question(options.steps, options.rule, options.tolerance, options.levels, seconds)
+    question = Question(options.steps, options.solver, options.tolerance, options.levels, seconds)
     plan(params, question, out)
     if options.fisher:
         print()
@@ -359,7 +361,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _experiment(options: argparse.Namespace) -> int:
     from pipelines.jobs.cluster import check_address
     from pipelines.jobs.job import jobs
-    from pipelines.jobs.paths import Places
+    from pipelines.jobs.paths import DataPaths
     from pipelines.jobs.score import check_scorable
     from pipelines.provenance import check_data_is_locked
 
@@ -368,7 +370,7 @@ def _experiment(options: argparse.Namespace) -> int:
     jobs(params)
     check_scorable(params)
     if options.reports is None:
-        check_data_is_locked(Places.of(params).store)
+        check_data_is_locked(DataPaths.of(params).store)
     check_address()
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     from pipelines.experiment import experiment
@@ -386,11 +388,11 @@ def _experiment(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> None:
     from pipelines.reports.paper_page import write_tables
-    from pipelines.tracking.connection import TrackingAway
+    from pipelines.tracking.connection import TrackingUnavailable
 
     try:
         report = write_tables(read_params(options.params), Path(options.out))
-    except TrackingAway:
+    except TrackingUnavailable:
         raise UserError(
             "MLFLOW_TRACKING_URI: found no answer from MLflow there, which holds our scores, expected a server that"
             " runs; start it, or unset the variable to use mlflow.db here."
@@ -410,7 +412,9 @@ def _draw(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: found no GPU that torch can use here, expected one; leave out --device.")
     model = load_model(options.weights, options.device)
-    images = model.sample(options.count, seed=options.seed, steps=options.steps, rule=options.rule, label=options.label)
+    images = model.sample(
+        options.count, seed=options.seed, steps=options.steps, solver=options.solver, label=options.label
+    )
     print(save_png(grid(images), out))
 
 

@@ -33,7 +33,7 @@ from dvdp.models.flops import relative_flops, training_images
 from dvdp.training.loop import is_finished
 from pipelines.jobs.cluster import cluster
 from pipelines.jobs.job import Job, jobs
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process, sample_job, seconds_per_sample
 from pipelines.jobs.score import check_scorable, score_job
 from pipelines.jobs.train import train_job
@@ -43,7 +43,7 @@ from pipelines.reports.page import Report, draw_samples, write_report
 from pipelines.reports.paper_page import write_tables
 from pipelines.reports.text_tables import as_text
 from pipelines.tracking import registry
-from pipelines.tracking.connection import TrackingAway, connect, reaching
+from pipelines.tracking.connection import TrackingUnavailable, connect, reaching
 from pipelines.tracking.job_runs import description, model_file, model_name, tracked
 from pipelines.tracking.runs import COMPARISON_HASH, TrackedRun, adopt, open_run
 from pipelines.tracking.sync import LedgerSync
@@ -53,7 +53,7 @@ class _OneSentence(logging.Filter):
     """Drops the traceback from Prefect's word of what is no bug of ours."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], (UserError, TrackingAway)):
+        if record.exc_info and isinstance(record.exc_info[1], (UserError, TrackingUnavailable)):
             record.exc_info = None
         return True
 
@@ -72,36 +72,36 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
 
     Returns:
         A failed state that says which settings failed and why, if any did (they do not stop the others), or that
-        MLflow was away.
+        MLflow was unavailable.
     """
     params = read_params(params_file)
     if reports is None:
-        check_data_is_locked(Places.of(params).store)
+        check_data_is_locked(DataPaths.of(params).store)
     check_scorable(params)
     # The driver scores and draws beside running settings.
     torch.set_num_threads(params.cluster.threads)
     results: list[Result] = []
     failures: dict[str, str] = {}
-    with cluster(params.cluster) as room:
+    with cluster(params.cluster) as slots:
         futures, listed = {}, jobs(params)
         # The longest first, so that none runs on alone.
         for job in sorted(listed, key=_length, reverse=True):
-            # As many at a time as there is room for; after Ctrl-C, which is heard here, none begins any more.
-            room.acquire()
-            futures[job.name] = run_setting.submit(job, room)
-            futures[job.name].add_done_callback(lambda _: room.release())
+            # As many at a time as there is slots for; after Ctrl-C, which is heard here, none begins any more.
+            slots.acquire()
+            futures[job.name] = run_setting.submit(job, slots)
+            futures[job.name].add_done_callback(lambda _: slots.release())
         outcomes = {job.name: futures[job.name].result(raise_on_failure=False) for job in listed}
     for name, outcome in outcomes.items():
         if isinstance(outcome, Result):
             results.append(outcome)
         else:
             failures[name] = str(outcome)
-    away = [result.problem for result in results]
+    unavailable = [result.problem for result in results]
     if results:
         folder = Path(reports) if reports else params.cluster.storage / "reports" / _comparison_hash(results)
-        away.append(compare_settings(results, failures, folder))
+        unavailable.append(compare_settings(results, failures, folder))
     # All that MLflow has not got is told once.
-    problems = [f"{name} failed: {failure}" for name, failure in failures.items()] + [*filter(None, away)][-1:]
+    problems = [f"{name} failed: {failure}" for name, failure in failures.items()] + [*filter(None, unavailable)][-1:]
     return Failed(message="; ".join(problems)) if problems else None
 
 
@@ -111,11 +111,11 @@ def _length(job: Job) -> float:
 
 
 @task(task_run_name="{job.name}", cache_policy=NO_CACHE)
-def run_setting(job: Job, room: threading.Semaphore) -> Result:
+def run_setting(job: Job, slots: threading.Semaphore) -> Result:
     """One setting from training to registration."""
     try:
         train(job)
-        sample(job, room)
+        sample(job, slots)
         record = score(job)
     except BaseException:
         # As well as MLflow answers: it is no reason to fail differently.
@@ -124,8 +124,8 @@ def run_setting(job: Job, room: threading.Semaphore) -> Result:
         raise
     try:
         register(job, record)
-    except TrackingAway as away:
-        return Result(job, record, problem=str(away))
+    except TrackingUnavailable as unavailable:
+        return Result(job, record, problem=str(unavailable))
     return Result(job, record)
 
 
@@ -145,14 +145,14 @@ def train(job: Job) -> None:
     finally:
         try:
             sync.close(timeout=5)
-        except TrackingAway as away:
-            get_run_logger().warning("%s", away)
+        except TrackingUnavailable as unavailable:
+            get_run_logger().warning("%s", unavailable)
 
 
 @task(task_run_name="sample {job.name}", cache_policy=NO_CACHE)
-def sample(job: Job, room: threading.Semaphore) -> None:
+def sample(job: Job, slots: threading.Semaphore) -> None:
     """Draw images from the EMA weights, and one with all its states."""
-    sample_job(job, room)
+    sample_job(job, slots)
     draw_process(job)
 
 
@@ -203,8 +203,8 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
         create_image_artifact(_data_url(draw_process(result.job)), key=f"process-{key}-{name}")
     try:
         _compare_in_mlflow(results, rows, report)
-    except TrackingAway as away:
-        return str(away)
+    except TrackingUnavailable as unavailable:
+        return str(unavailable)
     return ""
 
 
@@ -225,7 +225,7 @@ def _compare_in_mlflow(results: list[Result], rows: list[Row], report: Report) -
         parent.log_file(report.page)
         for file in write_tables(params, report.folder / "paper").files:
             parent.log_file(file, "paper")
-        parent.set_tags({"dvdp.best_setting": best(rows).setting, **provenance(store=Places.of(params).store)})
+        parent.set_tags({"dvdp.best_setting": best(rows).setting, **provenance(store=DataPaths.of(params).store)})
         adopt(parent, {result.job.name: tracked(result.job) for result in results}, report.text)
         get_run_logger().info("%s", registry.promote(client, model_name(params)).text)
         parent.set_status("FINISHED")
@@ -237,8 +237,8 @@ def _comparison_hash(results: list[Result]) -> str:
 
 
 def _provenance(results: list[Result]) -> dict[str, str]:
-    store = ImageStore(Places.of(results[0].job.params).store)
-    about = provenance(store=Places.of(results[0].job.params).store)
+    store = ImageStore(DataPaths.of(results[0].job.params).store)
+    about = provenance(store=DataPaths.of(results[0].job.params).store)
     return {
         "data set": f"{store.metadata.name}, {store.metadata.count:,} images, digest {store.metadata.digest}",
         "git commit": about.get(GIT_COMMIT, "not in a git repository"),

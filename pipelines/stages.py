@@ -15,13 +15,13 @@ from dvdp.data.verify import verify
 from dvdp.evaluation import figures
 from dvdp.evaluation.extractors import inception_extractor, train_extractor
 from dvdp.evaluation.reference import export_statistics, make_reference
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.score import _gpu_here, extractor_of
 
 
 def prepare_data(params: Params) -> None:
     """DVC stage ``prepare``: raw images to LMDB."""
-    places = Places.of(params)
+    places = DataPaths.of(params)
     metadata = prepare(params.dataset, places.store, places.data / "prepare.json")
     left_out = f"{metadata.skipped} skipped" + (f", {metadata.duplicates} duplicates" if metadata.duplicates else "")
     print(f"{metadata.count:,} images of {metadata.resolution} px in {places.store}, {left_out}")
@@ -29,14 +29,14 @@ def prepare_data(params: Params) -> None:
 
 def verify_data(params: Params) -> str:
     """Check every image of the prepared data set; one line for people, or a UserError that names the damaged ones."""
-    store = Places.of(params).store
+    store = DataPaths.of(params).store
     metadata = verify(store, max(1, params.dataset.workers))
     return f"{metadata.count:,} images in {store} are as they were prepared, digest {metadata.digest}"
 
 
 def describe_data(params: Params) -> str:
     """The prepared data set in numbers, for people."""
-    metadata = ImageStore(Places.of(params).store).metadata
+    metadata = ImageStore(DataPaths.of(params).store).metadata
     encoding = metadata.encoding + (f" of quality {metadata.jpeg_quality}" if metadata.jpeg_quality else "")
     labels = [*zip(metadata.labels, metadata.label_counts, strict=False), ("none", metadata.label_counts[-1])]
     numbers = {
@@ -47,8 +47,8 @@ def describe_data(params: Params) -> str:
         "labels": ", ".join(f"{label} {count:,}" for label, count in labels if count),
         # Of images in [-1, 1], as networks see them.
         "mean": ", ".join(f"{name} {x:.4f}" for name, x in zip(("red", "green", "blue"), metadata.means, strict=True)),
-        "deviation": ", ".join(f"band {i} {x:.4f}" for i, x in enumerate(metadata.detail_deviations)),
-        "of levels": ", ".join(f"level {i} {x:.4f}" for i, x in enumerate(metadata.level_deviations)),
+        "deviation": ", ".join(f"band {i} {x:.4f}" for i, x in enumerate(metadata.detail_std)),
+        "of levels": ", ".join(f"level {i} {x:.4f}" for i, x in enumerate(metadata.level_std)),
     }
     return "\n".join(f"{name:<10} {text}" for name, text in numbers.items() if text)
 
@@ -59,7 +59,7 @@ SHEET_IMAGES, SHEET_SIDE = 64, 256
 
 def data_sheet(params: Params, out: Path) -> Path:
     """A picture of images from all over the prepared data set."""
-    store = ImageStore(Places.of(params).store)
+    store = ImageStore(DataPaths.of(params).store)
     chosen = np.unique(np.linspace(0, len(store) - 1, SHEET_IMAGES).round().astype(int)).tolist()
     shrink = math.ceil(store.metadata.resolution / SHEET_SIDE)
     tiles = [Image.fromarray(store[index][0].transpose(1, 2, 0)).reduce(shrink) for index in chosen]
@@ -68,7 +68,7 @@ def data_sheet(params: Params, out: Path) -> Path:
 
 def make_extractor(params: Params) -> None:
     """DVC stage ``extractor``: train the network that scores are made with (Inception needs no training)."""
-    places = Places.of(params)
+    places = DataPaths.of(params)
     if params.evaluation.extractor == "inception":
         places.extractor.mkdir(parents=True, exist_ok=True)
         inception_extractor(params.evaluation.inception_weights)
@@ -86,7 +86,7 @@ def make_extractor(params: Params) -> None:
 
 def make_references(params: Params) -> None:
     """DVC stage ``reference``: features of the real images."""
-    places = Places.of(params)
+    places = DataPaths.of(params)
     store = ImageStore(places.store)
     reference = make_reference(
         store,
@@ -101,5 +101,5 @@ def make_references(params: Params) -> None:
 
 def export_references(params: Params, out: Path) -> None:
     """The reference that is there, as an ``.npz`` file for others."""
-    export_statistics(Places.of(params).reference, out)
+    export_statistics(DataPaths.of(params).reference, out)
     print(f"reference: mean and covariance of the features of {params.dataset.name} in {out}")

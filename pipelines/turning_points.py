@@ -12,7 +12,7 @@ from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.planning.planner import Plan, Planner
 from dvdp.planning.search import candidate_points, cheapest, most_levels, search
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 from pipelines.tracking.history import trained_settings
 
 
@@ -33,23 +33,23 @@ def choose_turning_points(params: Params, metadata: StoreMetadata) -> Params:
     return dataclasses.replace(params, settings=tuple(settings))
 
 
-def band_deviations(metadata: StoreMetadata) -> tuple[float, ...]:
+def band_std(metadata: StoreMetadata) -> tuple[float, ...]:
     """Of all bands of the data set, finest first.
 
     Raises:
         UserError: it has no statistics that plans can be made of.
     """
-    deviations = (*metadata.detail_deviations, *metadata.level_deviations[-1:])
-    if len(deviations) < 2 or not all(deviation > 0 for deviation in deviations):
+    std = (*metadata.detail_std, *metadata.level_std[-1:])
+    if len(std) < 2 or not all(deviation > 0 for deviation in std):
         raise UserError(
-            f"data set: found band deviations {list(deviations)} of '{metadata.name}', expected at least two, all above"
-            " 0; prepare it again at a side that can be halved, and no larger than its images are."
+            f"data set: found band std {list(std)} of '{metadata.name}', expected at least two, all above"
+            " 0; prepare it again at a resolution that can be halved, and no larger than its images are."
         )
-    return deviations
+    return std
 
 
 def _store(params: Params) -> ImageStore:
-    store = ImageStore(Places.of(params).store)
+    store = ImageStore(DataPaths.of(params).store)
     if store.metadata.resolution != params.dataset.resolution:
         raise UserError(
             f"dataset.resolution: found {params.dataset.resolution}, expected {store.metadata.resolution} as in"
@@ -63,9 +63,9 @@ def _choice(params: Params, setting: SettingParams, metadata: StoreMetadata) -> 
     run = params.run(setting, params.seeds[0])
     about = {
         # All that a plan depends on, and nothing else: drawing more samples must not choose anew.
-        **{name: run.describe()[name] for name in ("kind", "side", "process")},
+        **{name: run.describe()[name] for name in ("kind", "resolution", "process")},
         **{
-            name: {k: v for k, v in run.describe()[name].items() if k != "classes"}
+            name: {k: v for k, v in run.describe()[name].items() if k != "num_classes"}
             for name in ("model", "reference_model")
         },
         "sampling": {
@@ -89,11 +89,11 @@ def _choice(params: Params, setting: SettingParams, metadata: StoreMetadata) -> 
 
 
 def _choose(params: Params, setting: SettingParams, run: Run, metadata: StoreMetadata) -> tuple[Plan, str]:
-    deviations = band_deviations(metadata)
+    std = band_std(metadata)
     trained = trained_settings(params, run, metadata.digest)
-    covered = [entry.turning_points[0] for entry in trained if entry.kind == run.kind and entry.turning_points]
-    points = sorted({*candidate_points(run.process.timesteps), *covered})
-    plans = search(Planner(run, deviations, points), most_levels(run, len(deviations)), points)
+    covered = [entry.turning_points[0] for entry in trained if entry.process == run.process and entry.turning_points]
+    points = sorted({*candidate_points(run.schedule.timesteps), *covered})
+    plans = search(Planner(run, std, points), most_levels(run, len(std)), points)
     where = "by the planner alone, as MLflow holds no trained settings like it"
     if covered:
         low, high = min(covered), max(covered)

@@ -65,7 +65,12 @@ from dvdp.training.loop import Training
 
 SETTINGS: dict[str, tuple[int, ...]] = {"ddpm": (), "dvdp-600": (600,), "dvdp-400": (400,)}
 MODEL = ModelParams(
-    predicts="velocity", channels=96, multipliers=(1, 2, 2), blocks=2, attention=(2, 4), head_channels=32
+    prediction_type="v_prediction",
+    model_channels=96,
+    channel_mult=(1, 2, 2),
+    num_res_blocks=2,
+    attention_factors=(2, 4),
+    num_head_channels=32,
 )
 #: As params.yaml: with Muon and all levels in a step the demo scores best for its FLOPs (docs/study.md), and there are
 #: few images here, too. Weights stay in torch's own layout, as Muon takes them for matrices.
@@ -81,7 +86,9 @@ TRAINING = TrainingParams(
     warmup_images=25_000,
     cooldown=0.7,
 )
-TOY_MODEL = replace(MODEL, channels=8, multipliers=(1, 2), blocks=1, attention=(2,), head_channels=8)
+TOY_MODEL = replace(
+    MODEL, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_factors=(2,), num_head_channels=8
+)
 TOY_TRAINING = replace(TRAINING, batch=20, warmup_images=60, ema_halflife_images=200)
 #: Of the time for training and sampling together: the rest is to be safe.
 TRAINING_SHARE, SAMPLING_SHARE = 0.65, 0.2
@@ -177,16 +184,16 @@ def feature_network(
     """The one of ``--extractor``, or one trained on the images.
 
     Raises:
-        UserError: the file is none, or of images of another side.
+        UserError: the file is none, or of images of another resolution.
     """
     if options.extractor is None:
         task: Task = "rotation" if labels is None else "labels"
         train_extractor(ArrayImages(pixels, labels), task, options.extractor_epochs, digest, options.out)
         return load_network(options.out / FILE)
     network, info = load_network(options.extractor)
-    if info.side != pixels.shape[-1]:
+    if info.resolution != pixels.shape[-1]:
         raise UserError(
-            f"--extractor: found a feature network of {info.side} px in '{options.extractor}', expected one of"
+            f"--extractor: found a feature network of {info.resolution} px in '{options.extractor}', expected one of"
             f" {pixels.shape[-1]} px, as the images have; leave it out to train one."
         )
     return network, info
@@ -279,7 +286,7 @@ def draw(training: Training, options: argparse.Namespace, seconds: float, title:
     run, began = training.run, time.perf_counter()
     parts: list[Tensor] = []
     size = min(options.samples, 16 if options.toy else 1000)
-    denoiser = NetworkDenoiser(training.ema.network, training.process, run.side, run.model.predicts)
+    denoiser = NetworkDenoiser(training.ema.network, training.process, run.resolution, run.model.prediction_type)
     with tqdm(total=options.samples, desc=f"{title}, samples", unit="image", disable=None) as bar:
         for first in range(0, options.samples, size):
             if parts and time.perf_counter() - began > seconds:
@@ -289,7 +296,7 @@ def draw(training: Training, options: argparse.Namespace, seconds: float, title:
                 images = sample(
                     training.process,
                     denoiser,
-                    (count, 3, run.side, run.side),
+                    (count, 3, run.resolution, run.resolution),
                     steps=options.sample_steps,
                     first=first,
                     device=training.device,

@@ -1,8 +1,8 @@
 """Training steps and samples at the paper's protocol on one GPU: DDPM and DVDP, eager and compiled, bf16.
 
-    python3 -m benchmarks.gpu.steps --side 256 --mode channels_last eager --out steps_256.json
-    python3 -m benchmarks.gpu.steps --side 256 --mode compiled --seconds 540 --out steps_256_compiled.json
-    python3 -m benchmarks.gpu.steps --side 32 --mode channels_last eager compiled --out steps_32.json
+    python3 -m benchmarks.gpu.steps --resolution 256 --mode channels_last eager --out steps_256.json
+    python3 -m benchmarks.gpu.steps --resolution 256 --mode compiled --seconds 540 --out steps_256_compiled.json
+    python3 -m benchmarks.gpu.steps --resolution 32 --mode channels_last eager compiled --out steps_32.json
 
 Modes: *eager*; *channels_last*, eager with weights in that layout; *compiled*, with that layout, by torch.compile, for
 each level and number of images by itself: ``first_seconds`` says how long that takes. Of ``training.levels: all``, what
@@ -49,12 +49,12 @@ PAPER = {
         256,
         (600,),
         ModelParams(
-            predicts="noise",
-            channels=128,
-            multipliers=(1, 2, 2, 2),
-            blocks=3,
-            attention=(2, 4),
-            head_channels=64,
+            prediction_type="epsilon",
+            model_channels=128,
+            channel_mult=(1, 2, 2, 2),
+            num_res_blocks=3,
+            attention_factors=(2, 4),
+            num_head_channels=64,
             dropout=0.3,
         ),
     ),
@@ -63,12 +63,12 @@ PAPER = {
         64,
         (300, 600),
         ModelParams(
-            predicts="noise",
-            channels=128,
-            multipliers=(1, 1, 2, 2, 4, 4),
-            blocks=2,
-            attention=(8, 16, 32),
-            head_channels=64,
+            prediction_type="epsilon",
+            model_channels=128,
+            channel_mult=(1, 1, 2, 2, 4, 4),
+            num_res_blocks=2,
+            attention_factors=(8, 16, 32),
+            num_head_channels=64,
         ),
     ),
 }
@@ -100,7 +100,7 @@ class Work(NamedTuple):
 def main() -> int:
     """Measure each mode, write and print what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, choices=list(PAPER), default=256)
+    parser.add_argument("--resolution", type=int, choices=list(PAPER), default=256)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["eager"], help="in this order")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=500.0, help="for everything; what does not fit is left out")
@@ -118,18 +118,18 @@ def run(options: argparse.Namespace) -> None:
     """What :func:`main` was asked for."""
     end = time.perf_counter() + options.seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train_batch, sample_batch, turning_points, model = PAPER[options.side]
-    side, repeats = options.side, REPEATS
+    train_batch, sample_batch, turning_points, model = PAPER[options.resolution]
+    resolution, repeats = options.resolution, REPEATS
     if options.toy:
-        (side, (train_batch, model)), repeats, sample_batch = next(iter(TOY.items())), 1, 2
+        (resolution, (train_batch, model)), repeats, sample_batch = next(iter(TOY.items())), 1, 2
     torch.backends.cudnn.benchmark = True
     settings = TrainingParams(batch=train_batch, precision="bf16")
-    runs = [make_run(points, side, model, settings) for points in ((), turning_points)]
-    schedule, flops = runs[1].schedule(), level_flops(runs[1])
+    runs = [make_run(points, resolution, model, settings) for points in ((), turning_points)]
+    schedule, flops = runs[1].build_schedule(), level_flops(runs[1])
     result: dict[str, Any] = {
         "machine": machine(),
         "peak_tflops": peak_tflops("bf16", device),
-        "side": side,
+        "resolution": resolution,
         "turning_points": turning_points,
         "training_batch": train_batch,
         "sampling_batch": sample_batch,
@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> None:
     }
     write_atomically(options.out, json.dumps(result, indent=2) + "\n")
     peak = max(result["peak_tflops"].values())
-    pixels = np.random.default_rng(0).integers(0, 256, (train_batch, 3, side, side), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (train_batch, 3, resolution, resolution), dtype=np.uint8)
     try:
         for mode, about in result["modes"].items():
             with limited(end - time.perf_counter()):
@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> None:
                     found = measure(work, f"{mode}, {name}", options.turns, peak, device)
                 about["measured"][name] = found
                 about["summary"] = summary(about["measured"], schedule.shares(), sample_batch)
-                if side == 256:
+                if resolution == 256:
                     about["goals"] = goals(about["summary"])
                 write_atomically(options.out, json.dumps(result, indent=2) + "\n")
                 print(
@@ -282,11 +282,11 @@ def goals(found: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     """Of :data:`GOALS`, those that were measured: the goal, what was found, and whether it is met."""
     return {
         name: {
-            "goal": f"{side} {value:g}",
+            "goal": f"{resolution} {value:g}",
             "found": found[name],
-            "met": found[name] <= value if side == "at most" else found[name] >= value,
+            "met": found[name] <= value if resolution == "at most" else found[name] >= value,
         }
-        for name, (side, value) in GOALS.items()
+        for name, (resolution, value) in GOALS.items()
         if name in found
     }
 

@@ -118,7 +118,7 @@ def _states(axes: Axes, audit: Audit) -> None:
     # In the order of sampling, as on the left.
     for state in reversed(audit.states):
         heads.append(row)
-        ticks[row] = f"T$_{{{state.level}}}$ = {state.turning_point}, {audit.side >> state.level} px"
+        ticks[row] = f"T$_{{{state.level}}}$ = {state.turning_point}, {audit.resolution >> state.level} px"
         remark = f"Fréchet distance {state.distance:.2f} (two true halves: {state.distance_floor:.2f})"
         axes.annotate(
             remark,
@@ -136,7 +136,7 @@ def _states(axes: Axes, audit: Audit) -> None:
             ours, true, error = (each[band - state.level] for each in (state.generated, state.true, state.errors))
             at, colour = 100 * (ours / true - 1), _BANDS[band % len(_BANDS)]
             axes.errorbar(at, row, xerr=200 * error, fmt="o", color=colour, capsize=2.5, markersize=6, zorder=2)
-            ticks[row] = f"{'all' if band == levels else 'detail'} of {audit.side >> band} px"
+            ticks[row] = f"{'all' if band == levels else 'detail'} of {audit.resolution >> band} px"
         row += 1.2
     axes.axvline(0, color=_SOFT, linewidth=1, zorder=0)
     widest = max(1.0, 1.1 * max(map(abs, axes.get_xlim())))
@@ -152,7 +152,7 @@ def _states(axes: Axes, audit: Audit) -> None:
 
 
 def _sampling(sampling: dict[str, Any]) -> str:
-    return f"{sampling['rule']}, {sampling['steps']} steps"
+    return f"{sampling['solver']}, {sampling['steps']} steps"
 
 
 def _signed(cost: float, error: float) -> str:

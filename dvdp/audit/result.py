@@ -23,7 +23,7 @@ from dvdp.errors import UserError
 #: Steps of the ancestral sampling that the solver is compared with, at least.
 SOLVER_STEPS = 250
 FREE, REAL, SOLVER = "free", "real", "solver"
-_DEFAULTS = {"steps": 1000, "rule": "ddpm", "eta": 0.0, "spacing": "uniform", "share": "length"}
+_DEFAULTS = {"steps": 1000, "solver": "ddpm", "eta": 0.0, "timestep_spacing": "uniform", "share": "length"}
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class StateComparison:
     errors: tuple[float, ...]
     """One standard error of generated / true of each band."""
     mean_difference: float
-    """Between the means of generated and true averages, in the true ones' deviations, root mean square over them."""
+    """Between the means of generated and true averages, in the true ones' std, root mean square over them."""
     mean_floor: float
     """The same between two halves of the true states."""
     distance: float
-    """Frechet, between the features of generated and true states, in the true ones' deviations."""
+    """Frechet, between the features of generated and true states, in the true ones' std."""
     distance_floor: float
     """The same between two halves of the true states."""
 
@@ -79,7 +79,7 @@ class Audit:
     metric: str
     images: int
     """Behind every score, and states behind every comparison."""
-    side: int
+    resolution: int
     """Of the images, in pixels."""
     timesteps: int
     turning_points: tuple[int, ...]
@@ -149,7 +149,7 @@ class Audit:
             return f"the lift at t = {self.turning_points[int(number) - 1]}"
         bounds = (0, *self.turning_points, self.timesteps)
         level = int(number)
-        return f"level {level} (t = {bounds[level + 1]} to {bounds[level]}, {self.side >> level} px)"
+        return f"level {level} (t = {bounds[level + 1]} to {bounds[level]}, {self.resolution >> level} px)"
 
     def to_json(self) -> str:
         """As text; :meth:`from_json` gives back an equal one."""

@@ -51,7 +51,7 @@ def draw(subject: Subject, start: str, first: int, count: int) -> tuple[Tensor, 
         x = sample(
             process,
             subject.denoiser,
-            (size, 3, subject.side, subject.side),
+            (size, 3, subject.resolution, subject.resolution),
             start=state,
             first=begin,
             labels=_labels(subject, start, begin, size),
@@ -140,7 +140,7 @@ def conclude(
     return Audit(
         metric=metric,
         images=count,
-        side=subject.side,
+        resolution=subject.resolution,
         timesteps=schedule.timesteps,
         turning_points=schedule.turning_points,
         # As JSON gives them back: tuples become lists.

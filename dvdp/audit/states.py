@@ -35,14 +35,14 @@ class Subject:
     denoiser: Denoiser
     images: Images
     sampling: Mapping[str, Any]
-    """Arguments of :func:`dvdp.diffusion.sampling.sample`: steps, rule, seed, ..."""
+    """Arguments of :func:`dvdp.diffusion.sampling.sample`: steps, solver, seed, ..."""
     batch: int = 128
     device: torch.device | str = "cpu"
     label_counts: Sequence[int] | None = None
     """Of the data, for :func:`dvdp.diffusion.randomness.image_labels`; None for a denoiser that is told no classes."""
 
     @property
-    def side(self) -> int:
+    def resolution(self) -> int:
         """Of the images, in pixels."""
         return self.images[0][0].shape[-1]
 
@@ -92,9 +92,9 @@ def true_states(subject: Subject, k: int, lifted: bool, first: int, count: int) 
     Both are of the same images with the same noise.
     """
     clean = to_float(real_images(subject, first, count)).to(subject.device)
-    side = subject.side >> (k - 1)
+    resolution = subject.resolution >> (k - 1)
     source = ImageNoise(derive_seed(subject.seed, "audit", k), first, count, subject.device, ahead=0)
-    noise = source.normal((3, side, side))
+    noise = source.normal((3, resolution, resolution))
     t = subject.process.schedule.turning_points[k - 1]
     return subject.process.diffuse(clean, t, noise if lifted else bands.down(noise))
 
@@ -109,11 +109,11 @@ def describe(x: Tensor, halvings: int) -> States:
     """
     x = x.double()
     mixed = torch.einsum("ij,njhw->nihw", torch.tensor(_COLOURS, dtype=x.dtype, device=x.device), x)
-    side = x.shape[-1]
+    resolution = x.shape[-1]
     finer = 0
-    while (side >> finer) > 4 and (side >> finer) % 2 == 0:
+    while (resolution >> finer) > 4 and (resolution >> finer) % 2 == 0:
         finer += 1
-    size = min(4, side)
+    size = min(4, resolution)
     averages = torch.cat([_averages(mixed[:, :1], size), _averages(mixed[:, 1:], max(1, size // 2))], dim=1)
     sizes = bands.energies(x, finer)[:, :finer].sqrt()
     return States(bands.energies(x, halvings).cpu(), averages.cpu(), sizes.cpu())
@@ -142,7 +142,7 @@ def compare_states(subject: Subject, k: int, generated: States) -> StateComparis
     energies, expected = generated.energies.mean(0), true.energies.mean(0)
     relative = [states.energies.std(0) / states.energies.mean(0) / math.sqrt(count) for states in (generated, true)]
     errors = (energies / expected).sqrt() / 2 * torch.hypot(*relative)
-    # In their own deviations: features are of several kinds, and turning points should compare.
+    # In their own std: features are of several kinds, and turning points should compare.
     unit = true.features.std(0).clamp(min=1e-12)
     ours, theirs = (states.features.div(unit).split([count // 2, count - count // 2]) for states in (generated, true))
     pairs = [(a, b) for a in ours for b in theirs]
@@ -162,7 +162,7 @@ def compare_states(subject: Subject, k: int, generated: States) -> StateComparis
 
 
 def _averages(x: Tensor, size: int) -> Tensor:
-    """(n, c, side, side) -> (n, c * size^2): means of so many patches, times the patch's side, as D does."""
+    """(n, c, side, side) -> (n, c * size^2): means of so many patches, times the patch's resolution, as D does."""
     return F.adaptive_avg_pool2d(x, size).flatten(1) * (x.shape[-1] / size)
 
 

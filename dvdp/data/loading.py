@@ -72,9 +72,9 @@ def training_batches(
     flip: bool = False,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """The endless stream of training batches of one rank.
+    """The infinite stream of training batches of one rank.
 
-    Step n takes images [n * batch, (n+1) * batch) of an endless sequence of epochs, and this rank every
+    Step n takes images [n * batch, (n+1) * batch) of an infinite sequence of epochs, and this rank every
     ``world_size``-th of them. An epoch is a permutation drawn from (seed, epoch), and image i of it is mirrored or
     not by (seed, epoch, i). So a stream begun at any step goes on exactly as an uninterrupted one, with any number of
     workers.

@@ -1,4 +1,4 @@
-"""Mean and deviations of a data set from sums over its images.
+"""Mean and std of a data set from sums over its images.
 
 All sums are whole numbers: neither the order of images nor how they are grouped over processes and interruptions shows.
 """
@@ -29,15 +29,15 @@ class Moments:
     """For k = 0, 1, ..: 4^k times the sum of squares of the level-k images of 2p - 255, p being pixels."""
 
     @staticmethod
-    def none(side: int) -> Moments:
+    def none(resolution: int) -> Moments:
         """Of no images."""
-        return Moments(0, np.zeros((3, side, side), np.int64), [0] * (halvings(side) + 1))
+        return Moments(0, np.zeros((3, resolution, resolution), np.int64), [0] * (halvings(resolution) + 1))
 
     @staticmethod
-    def of(images: Sequence[NDArray[np.uint8]], side: int) -> Moments:
+    def of(images: Sequence[NDArray[np.uint8]], resolution: int) -> Moments:
         """Of some images in memory."""
         if not len(images):
-            return Moments.none(side)
+            return Moments.none(resolution)
         part = max(1, _PART // images[0].size)
         parts = [
             _squares(2 * np.stack(images[first : first + part]).astype(np.int32) - 255)
@@ -59,8 +59,8 @@ class Moments:
         sums = self.pixels.sum(axis=(1, 2)).tolist()
         return tuple(round(s / (self.count * height * width) / 127.5 - 1, 6) for s in sums)
 
-    def deviations(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Standard deviations over images, per coefficient of images in [-1, 1]: of the details, and of the levels.
+    def std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Standard deviation over images, per coefficient of images in [-1, 1]: of the details, and of the levels.
 
         Detail band i is what the level-i image holds and the level-(i+1) image does not; see :mod:`dvdp.diffusion.bands`.
         """
@@ -70,12 +70,12 @@ class Moments:
             (total / self.count - mean) / self.pixels.size for total, mean in zip(self.squares, of_mean, strict=True)
         ]
         details = [(fine - coarse / 4) / 0.75 for fine, coarse in pairwise(levels)]
-        return _deviations(details), _deviations(levels)
+        return _std(details), _std(levels)
 
 
-def halvings(side: int) -> int:
-    """How often a side is halved for its deviations: as long as it is even, and at most :data:`MOST_HALVINGS` times."""
-    return next(k for k in range(MOST_HALVINGS + 1) if k == MOST_HALVINGS or side % 2 ** (k + 1))
+def halvings(resolution: int) -> int:
+    """How often a resolution is halved for its std: as long as it is even, and at most :data:`MOST_HALVINGS` times."""
+    return next(k for k in range(MOST_HALVINGS + 1) if k == MOST_HALVINGS or resolution % 2 ** (k + 1))
 
 
 def _squares(images: NDArray[Any]) -> list[Any]:
@@ -89,6 +89,6 @@ def _squares(images: NDArray[Any]) -> list[Any]:
     return result
 
 
-def _deviations(variances: Sequence[float]) -> tuple[float, ...]:
+def _std(variances: Sequence[float]) -> tuple[float, ...]:
     # Of 2p - 255, so twice 127.5; what should be nothing may be below it by rounding.
     return tuple(round(float(max(0.0, variance)) ** 0.5 / 255, 6) for variance in variances)

@@ -71,7 +71,7 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
 
     Args:
         out: the store's folder; replaced, at the very end, if it is there.
-        report: a JSON file for what was found: counts, images left out by name, digest, deviations of the bands. Also
+        report: a JSON file for what was found: counts, images left out by name, digest, std of the bands. Also
             written when too many are unreadable. The same images give the same report.
 
     Raises:
@@ -224,8 +224,8 @@ def _of_store(metadata: StoreMetadata) -> dict[str, Any]:
         # A list: DVC would make a column of each entry of a mapping.
         "labels": [{"label": label, "images": images} for label, images in zip(metadata.labels, labelled, strict=True)],
         "unlabelled": unlabelled,
-        "detail_deviations": metadata.detail_deviations,
-        "level_deviations": metadata.level_deviations,
+        "detail_std": metadata.detail_std,
+        "level_std": metadata.level_std,
     }
 
 
@@ -252,6 +252,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"data set: cannot write '{path}' ({error.strerror}), expected room on its disk and the right to write;"
+            f"data set: cannot write '{path}' ({error.strerror}), expected slots on its disk and the right to write;"
             " mend that and run the same command, which goes on from here."
         ) from None

@@ -1,7 +1,7 @@
 """Images as records of the store: encoded, each with its digest.
 
 A record's value is the label (little-endian int32, -1 for none), then the pixels: raw uint8 (3, side, side), or a PNG
-or JPEG file. Its digest is SHA-256 over the pixels that readers get (uint8, 3 x side x side) and the label.
+or JPEG file. Its digest is SHA-256 over the pixels that readers get (uint8, 3 x resolution x resolution) and the label.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def encode(images: Sequence[Image], labels: Sequence[int], form: Form) -> Record
 
 def decode(value: Any, form: Form) -> tuple[Image, int]:
     """Image (3, side, side) and label of a record's value: bytes, or a buffer that may go away later."""
-    label, side = int.from_bytes(value[:4], "little", signed=True), form.resolution
+    label, resolution = int.from_bytes(value[:4], "little", signed=True), form.resolution
     if form.encoding == "raw":
-        return np.frombuffer(value[4:], dtype=np.uint8).reshape(3, side, side).copy(), label
+        return np.frombuffer(value[4:], dtype=np.uint8).reshape(3, resolution, resolution).copy(), label
     with PillowImage.open(io.BytesIO(value[4:])) as image:
         return np.stack([np.asarray(plane) for plane in image.split()]), label
 

@@ -58,9 +58,9 @@ class StoreMetadata:
     """Images of the source that were left out, as they equal an earlier one."""
     means: tuple[float, ...]
     """Of red, green and blue, of images in [-1, 1]."""
-    detail_deviations: tuple[float, ...]
+    detail_std: tuple[float, ...]
     """Standard deviation, over the data set and per coefficient, of band i = 0, 1, .. of images in [-1, 1]."""
-    level_deviations: tuple[float, ...]
+    level_std: tuple[float, ...]
     """The same of the level-k image, k = 0, 1, ..: one more than there are details."""
     shard_starts: tuple[int, ...]
     """Index of the first image of each shard."""
@@ -74,23 +74,23 @@ class StoreMetadata:
         """How the images are kept."""
         return Form(self.resolution, self.encoding, self.jpeg_quality)
 
-    def band_deviations(self, levels: int) -> tuple[float, ...]:
+    def band_std(self, levels: int) -> tuple[float, ...]:
         """Of the ``levels + 1`` bands of a process with that many turning points, finest first.
 
         Raises:
             UserError: more levels than the store knows.
         """
-        if levels >= len(self.level_deviations):
+        if levels >= len(self.level_std):
             raise UserError(
-                f"turning_points: found {levels}, expected at most {len(self.level_deviations) - 1} for the band"
-                f" deviations of data set '{self.name}' at {self.resolution} px."
+                f"turning_points: found {levels}, expected at most {len(self.level_std) - 1} for the band"
+                f" std of data set '{self.name}' at {self.resolution} px."
             )
-        return (*self.detail_deviations[:levels], self.level_deviations[levels])
+        return (*self.detail_std[:levels], self.level_std[levels])
 
-    def told(self, levels: int) -> dict[str, Any]:
+    def model_metadata(self, levels: int) -> dict[str, Any]:
         """What a model with that many turning points keeps of its data (JSON); see :func:`dvdp.training.loop.train`."""
         return {
-            "band_deviations": self.band_deviations(levels),
+            "band_std": self.band_std(levels),
             "labels": self.labels,
             "label_counts": self.label_counts,
         }

@@ -22,20 +22,20 @@ Image = NDArray[np.uint8]
 
 
 def prepare_transform(resolution: int) -> Callable[[Image], Image]:
-    """The way from any image to a training image: a centred square of its shorter side, resized.
+    """The way from any image to a training image: a centred square of its shorter resolution, resized.
 
     Pixels are averaged over their area when shrinking and interpolated (bicubic) when enlarging. Resizing comes after
     cropping, so that a very long image never has to be enlarged whole.
 
     Returns:
-        A function from uint8 (h, w, 3) to uint8 (3, resolution, resolution).
+        A function from uint8 (h, w, 3) to uint8 (3, side, side).
     """
     resize = A.Resize(resolution, resolution, interpolation=cv2.INTER_CUBIC, area_for_downscale="image")
 
     # Making a pipeline takes ten times as long as running it, and images come in few sizes.
     @lru_cache(maxsize=256)
-    def pipeline(side: int) -> A.Compose:
-        return A.Compose([A.CenterCrop(side, side), resize])
+    def pipeline(resolution: int) -> A.Compose:
+        return A.Compose([A.CenterCrop(resolution, resolution), resize])
 
     def transform(image: Image) -> Image:
         square = pipeline(min(image.shape[:2]))(image=image)["image"]

@@ -71,13 +71,13 @@ class Tally:
         write_atomically(path, head + b"\n" + self.moments.pixels.astype("<i8").tobytes())
 
     @staticmethod
-    def read(path: Path, identity: str, side: int) -> Tally:
+    def read(path: Path, identity: str, resolution: int) -> Tally:
         """From a file; raises ValueError if it belongs to something else."""
         head, pixels = path.read_bytes().split(b"\n", 1)
         tree = json.loads(head)
         if tree.pop("identity") != identity:
             raise ValueError(f"'{path}' is of something else")
-        sums = np.frombuffer(pixels, "<i8").reshape(3, side, side)
+        sums = np.frombuffer(pixels, "<i8").reshape(3, resolution, resolution)
         return Tally(**{**tree, "moments": Moments(**{**tree["moments"], "pixels": sums})})
 
 
@@ -182,7 +182,7 @@ class StoreWriter:
         with self._writing():
             self._close()
             means = self.tally.moments.means()
-            details, levels = self.tally.moments.deviations()
+            details, levels = self.tally.moments.std()
             with (self._folder / DIGESTS).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             starts = self.tally.shard_starts
@@ -199,8 +199,8 @@ class StoreWriter:
                 skipped=self.tally.skipped,
                 duplicates=self.tally.duplicates,
                 means=means,
-                detail_deviations=details,
-                level_deviations=levels,
+                detail_std=details,
+                level_std=levels,
                 shard_starts=tuple(starts),
                 shard_bytes=tuple((self._folder / shard_name(i)).stat().st_size for i in range(len(starts))),
             )
@@ -288,6 +288,6 @@ class StoreWriter:
             reason = (error.strerror if isinstance(error, OSError) else str(error).split(": ")[-1]) or str(error)
             free = shutil.disk_usage(next(folder for folder in self._part.absolute().parents if folder.exists())).free
             raise UserError(
-                f"data set: cannot write '{self._part}' ({reason}, {free:,} bytes free), expected room on its disk and"
+                f"data set: cannot write '{self._part}' ({reason}, {free:,} bytes free), expected slots on its disk and"
                 " the right to write; mend that and run the same command, which goes on from here."
             ) from None

@@ -1,7 +1,7 @@
 """Orthogonal frequency bands of an image, by 2x2 averaging.
 
 ``D`` (:func:`down`) is 2x2 mean-pooling times 2 and ``D^T`` (:func:`up`) nearest-neighbour upsampling divided
-by 2. Then ``D D^T = I``, so norms are kept: a *level-k image* has 1/2^k of the side, and pixels up to 2^k times
+by 2. Then ``D D^T = I``, so norms are kept: a *level-k image* has 1/2^k of the resolution, and pixels up to 2^k times
 as large. Band ``i < K`` of an image is what level ``i`` holds and level ``i + 1`` does not
 (``y - D^T D y`` of the level-i image); band ``K`` is the level-K image.
 
@@ -31,7 +31,7 @@ class Pyramid:
 
 
 def down(x: Tensor) -> Tensor:
-    """``D``: (..., h, w) -> (..., h/2, w/2). Both sides must be even."""
+    """``D``: (..., h, w) -> (..., h/2, w/2). Both resolutions must be even."""
     return pool(x, 2)
 
 

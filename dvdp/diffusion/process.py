@@ -14,7 +14,7 @@ from dvdp.diffusion.bands import Pyramid
 from dvdp.diffusion.schedule import Schedule
 from dvdp.errors import UserError
 
-Variance = Literal["lower", "upper"]
+Variance = Literal["fixed_small", "fixed_large"]
 
 #: (signal, noise, level) -> tables of factors, one for each image that is combined: of (T+1, n) all, in float64.
 Factors = Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]
@@ -34,7 +34,7 @@ class StepCoefficients(NamedTuple):
 class Process:
     """Forward and reverse equations on states that shrink at the turning points of a schedule.
 
-    Throughout, a state of level k has side H / 2^k and K - k + 1 bands, and one call handles one level. ``t`` is an
+    Throughout, a state of level k has resolution H / 2^k and K - k + 1 bands, and one call handles one level. ``t`` is an
     int or an integer tensor (B,). Where ``t`` is a tensor, passing ``level`` avoids a device synchronisation.
     """
 
@@ -61,11 +61,11 @@ class Process:
             raise UserError(f"t: found timesteps of levels {levels[0]} to {levels[1]}, expected one level a call.")
         return levels[0]
 
-    def check_side(self, side: int) -> None:
-        """Raise UserError unless an image of this side can be halved K times."""
-        if side % 2**self.levels:
+    def check_resolution(self, resolution: int) -> None:
+        """Raise UserError unless an image of this resolution can be halved K times."""
+        if resolution % 2**self.levels:
             raise UserError(
-                f"image side: found {side}, expected a multiple of {2**self.levels} for {self.levels} turning"
+                f"image resolution: found {resolution}, expected a multiple of {2**self.levels} for {self.levels} turning"
                 " points; resize the images or use fewer turning points."
             )
 
@@ -112,7 +112,7 @@ class Process:
         of_x, of_x0 = self.factors(_noise_from_clean, t, self.level(t) if level is None else level, x0)
         return bands.combine((x, of_x), (x0, of_x0))
 
-    def posterior(self, t: Tensor, s: Tensor, level: int, variance: Variance = "lower") -> StepCoefficients:
+    def posterior(self, t: Tensor, s: Tensor, level: int, variance: Variance = "fixed_small") -> StepCoefficients:
         """q(x_s | x_t, x_0) per band, from t to any s < t of the same level (8, 9).
 
         With ``l = signal_t / signal_s`` and ``n2 = noise_t^2 - l^2 noise_s^2``: mean
@@ -124,7 +124,7 @@ class Process:
         ratio = signal_t / signal_s
         n2 = noise_t.square() - ratio.square() * noise_s.square()
         lower = noise_s.square() * n2 / noise_t.square()
-        chosen = lower if variance == "lower" else torch.where(noise_s > 0, n2, 0.0)
+        chosen = lower if variance == "fixed_small" else torch.where(noise_s > 0, n2, 0.0)
         return StepCoefficients(
             x=ratio * noise_s.square() / noise_t.square(),
             x0=signal_s * n2 / noise_t.square(),
@@ -142,21 +142,21 @@ class Process:
         along = (noise_s.square() - deviation.square()).clamp(min=0).sqrt() / noise_t
         return StepCoefficients(x=along, x0=signal_s - along * signal_t, z=deviation)
 
-    def lift(self, x: Tensor, level: int, noise: Tensor, data_deviation: float = 0.0) -> Tensor:
+    def lift(self, x: Tensor, level: int, noise: Tensor, data_std: float = 0.0) -> Tensor:
         """From a state of ``level`` at T_level to one of ``level - 1`` at the same time (11).
 
         ``x^{k-1} = D^T x^k + d (z - D^T D z)`` with ``d = noise[k-1, T_k]``: the band that comes back is pure noise.
-        With a data deviation, ``d^2 = noise^2 + signal^2 data_deviation^2`` is the variance that the band has in the
+        With a data deviation, ``d^2 = noise^2 + signal^2 data_std^2`` is the variance that the band has in the
         forward process (eq. 9 of Jing et al., *Subspace Diffusion Generative Models*).
 
         Args:
             x: (B, C, h, w), the state at the level being left.
             noise: (B, C, 2h, 2w) standard normal.
-            data_deviation: of the band that comes back, per coefficient.
+            data_std: of the band that comes back, per coefficient.
         """
         turning_point = self.schedule.turning_points[level - 1]
         signal = self.schedule.signal[level - 1, turning_point].item()
-        deviation = math.hypot(self.schedule.noise[level - 1, turning_point].item(), signal * data_deviation)
+        deviation = math.hypot(self.schedule.noise[level - 1, turning_point].item(), signal * data_std)
         return bands.up(x) + deviation * bands.detail(noise)
 
     def _bands(self, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
@@ -174,5 +174,5 @@ def _clean_from_noise(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor
 
 
 def _noise_from_clean(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """``eps = (x - signal clean) / noise``; endless at t = 0, where nobody asks."""
+    """``eps = (x - signal clean) / noise``; infinite at t = 0, where nobody asks."""
     return 1 / noise, -signal / noise

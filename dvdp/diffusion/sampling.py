@@ -18,7 +18,7 @@ from dvdp.diffusion import bands
 from dvdp.diffusion.bands import Pyramid
 from dvdp.diffusion.process import Process, Variance
 from dvdp.diffusion.randomness import ImageNoise
-from dvdp.diffusion.solvers import make_rule
+from dvdp.diffusion.solvers import make_solver
 from dvdp.diffusion.timesteps import Share, step_grid
 from dvdp.errors import UserError
 
@@ -48,13 +48,13 @@ def sample(
     denoiser: Denoiser,
     shape: Sequence[int],
     steps: int = 1000,
-    rule: str = "ddpm",
+    solver: str = "ddpm",
     eta: float = 0.0,
-    variance: Variance = "lower",
+    variance: Variance = "fixed_small",
     clip: bool = True,
-    spacing: str = "uniform",
+    timestep_spacing: str = "uniform",
     share: Share = "length",
-    lift_deviations: Sequence[float] | None = None,
+    lift_std: Sequence[float] | None = None,
     labels: Tensor | None = None,
     start: tuple[Tensor, int] | None = None,
     seed: int = 0,
@@ -67,14 +67,14 @@ def sample(
 
     Args:
         shape: (n, C, H, W) of the result; n is the batch the denoiser is called with.
-        steps: the exact number of network calls.
-        rule: ``"ddpm"`` (ancestral), ``"ddim"`` (deterministic at every level unless ``eta`` is above 0), or another of
-            :data:`dvdp.diffusion.solvers.RULES`.
+        steps: the exact number of network evaluations.
+        solver: ``"ddpm"`` (ancestral), ``"ddim"`` (deterministic at every level unless ``eta`` is above 0), or another of
+            :data:`dvdp.diffusion.solvers.SOLVERS`.
         eta: of DDIM, 0 to 1; 1 has the variance of ancestral sampling.
-        variance: of ancestral sampling, the ``"lower"`` or ``"upper"`` choice.
-        spacing: of the timesteps within a level; see :func:`dvdp.diffusion.timesteps.step_grid`.
+        variance: of ancestral sampling, the ``"fixed_small"`` or ``"fixed_large"`` choice.
+        timestep_spacing: of the timesteps within a level; see :func:`dvdp.diffusion.timesteps.step_grid`.
         share: of the steps among levels; see :func:`dvdp.diffusion.timesteps.share_steps`.
-        lift_deviations: of the data, for each of the K + 1 bands: what a lift adds then has the band's signal in its
+        lift_std: of the data, for each of the K + 1 bands: what a lift adds then has the band's signal in its
             variance, as Jing et al. do. See :meth:`dvdp.diffusion.process.Process.lift`.
         labels: (n,) classes of the images, -1 for none, for a denoiser that is told them.
         start: a state (n, C, h, w) and the turning point that it is at, in place of noise at T: of the level above
@@ -91,15 +91,13 @@ def sample(
         UserError: an argument is out of range, or labels are not one for each image.
     """
     n, channels, height, width = shape
-    process.check_side(height)
-    process.check_side(width)
-    tables = make_rule(rule, eta, variance)
-    grid = step_grid(process.schedule, steps, spacing, share)
-    lifted = [0.0] * (process.levels + 1) if lift_deviations is None else list(lift_deviations)
+    process.check_resolution(height)
+    process.check_resolution(width)
+    tables = make_solver(solver, eta, variance)
+    grid = step_grid(process.schedule, steps, timestep_spacing, share)
+    lifted = [0.0] * (process.levels + 1) if lift_std is None else list(lift_std)
     if len(lifted) != process.levels + 1:
-        raise UserError(
-            f"lift_deviations: found {len(lifted)} numbers, expected one for each of {process.levels + 1} bands."
-        )
+        raise UserError(f"lift_std: found {len(lifted)} numbers, expected one for each of {process.levels + 1} bands.")
     source = ImageNoise(seed, first, n, device)
     if labels is not None and labels.shape != (n,):
         raise UserError(f"labels: found {tuple(labels.shape)}, expected one for each of {n} images; give ({n},).")
@@ -130,7 +128,7 @@ def sample(
                 x0 = process.predict_clean(state, t, eps, level)
                 if clip:
                     x0 = x0.clamp(-(2.0**level), 2.0**level)
-                prediction = x0 if step.predicts == "clean" else process.predict_noise(state, t, x0, level)
+                prediction = x0 if step.prediction_type == "sample" else process.predict_noise(state, t, x0, level)
                 predictions.insert(0, Pyramid(prediction))
                 terms = [(state, x_table[i]), *zip(predictions, history[:, i], strict=False)]
                 if noisy[i]:

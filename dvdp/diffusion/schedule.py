@@ -28,7 +28,7 @@ class Schedule:
     Attributes:
         signal: (K+1, T+1) float64, the paper's lambda-bar; column 0 is clean data (1).
         noise: (K+1, T+1) float64, the paper's sigma-bar; column 0 is clean data (0).
-        turning_points: T_1 < .. < T_K, where the state halves its side.
+        turning_points: T_1 < .. < T_K, where the state halves its resolution.
 
     Raises:
         UserError: unless 0 < T_1 < .. < T_K < T, signal > 0, noise > 0 from t = 1 on, and signal / noise falls
@@ -156,7 +156,7 @@ def alpha_bar(timesteps: int = 1000, base: str = "linear", shift: float = 0.0) -
         timesteps: T.
         base: ``"linear"``: beta from 1e-4 to 0.02 over 1000 steps (Ho et al. 2020), scaled so that other T of
             100 or more end alike. ``"cosine"``: Nichol & Dhariwal 2021, with beta at most 0.999.
-        shift: added to the log-SNR, in nats; ``2 log(64 / side)`` is the resolution shift of *simple diffusion*
+        shift: added to the log-SNR, in nats; ``2 log(64 / resolution)`` is the resolution shift of *simple diffusion*
             (Hoogeboom et al. 2023).
     """
     if timesteps < 1:

@@ -1,7 +1,7 @@
-"""Step rules: how the reverse process goes down the timesteps of a level.
+"""Step solvers: how the reverse process goes down the timesteps of a level.
 
-A rule turns the timesteps of one level into tables, one entry a step and band; a network call serves all bands. With
-``lambda = log(signal / noise)`` per band and ``h = lambda_s - lambda_t`` for a step from t to s. Rules that look back
+A solver turns the timesteps of one level into tables, one entry a step and band; a network call serves all bands. With
+``lambda = log(signal / noise)`` per band and ``h = lambda_s - lambda_t`` for a step from t to s. Solvers that look back
 start afresh at every level, for a lift brings a band with no history. A step to s = 0 returns the predicted clean
 image.
 """
@@ -25,8 +25,8 @@ class Steps(NamedTuple):
     ``p_0`` is the prediction at t, ``p_1`` that of the step before, and so on; its weight is 0 where there is none.
     """
 
-    predicts: Literal["clean", "noise"]
-    """What the ``p_j`` are; noise is what the (clipped) clean image implies."""
+    prediction_type: Literal["sample", "epsilon"]
+    """What the ``p_j`` are; epsilon is what the (clipped) clean image implies."""
     x: Tensor
     """(steps, n), n bands of the level, finest first, float64, as all."""
     history: Tensor
@@ -36,38 +36,40 @@ class Steps(NamedTuple):
 
 
 #: (process, falling timesteps of a level, level) -> its steps.
-Rule = Callable[[Process, Sequence[int], int], Steps]
+Solver = Callable[[Process, Sequence[int], int], Steps]
 
 
-def make_rule(rule: str, eta: float = 0.0, variance: Variance = "lower") -> Rule:
-    """A rule by its name in :data:`RULES`.
+def make_solver(solver: str, eta: float = 0.0, variance: Variance = "fixed_small") -> Solver:
+    """A solver by its name in :data:`SOLVERS`.
 
     Args:
         eta: of ``ddim``, 0 to 1; 1 has the variance of ancestral sampling.
-        variance: of ``ddpm``, the ``"lower"`` or ``"upper"`` choice.
+        variance: of ``ddpm``, the ``"fixed_small"`` or ``"fixed_large"`` choice.
 
     Raises:
         UserError: an argument is out of range.
     """
     if not 0 <= eta <= 1:
         raise UserError(f"eta: found {eta}, expected a number from 0 to 1.")
-    if variance not in ("lower", "upper"):
-        raise UserError(f"variance: found '{variance}', expected 'lower' or 'upper'.")
-    if rule not in RULES:
-        raise UserError(f"rule: found '{rule}'{did_you_mean(rule, RULES)}, expected one of {', '.join(RULES)}.")
-    return RULES[rule](eta, variance)
+    if variance not in ("fixed_small", "fixed_large"):
+        raise UserError(f"variance: found '{variance}', expected 'fixed_small' or 'fixed_large'.")
+    if solver not in SOLVERS:
+        raise UserError(
+            f"solver: found '{solver}'{did_you_mean(solver, SOLVERS)}, expected one of {', '.join(SOLVERS)}."
+        )
+    return SOLVERS[solver](eta, variance)
 
 
 def _ancestral(process: Process, times: Sequence[int], level: int, variance: Variance) -> Steps:
     """The posterior q(x_s | x_t, x_0) (8, 9)."""
     step = process.posterior(*_ends(times), level, variance)
-    return Steps("clean", step.x, step.x0[None], step.z)
+    return Steps("sample", step.x, step.x0[None], step.z)
 
 
 def _implicit(process: Process, times: Sequence[int], level: int, eta: float) -> Steps:
     """DDIM (Song et al. 2021)."""
     step = process.implicit(*_ends(times), level, eta)
-    return Steps("clean", step.x, step.x0[None], step.z)
+    return Steps("sample", step.x, step.x0[None], step.z)
 
 
 def _dpm_solver(process: Process, times: Sequence[int], level: int) -> Steps:
@@ -77,7 +79,7 @@ def _dpm_solver(process: Process, times: Sequence[int], level: int) -> Steps:
     """
     signal, noise, h = _log_snr_steps(process, times, level)
     forward = _look_back(signal[1:] * -torch.expm1(-h), h)
-    return Steps("clean", noise[1:] / noise[:-1], forward, torch.zeros_like(h))
+    return Steps("sample", noise[1:] / noise[:-1], forward, torch.zeros_like(h))
 
 
 def _stochastic_dpm_solver(process: Process, times: Sequence[int], level: int) -> Steps:
@@ -88,7 +90,7 @@ def _stochastic_dpm_solver(process: Process, times: Sequence[int], level: int) -
     signal, noise, h = _log_snr_steps(process, times, level)
     replaced = -torch.expm1(-2 * h)
     forward = _look_back(signal[1:] * replaced, h)
-    return Steps("clean", noise[1:] / noise[:-1] * (-h).exp(), forward, noise[1:] * replaced.sqrt())
+    return Steps("sample", noise[1:] / noise[:-1] * (-h).exp(), forward, noise[1:] * replaced.sqrt())
 
 
 def _exponential_integrator(process: Process, times: Sequence[int], level: int, order: int) -> Steps:
@@ -110,11 +112,11 @@ def _exponential_integrator(process: Process, times: Sequence[int], level: int, 
             mean = sum(w * _lagrange(nodes, j, after - d) for w, d in ((1 / 6, 0.0), (2 / 3, 0.5), (1 / 6, 1.0)))
             weights[j, i] = signal[:, s] * (change * mean).sum(dim=1)
     x = (signal[:, list(times[1:])] / signal[:, list(times[:-1])]).T
-    return Steps("noise", x, weights, torch.zeros_like(x))
+    return Steps("epsilon", x, weights, torch.zeros_like(x))
 
 
-#: Rules by name: (eta, variance) -> rule.
-RULES: dict[str, Callable[[float, Variance], Rule]] = {
+#: Solvers by name: (eta, variance) -> solver.
+SOLVERS: dict[str, Callable[[float, Variance], Solver]] = {
     "ddpm": lambda eta, variance: lambda process, times, level: _ancestral(process, times, level, variance),
     "ddim": lambda eta, variance: lambda process, times, level: _implicit(process, times, level, eta),
     "dpm++2m": lambda eta, variance: _dpm_solver,

@@ -50,7 +50,7 @@ class ExtractorInfo:
     task: Task
     classes: int
     """Outputs of the head that it was trained with; 4 for rotation."""
-    side: int
+    resolution: int
     """Of the images it was trained on, in pixels."""
     data_digest: str
     """Digest of the data set it was trained on."""
@@ -73,8 +73,8 @@ class Extractor:
     """Numbers an image is turned into."""
     preprocessing: str
     """What is done to a uint8 image before the network sees it."""
-    side: int | None
-    """The only side it takes, in pixels; None takes all."""
+    resolution: int | None
+    """The only resolution it takes, in pixels; None takes all."""
 
 
 class FeatureNetwork(nn.Module):
@@ -85,12 +85,12 @@ class FeatureNetwork(nn.Module):
     in a distance. In evaluation mode each is a fixed affine map.
     """
 
-    def __init__(self, side: int, classes: int) -> None:
+    def __init__(self, resolution: int, classes: int) -> None:
         super().__init__()
         self.fold = 1
-        while side % (2 * self.fold) == 0 and side // (2 * self.fold) >= 64:
+        while resolution % (2 * self.fold) == 0 and resolution // (2 * self.fold) >= 64:
             self.fold *= 2
-        halvings = max(1, round(math.log2(side / self.fold / 4)))
+        halvings = max(1, round(math.log2(resolution / self.fold / 4)))
         widths = [16, *(min(FEATURES, 32 * 2**i) for i in range(halvings - 1)), FEATURES]
         layers: list[nn.Module] = [_convolution(3 * self.fold**2, widths[0], stride=1)]
         layers += [_convolution(a, b, stride=2) for a, b in pairwise(widths)]
@@ -130,14 +130,14 @@ def train_extractor(images: Images, task: Task, epochs: int, digest: str, out: P
         raise UserError(
             f"dataset: found {len(images)} images, expected at least 20 to train a feature network on; add images."
         )
-    side = images[0][0].shape[-1]
+    resolution = images[0][0].shape[-1]
     classes = 4 if task == "rotation" else _count_classes(images)
     order = torch.randperm(len(images), generator=generator(seed, "extractor", "split")).tolist()
     held_out, kept = order[: len(order) // 10], order[len(order) // 10 :]
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "extractor", "weights"))
-        network = FeatureNetwork(side, classes)
+        network = FeatureNetwork(resolution, classes)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
     steps = epochs * (len(kept) // BATCH or 1)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.2)
@@ -156,7 +156,7 @@ def train_extractor(images: Images, task: Task, epochs: int, digest: str, out: P
                 rate.step()
                 bar.update()
 
-    info = ExtractorInfo(task, classes, side, digest, epochs, seed)
+    info = ExtractorInfo(task, classes, resolution, digest, epochs, seed)
     info = replace(info, accuracy=_accuracy(network, images, held_out, task, seed))
     content = tensors.pack(KIND, asdict(info), network.state_dict())
     write_atomically(Path(out) / FILE, content)
@@ -173,7 +173,7 @@ def load_extractor(folder: Path) -> Extractor:
     """
     path = Path(folder) / FILE
     _, info = load_network(path)
-    return Extractor(info.task, path, file_sha256(path), FEATURES, "uint8 RGB, scaled to [-1, 1]", info.side)
+    return Extractor(info.task, path, file_sha256(path), FEATURES, "uint8 RGB, scaled to [-1, 1]", info.resolution)
 
 
 def inception_extractor(weights: Path | None = None) -> Extractor:
@@ -212,7 +212,7 @@ def load_network(path: Path) -> tuple[FeatureNetwork, ExtractorInfo]:
         raise UserError(f"extractor: found no file '{path}', expected a feature network; run `dvdp extractor` first.")
     about, weights = tensors.read(path, KIND, "extractor", "run `dvdp extractor` again")
     info = ExtractorInfo(**about)
-    network = FeatureNetwork(info.side, info.classes)
+    network = FeatureNetwork(info.resolution, info.classes)
     network.load_state_dict(weights)
     return network.eval(), info
 

@@ -1,4 +1,4 @@
-"""Pictures of images, of settings side by side, of the process, and of curves.
+"""Pictures of images, of settings resolution by resolution, of the process, and of curves.
 
 Images are uint8 (n, 3, h, w), or float in [-1, 1]. Pillow draws everything but curves, for which matplotlib is
 imported when the first one is drawn.
@@ -130,7 +130,7 @@ def generated_states(
     sample(process, denoiser, (1, *shape), callback=keep, **options)
     nearest = {}
     for t in times:
-        # Within the level of t: beside a turning point the nearest step may have another side.
+        # Within the level of t: beside a turning point the nearest step may have another resolution.
         same = [state for state in seen if state.level == process.level(t)]
         nearest[t] = min(same, key=lambda state: abs(state.t - t))
     return [nearest[t] for t in sorted(times)]
@@ -145,12 +145,12 @@ def process_picture(
         diffused: the row above, as :func:`diffused_states` gives it.
         generated: the row below, column by column at about the times of the row above.
     """
-    side = max(state.x.shape[-1] for state in diffused)
+    resolution = max(state.x.shape[-1] for state in diffused)
     small, label = _font(14), _font(16)
     rows = [("diffused", diffused), ("generated", generated)]
-    tiles = [[_state_tile(state, side) for state in states] for _, states in rows]
+    tiles = [[_state_tile(state, resolution) for state in states] for _, states in rows]
     captions = [[(f"t = {state.t}", f"{state.x.shape[-1]} px") for state in states] for _, states in rows]
-    # A column is as wide as what stands in it; at a turning point there is room for its mark.
+    # A column is as wide as what stands in it; at a turning point there is slots for its mark.
     widths = [
         max(*(row[i].width for row in tiles), *(small.getlength(text) for row in captions for text in row[i]))
         for i in range(len(diffused))
@@ -202,7 +202,7 @@ def curves(
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    # A legend of many lines stands beside the axes, in columns that the figure makes room for.
+    # A legend of many lines stands beside the axes, in columns that the figure makes slots for.
     columns = math.ceil(len(lines) / 18) if len(lines) > 6 else 0
     longest = max(map(len, lines), default=0)
     figure = Figure(figsize=(8 + columns * (0.7 + 0.08 * longest), 4.5), dpi=120, layout="constrained")
@@ -266,18 +266,18 @@ def pixels_of(images: np.ndarray | Tensor) -> np.ndarray:
     return (tensor if tensor.dtype == torch.uint8 else to_uint8(tensor.float())).numpy()
 
 
-def _legible(side: int) -> int:
-    return max(1, round(LEGIBLE / side))
+def _legible(resolution: int) -> int:
+    return max(1, round(LEGIBLE / resolution))
 
 
 def _enlarged(image: np.ndarray, factor: int) -> Image.Image:
     return Image.fromarray(np.kron(image.transpose(1, 2, 0), np.ones((factor, factor, 1), np.uint8)))
 
 
-def _state_tile(state: State, side: int) -> Image.Image:
+def _state_tile(state: State, resolution: int) -> Image.Image:
     picture = Image.fromarray(pixels_of(bands.to_pixels(state.x, state.level)).transpose(1, 2, 0))
     # One whole factor for all states, so that every pixel stays a square.
-    enlarge, reduce = max(1, round(STATE / side)), math.ceil(side / LARGEST)
+    enlarge, reduce = max(1, round(STATE / resolution)), math.ceil(resolution / LARGEST)
     size = max(1, picture.width * enlarge // reduce)
     return picture.resize((size, size), Image.Resampling.NEAREST if reduce == 1 else Image.Resampling.BOX)
 

@@ -10,8 +10,8 @@ from typing import Any
 from dvdp.errors import UserError
 
 #: What records from before these could be chosen were made with.
-_EARLIER = {"spacing": "uniform", "share": "length", "lift": "noise", "classes": 0}
-#: What a sampling mapping says that two comparable scores may differ in.
+_EARLIER = {"timestep_spacing": "uniform", "share": "length", "lift": "noise", "num_classes": 0}
+#: What a sampling mapping says that two score_differences scores may differ in.
 _INCIDENTAL = ("seed", "batch", "count", "first")
 
 
@@ -30,13 +30,13 @@ class ScoreRecord:
     reference_digest: str
     """Of the data set that the references were made from; ``npz <SHA-256>`` for a file of statistics."""
     preprocessing: str
-    side: int
+    resolution: int
     """Of samples and references, in pixels."""
     kid_subset: int
     """0 where there is no KID."""
     library: str
     sampling: dict[str, Any] = field(default_factory=dict)
-    """Where the samples come from: EMA profile, rule, steps, seed, ..."""
+    """Where the samples come from: EMA profile, solver, steps, seed, ..."""
     warnings: list[str] = field(default_factory=list)
     counts: list[dict[str, float]] = field(default_factory=list)
     """What ``.._infinity`` is extrapolated from: ``{"samples", "distance"}`` each, the headline's last."""
@@ -70,7 +70,7 @@ class ScoreRecord:
             ) from None
 
 
-def comparable(a: ScoreRecord, b: ScoreRecord) -> list[str]:
+def score_differences(a: ScoreRecord, b: ScoreRecord) -> list[str]:
     """The fields in which two records disagree in what matters; empty if their scores may be compared."""
     # Everything a score depends on, but where the samples come from, which is looked at key by key.
     outcome = ("metrics", "sampling", "warnings", "counts")

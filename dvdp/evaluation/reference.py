@@ -24,7 +24,7 @@ from dvdp.evaluation.extractors import Extractor, Images, file_sha256
 from dvdp.evaluation.published import write_statistics
 from dvdp.files import write_atomically
 
-#: Real images on either side of an anchor, at most: each costs another pass through the extractor.
+#: Real images on either resolution of an anchor, at most: each costs another pass through the extractor.
 ANCHOR_IMAGES = 5_000
 #: Precision and recall look at the third neighbour beside the image itself.
 FEWEST = 4
@@ -40,7 +40,7 @@ class Reference:
     data_digest: str
     count: int
     """Real images."""
-    side: int
+    resolution: int
     preprocessing: str
     library: str
     anchors: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Reference:
         """Holds everything the features depend on: torch-fidelity looks its cache up by nothing else."""
         identity = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("anchors", "files", "warnings")}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        return f"{self.extractor}-{self.count}x{self.side}px-{digest[:32]}"
+        return f"{self.extractor}-{self.count}x{self.resolution}px-{digest[:32]}"
 
 
 def make_reference(
@@ -70,7 +70,7 @@ def make_reference(
         out: the folder of the cache and of ``reference.json``; what other references left there is removed.
 
     Raises:
-        UserError: too few images, or images of another side than the extractor's.
+        UserError: too few images, or images of another resolution than the extractor's.
     """
     from dvdp.evaluation.fidelity import LIBRARY, remember
 
@@ -79,11 +79,11 @@ def make_reference(
             f"dataset: found {len(images)} images, expected at least {2 * FEWEST} for a reference; add images."
         )
     out, real = Path(out), _Pictures(images)
-    side = real[0].shape[-1]
-    if extractor.side not in (None, side):
+    resolution = real[0].shape[-1]
+    if extractor.resolution not in (None, resolution):
         raise UserError(
-            f"extractor: found one trained on {extractor.side} px images for a data set of {side} px, expected the"
-            " same side; run `dvdp extractor` again."
+            f"extractor: found one trained on {extractor.resolution} px images for a data set of {resolution} px, expected the"
+            " same resolution; run `dvdp extractor` again."
         )
     reference = Reference(
         extractor=extractor.name,
@@ -91,7 +91,7 @@ def make_reference(
         features=extractor.features,
         data_digest=digest,
         count=len(images),
-        side=side,
+        resolution=resolution,
         preprocessing=extractor.preprocessing,
         library=LIBRARY,
     )

@@ -46,14 +46,14 @@ class SampleShards(Dataset):
                     f"samples: found '{path}' where image {start} should follow, expected a file"
                     f" '{start:08d}.npy'; sample the missing images again."
                 )
-        sides = {array.shape[-1] for array in self._arrays}
-        if len(sides) > 1:
+        resolutions = {array.shape[-1] for array in self._arrays}
+        if len(resolutions) > 1:
             raise UserError(
-                f"samples: found sides {sorted(sides)} px in '{paths[0].parent}', expected one;"
+                f"samples: found resolutions {sorted(resolutions)} px in '{paths[0].parent}', expected one;"
                 " remove the files of another run."
             )
         self._starts = starts
-        self.side: int = sides.pop()
+        self.resolution: int = resolutions.pop()
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -48,10 +48,10 @@ def score(
         reference: the folder that :func:`make_reference` wrote; nothing in it is changed.
         extractor: the one the reference was made with.
         count: all of them by default.
-        sampling: EMA profile, rule, steps, seed, ...: kept in the record.
+        sampling: EMA profile, solver, steps, seed, ...: kept in the record.
 
     Raises:
-        UserError: fewer images than asked for, a KID subset larger than either set, images of another side than the
+        UserError: fewer images than asked for, a KID subset larger than either set, images of another resolution than the
             reference's, a reference that is missing, damaged or made with another extractor.
     """
     from dvdp.evaluation.fidelity import LIBRARY, compare, features_of, statistics
@@ -64,7 +64,7 @@ def score(
             f"reference: found '{reference}' made with {' '.join(made_with)}, expected {' '.join(wanted)};"
             " run `dvdp reference` again."
         )
-    images = _first(SampleShards(samples), count, real.side, f"'{reference}'")
+    images = _first(SampleShards(samples), count, real.resolution, f"'{reference}'")
     if kid_subset > min(len(images), real.count):
         raise UserError(
             f"evaluation.kid_subset: found {kid_subset}, expected at most {min(len(images), real.count)}, the smaller"
@@ -80,7 +80,7 @@ def score(
         references=real.count,
         reference_digest=real.data_digest,
         preprocessing=extractor.preprocessing,
-        side=real.side,
+        resolution=real.resolution,
         kid_subset=kid_subset,
         library=LIBRARY,
         sampling=_plain(sampling),
@@ -104,12 +104,12 @@ def score_published(
             checked: the record says so, and names the file, so that it compares with no score against another.
 
     Raises:
-        UserError: fewer images than asked for, or of a side that the extractor does not take.
+        UserError: fewer images than asked for, or of a resolution that the extractor does not take.
     """
     from dvdp.evaluation.fidelity import LIBRARY, distance, features_of, frechet_name
 
     shards = SampleShards(samples)
-    images = _first(shards, count, extractor.side or shards.side, "the extractor's training images")
+    images = _first(shards, count, extractor.resolution or shards.resolution, "the extractor's training images")
     features = features_of(images, extractor, gpu)
     record = ScoreRecord(
         metrics={frechet_name(extractor.name): distance(features, published.statistics, extractor)},
@@ -119,7 +119,7 @@ def score_published(
         references=0,
         reference_digest=published.digest,
         preprocessing=extractor.preprocessing,
-        side=shards.side,
+        resolution=shards.resolution,
         kid_subset=0,
         library=LIBRARY,
         sampling=_plain(sampling),
@@ -128,12 +128,12 @@ def score_published(
     return _extrapolated(record, features, published.statistics, extractor)
 
 
-def _first(shards: SampleShards, count: int | None, side: int, where: str) -> Subset:
+def _first(shards: SampleShards, count: int | None, resolution: int, where: str) -> Subset:
     """The images to score, checked."""
     count = len(shards) if count is None else count
-    if shards.side != side:
+    if shards.resolution != resolution:
         raise UserError(
-            f"samples: found images of {shards.side} px, expected {side} px as in {where};"
+            f"samples: found images of {shards.resolution} px, expected {resolution} px as in {where};"
             " score them against a reference of their own data set."
         )
     if count > len(shards):

@@ -1,4 +1,4 @@
-"""A network as a denoiser: whatever it predicts, the sampler is given noise.
+"""A network as a denoiser: whatever it prediction_type, the sampler is given noise.
 
 Clean images of level k are counted in units of the level's pixel range, 2^k, so that all levels ask for outputs of
 one size. With ``a = 2^k signal``, ``x0 = 2^k y`` and ``r^2 = a^2 + noise^2``, the velocity per band is
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dvdp.config import Target
+from dvdp.config import PredictionType
 from dvdp.diffusion import bands
 from dvdp.diffusion.bands import Pyramid
 from dvdp.diffusion.process import Process
@@ -21,40 +21,40 @@ class NetworkDenoiser:
     """``denoiser(x, t, labels) -> predicted noise`` from a network ``(x, t, level, labels) -> prediction``.
 
     Args:
-        side: of full-size images; with the side of x it says the level.
-        predicts: what the network's output means.
+        resolution: of full-size images; with the resolution of x it says the level.
+        prediction_type: what the network's output means.
     """
 
-    def __init__(self, network: nn.Module, process: Process, side: int, predicts: Target) -> None:
+    def __init__(self, network: nn.Module, process: Process, resolution: int, prediction_type: PredictionType) -> None:
         self.network = network
         self.process = process
-        self.side = side
-        self.predicts = predicts
+        self.resolution = resolution
+        self.prediction_type = prediction_type
 
     def level(self, x: Tensor) -> int:
-        """The level of a state, from its side."""
-        return (self.side // x.shape[-1]).bit_length() - 1
+        """The level of a state, from its resolution."""
+        return (self.resolution // x.shape[-1]).bit_length() - 1
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         level = self.level(x)
         output = self.network(x, t, level, labels).float()
-        if self.predicts == "noise":
+        if self.prediction_type == "epsilon":
             return output
-        if self.predicts == "clean":
+        if self.prediction_type == "sample":
             return self.process.predict_noise(x, t, 2**level * output, level)
         of_x, of_v = self.process.factors(_noise_from_velocity, t, level, output)
         return bands.combine((x, of_x), (output, of_v))
 
 
 def example(
-    process: Process, predicts: Target, level: int, t: Tensor, x0: Tensor, noise: Tensor
+    process: Process, prediction_type: PredictionType, level: int, t: Tensor, x0: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """States of ``level`` drawn from x0 (full size) with ``noise``, and what the network should predict for them."""
     clean = Pyramid(bands.to_level(x0, level))
     x = process.state(clean, t, noise, level)
-    if predicts == "noise":
+    if prediction_type == "epsilon":
         return x, noise
-    if predicts == "clean":
+    if prediction_type == "sample":
         return x, bands.to_pixels(clean.image, level)
     of_clean, of_noise = process.factors(_velocity, t, level, noise)
     return x, bands.combine((clean, of_clean), (noise, of_noise))

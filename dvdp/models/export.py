@@ -36,14 +36,14 @@ class TrainedModel:
     device: torch.device
 
     @property
-    def side(self) -> int:
+    def resolution(self) -> int:
         """Side of the images, in pixels."""
-        return self.run.side
+        return self.run.resolution
 
     @property
-    def lift_deviations(self) -> list[float] | None:
+    def lift_std(self) -> list[float] | None:
         """What the run's ``sampling.lift`` asks of :func:`dvdp.diffusion.sampling.sample`."""
-        return lift_deviations(self.run, self.description)
+        return lift_std(self.run, self.description)
 
     @property
     def label_counts(self) -> list[int] | None:
@@ -56,7 +56,7 @@ class TrainedModel:
         *,
         seed: int | None = None,
         first: int = 0,
-        rule: str | None = None,
+        solver: str | None = None,
         steps: int | None = None,
         eta: float | None = None,
         variance: str | None = None,
@@ -77,7 +77,7 @@ class TrainedModel:
             UserError: an argument is out of range, or there is no such class.
         """
         asked = None if label is None else self._class(str(label))
-        given = {"seed": seed, "rule": rule, "eta": eta, "variance": variance, "clip": clip}
+        given = {"seed": seed, "solver": solver, "eta": eta, "variance": variance, "clip": clip}
         chosen = {name: value for name, value in given.items() if value is not None}
         options = {**self.run.sampling.options(steps), **chosen}
         size = batch or self.run.sampling.batch
@@ -85,7 +85,7 @@ class TrainedModel:
             self.draw(min(size, count - start), first + start, options, asked, callback).cpu()
             for start in range(0, count, size)
         ]
-        return torch.cat(parts) if parts else torch.empty((0, 3, self.side, self.side), dtype=torch.uint8)
+        return torch.cat(parts) if parts else torch.empty((0, 3, self.resolution, self.resolution), dtype=torch.uint8)
 
     def draw(
         self,
@@ -106,11 +106,11 @@ class TrainedModel:
         images = sample(
             self.process,
             self.denoiser,
-            (count, 3, self.side, self.side),
+            (count, 3, self.resolution, self.resolution),
             first=first,
             device=self.device,
             callback=callback,
-            lift_deviations=self.lift_deviations,
+            lift_std=self.lift_std,
             labels=torch.full((count,), asked)
             if asked is not None
             else image_labels(self.label_counts, options["seed"], first, count),
@@ -120,7 +120,7 @@ class TrainedModel:
 
     def _class(self, label: str) -> int:
         """The number of a class."""
-        if not self.run.model.classes:
+        if not self.run.model.num_classes:
             raise UserError(f"label: found '{label}', expected none, as this model is told no classes; leave it out.")
         counted = zip(self.description.get("labels", []), self.label_counts or [], strict=False)
         names = [name for name, count in counted if count]
@@ -130,20 +130,20 @@ class TrainedModel:
         return list(self.description["labels"]).index(label)
 
 
-def lift_deviations(run: Run, description: Mapping[str, Any]) -> list[float] | None:
-    """The data's band deviations where the run lifts with them, else None.
+def lift_std(run: Run, description: Mapping[str, Any]) -> list[float] | None:
+    """The data's band std where the run lifts with them, else None.
 
     Raises:
         UserError: they are needed, and the description has none.
     """
     if run.sampling.lift == "noise":
         return None
-    if "band_deviations" not in description:
+    if "band_std" not in description:
         raise UserError(
-            "sampling.lift: found 'data' and no band deviations with the model, expected those that `dvdp prepare`"
+            "sampling.lift: found 'data' and no band std with the model, expected those that `dvdp prepare`"
             " measures; prepare the data set and train with them, or use 'noise'."
         )
-    return [float(value) for value in description["band_deviations"]]
+    return [float(value) for value in description["band_std"]]
 
 
 def label_counts(run: Run, description: Mapping[str, Any]) -> list[int] | None:
@@ -152,12 +152,12 @@ def label_counts(run: Run, description: Mapping[str, Any]) -> list[int] | None:
     Raises:
         UserError: they are needed, and the description has none, or of another number of classes.
     """
-    if not run.model.classes:
+    if not run.model.num_classes:
         return None
     counts = [int(count) for count in description.get("label_counts", [])]
-    if len(counts) != run.model.classes + 1 or not any(counts):
+    if len(counts) != run.model.num_classes + 1 or not any(counts):
         raise UserError(
-            f"model.classes: found {run.model.classes} and label counts {counts} with the model, expected one for each"
+            f"model.num_classes: found {run.model.num_classes} and label counts {counts} with the model, expected one for each"
             " class, then that of images without one, as `dvdp prepare` counts them; give them, or use 0 classes."
         )
     return counts
@@ -186,7 +186,7 @@ def load_model(
     run = Run.from_description(description["run"])
     if sampling is not None:
         run = replace(run, sampling=sampling)
-    process = Process(run.schedule())
+    process = Process(run.build_schedule())
     network = build_network(run.model, process.levels)
     network.load_state_dict(weights)
     network.to(device).eval()
@@ -194,6 +194,6 @@ def load_model(
         run=run,
         description=description,
         process=process,
-        denoiser=NetworkDenoiser(network, process, run.side, run.model.predicts),
+        denoiser=NetworkDenoiser(network, process, run.resolution, run.model.prediction_type),
         device=torch.device(device),
     )

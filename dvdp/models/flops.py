@@ -12,10 +12,10 @@ from dvdp.models.unet import UNet
 
 
 @lru_cache(maxsize=64)
-def network_flops(model: ModelParams, side: int) -> int:
-    """FLOPs of one forward pass of one image of this side (a multiply-add is two)."""
+def network_flops(model: ModelParams, resolution: int) -> int:
+    """FLOPs of one forward pass of one image of this resolution (a multiply-add is two)."""
     with torch.device("meta"):
-        network, x, t = UNet(model), torch.empty(1, 3, side, side), torch.empty(1)
+        network, x, t = UNet(model), torch.empty(1, 3, resolution, resolution), torch.empty(1)
         labels = torch.zeros(1, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(x, t, 0, labels)
@@ -24,17 +24,17 @@ def network_flops(model: ModelParams, side: int) -> int:
 
 def level_flops(run: Run) -> list[int]:
     """Forward FLOPs of one image at each level, finest first."""
-    return [network_flops(run.model, run.side >> level) for level in range(len(run.turning_points) + 1)]
+    return [network_flops(run.model, run.resolution >> level) for level in range(len(run.turning_points) + 1)]
 
 
 def mean_flops(run: Run) -> float:
     """Expected forward FLOPs of one training image, over the levels' shares."""
-    return sum(share * cost for share, cost in zip(run.schedule().shares(), level_flops(run), strict=True))
+    return sum(share * cost for share, cost in zip(run.build_schedule().shares(), level_flops(run), strict=True))
 
 
 def relative_flops(run: Run) -> float:
     """Cost of an image relative to DDPM with the model of ``params.yaml``; its inverse bounds the speed-up."""
-    return mean_flops(run) / network_flops(run.reference_model, run.side)
+    return mean_flops(run) / network_flops(run.reference_model, run.resolution)
 
 
 def training_images(run: Run) -> int:

@@ -28,19 +28,21 @@ class UNet(nn.Module):
         params: its size.
         levels: K of the process; the network serves levels 0 .. K.
         channels: of the images.
-        recompute: keep of every stage its input alone, and compute the rest again in the backward pass.
+        activation_checkpointing: keep of every stage its input alone, and compute the rest again in the backward pass.
     """
 
-    def __init__(self, params: ModelParams, levels: int = 0, channels: int = 3, recompute: bool = False) -> None:
+    def __init__(
+        self, params: ModelParams, levels: int = 0, channels: int = 3, activation_checkpointing: bool = False
+    ) -> None:
         super().__init__()
-        self.recompute = recompute
-        width = params.channels
+        self.activation_checkpointing = activation_checkpointing
+        width = params.model_channels
         embedding = 4 * width
         self.time = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.level = nn.Embedding(levels + 1, embedding)
         nn.init.zeros_(self.level.weight)
         # The last one is for images without a label.
-        self.classes = nn.Embedding(params.classes + 1, embedding) if params.classes else None
+        self.classes = nn.Embedding(params.num_classes + 1, embedding) if params.num_classes else None
         if self.classes is not None:
             nn.init.zeros_(self.classes.weight)
         self.width = width
@@ -50,29 +52,31 @@ class UNet(nn.Module):
 
         def stage(inputs: int, outputs: int, factor: int) -> nn.ModuleList:
             layers: list[nn.Module] = [block(inputs, outputs)]
-            if factor in params.attention:
-                layers.append(Attention(outputs, params.head_channels))
+            if factor in params.attention_factors:
+                layers.append(Attention(outputs, params.num_head_channels))
             return nn.ModuleList(layers)
 
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.encoder = nn.ModuleList()
         skips = [width]
-        last = len(params.multipliers) - 1
-        for i, multiplier in enumerate(params.multipliers):
-            for _ in range(params.blocks):
-                self.encoder.append(stage(width, params.channels * multiplier, 2**i))
-                width = params.channels * multiplier
+        last = len(params.channel_mult) - 1
+        for i, multiplier in enumerate(params.channel_mult):
+            for _ in range(params.num_res_blocks):
+                self.encoder.append(stage(width, params.model_channels * multiplier, 2**i))
+                width = params.model_channels * multiplier
                 skips.append(width)
             if i < last:
                 self.encoder.append(nn.ModuleList([block(width, width, "down")]))
                 skips.append(width)
-        self.middle = nn.ModuleList([block(width, width), Attention(width, params.head_channels), block(width, width)])
+        self.middle = nn.ModuleList(
+            [block(width, width), Attention(width, params.num_head_channels), block(width, width)]
+        )
         self.decoder = nn.ModuleList()
-        for i, multiplier in reversed(list(enumerate(params.multipliers))):
-            for j in range(params.blocks + 1):
-                layers = stage(width + skips.pop(), params.channels * multiplier, 2**i)
-                width = params.channels * multiplier
-                if i > 0 and j == params.blocks:
+        for i, multiplier in reversed(list(enumerate(params.channel_mult))):
+            for j in range(params.num_res_blocks + 1):
+                layers = stage(width + skips.pop(), params.model_channels * multiplier, 2**i)
+                width = params.model_channels * multiplier
+                if i > 0 and j == params.num_res_blocks:
                     layers.append(block(width, width, "up"))
                 self.decoder.append(layers)
         self.head = nn.Sequential(norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, channels, 3, padding=1)))
@@ -107,7 +111,7 @@ class UNet(nn.Module):
         return self.head(h)
 
     def _stage(self, layers: nn.Module, embedding: Tensor, *parts: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
+        if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(run, layers, embedding, *parts, use_reentrant=False)
         return run(layers, embedding, *parts)
 
@@ -115,19 +119,21 @@ class UNet(nn.Module):
 class LevelNetworks(nn.Module):
     """One UNet for each level, as subspace diffusion has it; a step trains the one of its level alone."""
 
-    def __init__(self, params: ModelParams, levels: int, channels: int = 3, recompute: bool = False) -> None:
+    def __init__(
+        self, params: ModelParams, levels: int, channels: int = 3, activation_checkpointing: bool = False
+    ) -> None:
         super().__init__()
-        self.networks = nn.ModuleList(UNet(params, 0, channels, recompute) for _ in range(levels + 1))
+        self.networks = nn.ModuleList(UNet(params, 0, channels, activation_checkpointing) for _ in range(levels + 1))
 
     def forward(self, x: Tensor, t: Tensor, level: int, labels: Tensor | None = None) -> Tensor:
         """As :meth:`UNet.forward`."""
         return self.networks[level](x, t, 0, labels)
 
 
-def build_network(params: ModelParams, levels: int, recompute: bool = False) -> UNet | LevelNetworks:
+def build_network(params: ModelParams, levels: int, activation_checkpointing: bool = False) -> UNet | LevelNetworks:
     """The network, or networks, of a process with so many turning points; see :class:`UNet`."""
     kind = LevelNetworks if params.networks == "per_level" else UNet
-    return kind(params, levels, recompute=recompute)
+    return kind(params, levels, activation_checkpointing=activation_checkpointing)
 
 
 Resample = Literal["down", "up"] | None
@@ -163,9 +169,9 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the pixels of a feature map."""
 
-    def __init__(self, width: int, head_channels: int) -> None:
+    def __init__(self, width: int, num_head_channels: int) -> None:
         super().__init__()
-        self.heads = max(1, width // head_channels)
+        self.heads = max(1, width // num_head_channels)
         self.norm = norm(width)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.out = zeroed(nn.Conv2d(width, width, 1))

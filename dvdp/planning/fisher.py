@@ -1,7 +1,7 @@
 """How far what a turning point would drop is from Gaussian, by a trained network's own word.
 
 The orthogonal Fisher divergence (eq. 14 of Jing et al., *Subspace Diffusion Generative Models*, 2022), by which they
-choose where to halve: at t, a band that would be dropped has the score ``s = -eps / noise``, which a network predicts,
+choose where to halve: at t, a band that would be dropped has the score ``s = -eps / noise``, which a network prediction_type,
 where normal numbers of the same variance ``V = signal^2 deviation^2 + noise^2`` have ``-x / V``. The divergence is
 
     E |s + x / V|^2 / E |x / V|^2,
@@ -40,10 +40,10 @@ def orthogonal_divergences(
     """The divergence of each of the finest bands at each of some timesteps.
 
     Args:
-        denoiser: predicts the noise, as for :func:`dvdp.diffusion.sampling.sample`.
+        denoiser: prediction_type the noise, as for :func:`dvdp.diffusion.sampling.sample`.
         images: (n, C, H, W) clean images in [-1, 1], on the denoiser's device.
         times: candidates for a turning point, 1 .. T.
-        halvings: how many bands to look at: dropping the first k of them halves the side k times.
+        halvings: how many bands to look at: dropping the first k of them halves the resolution k times.
         labels: (n,) classes of the images, -1 for none, for a denoiser that is told them.
 
     Returns:

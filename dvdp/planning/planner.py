@@ -2,7 +2,7 @@
 
 The figures are those of data whose bands are independent normal numbers, for which the best denoiser and the law of
 its samples are known in closed form. They bound from below the error of a trained network, and rank neither trained
-settings nor rules.
+settings nor solvers.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from torch import Tensor
 from dvdp.config import Run
 from dvdp.diffusion.process import Process, Variance
 from dvdp.diffusion.schedule import Schedule
-from dvdp.diffusion.solvers import Rule, make_rule
+from dvdp.diffusion.solvers import Solver, make_solver
 from dvdp.diffusion.timesteps import Share, step_grid
 from dvdp.errors import UserError
 from dvdp.models.flops import network_flops
 
 
-def generated_deviations(
+def generated_std(
     schedule: Schedule,
-    deviations: Sequence[float],
+    std: Sequence[float],
     steps: int,
-    rule: str = "ddpm",
+    solver: str = "ddpm",
     eta: float = 0.0,
-    variance: Variance = "lower",
-    spacing: str = "uniform",
+    variance: Variance = "fixed_small",
+    timestep_spacing: str = "uniform",
     share: Share = "length",
-    lift_deviations: Sequence[float] | None = None,
+    lift_std: Sequence[float] | None = None,
 ) -> list[float]:
     """Deviations of the bands of samples, where the data's bands have the given ones and the denoiser is exact.
 
     Args:
-        deviations: of the data, per coefficient, for the K + 1 bands of the schedule, finest first. More of them split
+        std: of the data, per coefficient, for the K + 1 bands of the schedule, finest first. More of them split
             the schedule's coarsest band into bands of its own.
-        steps, rule, eta, variance, spacing, share, lift_deviations: as in :func:`dvdp.diffusion.sampling.sample`, without
+        steps, solver, eta, variance, timestep_spacing, share, lift_std: as in :func:`dvdp.diffusion.sampling.sample`, without
             clipping.
     """
-    recursion = _Recursion(schedule, deviations, make_rule(rule, eta, variance))
-    return recursion.deviations(schedule.turning_points, step_grid(schedule, steps, spacing, share), lift_deviations)
+    recursion = _Recursion(schedule, std, make_solver(solver, eta, variance))
+    return recursion.std(schedule.turning_points, step_grid(schedule, steps, timestep_spacing, share), lift_std)
 
 
-def band_errors(schedule: Schedule, deviations: Sequence[float], steps: int, **how: Any) -> list[float]:
-    """Generated over true deviation of each band, less 1; arguments as of :func:`generated_deviations`."""
-    return _errors(generated_deviations(schedule, deviations, steps, **how), deviations)
+def band_errors(schedule: Schedule, std: Sequence[float], steps: int, **how: Any) -> list[float]:
+    """Generated over true deviation of each band, less 1; arguments as of :func:`generated_std`."""
+    return _errors(generated_std(schedule, std, steps, **how), std)
 
 
-def lift_losses(schedule: Schedule, deviations: Sequence[float], side: int, channels: int = 3) -> list[float]:
-    """Nats that each lift loses, T_1 first: of the true state at T_k from the lifted one, for an image of this side.
+def lift_losses(schedule: Schedule, std: Sequence[float], resolution: int, channels: int = 3) -> list[float]:
+    """Nats that each lift loses, T_1 first: of the true state at T_k from the lifted one, for an image of this resolution.
 
     With ``r = (signal deviation / noise)^2`` of the band that is dropped at T_k: (r - log(1 + r)) / 2 for each of its
     coefficients, of which there are 3/4 of the values of the level.
@@ -61,13 +61,13 @@ def lift_losses(schedule: Schedule, deviations: Sequence[float], side: int, chan
     losses = []
     for band, turning_point in enumerate(schedule.turning_points):
         signal, noise = schedule.signal[band, turning_point].item(), schedule.noise[band, turning_point].item()
-        r = (signal * deviations[band] / noise) ** 2
-        losses.append(0.75 * channels * (side >> band) ** 2 * (r - math.log1p(r)) / 2)
+        r = (signal * std[band] / noise) ** 2
+        losses.append(0.75 * channels * (resolution >> band) ** 2 * (r - math.log1p(r)) / 2)
     return losses
 
 
-def overall_error(errors: Sequence[float], side: int) -> float:
-    """Root mean square of the bands' errors over all coefficients of an image of this side.
+def overall_error(errors: Sequence[float], resolution: int) -> float:
+    """Root mean square of the bands' errors over all coefficients of an image of this resolution.
 
     In other words, how far the deviation of a coefficient is off, as a share of it. The divergence of the generated
     normal numbers from the data's is about ``N error^2`` nats an image of N values, so that, unlike a distance between
@@ -92,7 +92,7 @@ class Plan:
     error: float
     """:func:`overall_error` of the bands."""
     excess: float
-    """The error less that of DDPM at the same rule and steps; below 0 where this is nearer to the data."""
+    """The error less that of DDPM at the same solver and steps; below 0 where this is nearer to the data."""
     lift_losses: tuple[float, ...]
     """Nats an image that each lift loses, T_1 first."""
     training_speedup: float
@@ -102,11 +102,11 @@ class Plan:
 
 
 class Planner:
-    """Plans for one data set under one run's process, network, rule and steps; it remembers what plans share.
+    """Plans for one data set under one run's process, network, solver and steps; it remembers what plans share.
 
     Args:
         run: gives all but the turning points.
-        deviations: of the data's bands, finest first, as :meth:`dvdp.data.store.StoreMetadata.band_deviations` gives
+        std: of the data's bands, finest first, as :meth:`dvdp.data.store.StoreMetadata.band_std` gives
             them; more of them than a plan has bands split its coarsest band.
         points: all turning points that plans may use.
         costs: of one image through the network, level by level, finest first, in any unit, e.g. measured seconds; DDPM
@@ -117,57 +117,57 @@ class Planner:
     """
 
     def __init__(
-        self, run: Run, deviations: Sequence[float], points: Sequence[int], costs: Sequence[float] | None = None
+        self, run: Run, std: Sequence[float], points: Sequence[int], costs: Sequence[float] | None = None
     ) -> None:
-        self.run, self._data, self._costs = run, tuple(deviations), costs
+        self.run, self._data, self._costs = run, tuple(std), costs
         sampling = run.sampling
         # One schedule that turns at every point has the tables of all bands of all plans.
-        kind = run.kind if points else "ddpm"
-        every = run.process.schedule(kind, tuple(sorted(set(points))))
-        self._recursion = _Recursion(every, self._data, make_rule(sampling.rule, sampling.eta, sampling.variance))
-        ddpm = run.process.schedule("ddpm", ())
+        kind = run.process if points else "ddpm"
+        every = run.schedule.build(kind, tuple(sorted(set(points))))
+        self._recursion = _Recursion(every, self._data, make_solver(sampling.solver, sampling.eta, sampling.variance))
+        ddpm = run.schedule.build("ddpm", ())
         share = sampling.share if isinstance(sampling.share, str) else "length"
-        grid = step_grid(ddpm, sampling.steps, sampling.spacing, share)
-        self._ddpm = _errors(self._recursion.deviations((), grid, None), self._data)
+        grid = step_grid(ddpm, sampling.steps, sampling.timestep_spacing, share)
+        self._ddpm = _errors(self._recursion.std((), grid, None), self._data)
 
     def plan(self, turning_points: Sequence[int]) -> Plan:
         """The plan of some turning points, which are among ``points``.
 
         Raises:
-            UserError: they do not fit the side of the images, the network, the steps or the data's bands.
+            UserError: they do not fit the resolution of the images, the network, the steps or the data's bands.
         """
         run, points = self.run, tuple(turning_points)
         K = len(points)
-        run.model.check_side(run.side, K)
+        run.model.check_resolution(run.resolution, K)
         if len(self._data) <= K:
             raise UserError(
                 f"turning_points: found {list(points)}, expected at most {len(self._data) - 1}, the bands of the data"
-                " set whose deviations are known."
+                " set whose std are known."
             )
-        schedule = run.process.schedule(run.kind if points else "ddpm", points)
-        grid = step_grid(schedule, run.sampling.steps, run.sampling.spacing, run.sampling.share)
+        schedule = run.schedule.build(run.process if points else "ddpm", points)
+        grid = step_grid(schedule, run.sampling.steps, run.sampling.timestep_spacing, run.sampling.share)
         calls = tuple(len(times) - 1 for _, times in reversed(grid))
         lifted = self._data if run.sampling.lift == "data" else None
-        errors = _errors(self._recursion.deviations(points, grid, lifted), self._data)
+        errors = _errors(self._recursion.std(points, grid, lifted), self._data)
         costs = [self._cost(level) for level in range(K + 1)]
         training = sum(share * cost for share, cost in zip(schedule.shares(), costs, strict=True))
         sampling = sum(count * cost for count, cost in zip(calls, costs, strict=True)) / run.sampling.steps
-        error = overall_error(errors, run.side)
+        error = overall_error(errors, run.resolution)
         return Plan(
             turning_points=points,
             shares=tuple(schedule.shares()),
             calls=calls,
             band_errors=tuple(errors),
             error=error,
-            excess=error - overall_error(self._ddpm, run.side),
-            lift_losses=tuple(lift_losses(schedule, self._data, run.side)),
+            excess=error - overall_error(self._ddpm, run.resolution),
+            lift_losses=tuple(lift_losses(schedule, self._data, run.resolution)),
             training_speedup=self._ddpm_cost() / training,
             sampling_speedup=self._ddpm_cost() / sampling,
         )
 
     def _cost(self, level: int) -> float:
         if self._costs is None:
-            return network_flops(self.run.model, self.run.side >> level)
+            return network_flops(self.run.model, self.run.resolution >> level)
         if level >= len(self._costs):
             raise UserError(
                 f"costs: found {len(self._costs)} numbers, expected one for each of {level + 1} levels, finest first."
@@ -175,7 +175,7 @@ class Planner:
         return self._costs[level]
 
     def _ddpm_cost(self) -> float:
-        return network_flops(self.run.reference_model, self.run.side) if self._costs is None else self._cost(0)
+        return network_flops(self.run.reference_model, self.run.resolution) if self._costs is None else self._cost(0)
 
 
 class _Recursion:
@@ -183,14 +183,14 @@ class _Recursion:
 
     Args:
         schedule: turns at every point that plans use; a band with a turning point has the row of that point.
-        data: deviations of the data's bands, finest first.
+        data: std of the data's bands, finest first.
     """
 
-    def __init__(self, schedule: Schedule, data: Sequence[float], rule: Rule) -> None:
-        self._process, self._data, self._rule = Process(schedule), data, rule
+    def __init__(self, schedule: Schedule, data: Sequence[float], solver: Solver) -> None:
+        self._process, self._data, self._rule = Process(schedule), data, solver
         self._levels: dict[tuple[int, ...], tuple[list[list[float]], list[list[float]]]] = {}
 
-    def deviations(
+    def std(
         self, points: Sequence[int], grid: Sequence[tuple[int, list[int]]], lifted: Sequence[float] | None
     ) -> list[float]:
         """Of the samples, finest band first, for a step grid with these turning points."""
@@ -218,25 +218,25 @@ class _Recursion:
         return self._levels[times]
 
 
-def passage(process: Process, rule: Rule, times: Sequence[int], deviations: Sequence[float]) -> tuple[Tensor, Tensor]:
+def passage(process: Process, solver: Solver, times: Sequence[int], std: Sequence[float]) -> tuple[Tensor, Tensor]:
     """What the steps of one level make of a band's variance v at their top: ``A v + B``.
 
-    Every rule is linear in the state and in what it remembers, so the covariance of these follows a recursion, band by
-    band; and a rule starts afresh at every level.
+    Every solver is linear in the state and in what it remembers, so the covariance of these follows a recursion, band by
+    band; and a solver starts afresh at every level.
 
     Args:
         times: of the steps, falling.
-        deviations: of the data's bands.
+        std: of the data's bands.
 
     Returns:
         A and B, each (rows, bands): for every row of the schedule from the level's own on, and every deviation.
     """
     schedule, level = process.schedule, process.level(times[0])
-    table = rule(process, times, level)
+    table = solver(process, times, level)
     signal, noise = (tables[level:, list(times[:-1])].T[..., None] for tables in (schedule.signal, schedule.noise))
-    data = torch.tensor(deviations, dtype=torch.float64)
+    data = torch.tensor(std, dtype=torch.float64)
     total = (signal * data).square() + noise.square()
-    gain = (signal * data.square() if table.predicts == "clean" else noise) / total
+    gain = (signal * data.square() if table.prediction_type == "sample" else noise) / total
     order = len(table.history)
     # Of (x, p_1, p_2, ..): the state and the predictions before the one at hand; each step, row and band.
     move = torch.zeros(*gain.shape, order, order, dtype=torch.float64)

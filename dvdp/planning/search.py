@@ -26,7 +26,7 @@ def most_levels(run: Run, bands: int) -> int:
     """How many turning points a plan can have.
 
     Args:
-        bands: of the data whose deviations are known.
+        bands: of the data whose std are known.
 
     Raises:
         UserError: none, because the images or what the network makes of them cannot be halved.
@@ -35,7 +35,7 @@ def most_levels(run: Run, bands: int) -> int:
     while levels + 1 < min(bands, run.sampling.steps) and _fits(run, levels + 1):
         levels += 1
     if levels == 0:
-        run.model.check_side(run.side, 1)
+        run.model.check_resolution(run.resolution, 1)
         raise UserError(
             f"turning_points: found {run.sampling.steps} steps and data of {bands} bands, expected at least 2 of each"
             " for one turning point."
@@ -84,7 +84,7 @@ def cheapest(plans: Sequence[Plan], tolerance: float) -> Plan:
 
 def _fits(run: Run, levels: int) -> bool:
     try:
-        run.model.check_side(run.side, levels)
+        run.model.check_resolution(run.resolution, levels)
     except UserError:
         return False
     return True

@@ -54,7 +54,7 @@ def estimate(run: Run, network: nn.Module, step: Callable[[int], int], device: t
         # The least disturbed: other runs may be starting.
         seconds.append(min(times) / count)
     images = training_images(run)
-    mean = sum(share * s for share, s in zip(run.schedule().shares(), seconds, strict=True))
+    mean = sum(share * s for share, s in zip(run.build_schedule().shares(), seconds, strict=True))
     # Adam's two moments and the average come on top of what the trial held.
     state = 3 * sum(p.numel() * p.element_size() for p in network.parameters())
     return Estimate(

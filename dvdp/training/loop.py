@@ -31,7 +31,7 @@ from dvdp.diffusion.sampling import sample
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
 from dvdp.models.denoiser import NetworkDenoiser, example
-from dvdp.models.export import label_counts, lift_deviations, load_model, save_model
+from dvdp.models.export import label_counts, lift_std, load_model, save_model
 from dvdp.models.flops import mean_flops, training_images
 from dvdp.models.pixels import to_float, to_uint8
 from dvdp.models.unet import build_network
@@ -78,9 +78,9 @@ def train(
     Args:
         training_hash: of :func:`dvdp.identity.training_hash`; a checkpoint of another is refused.
         flip: mirror images at random.
-        description: goes into the header of the weights, beside the run. ``band_deviations`` of the data, finest band
+        description: goes into the header of the weights, beside the run. ``band_std`` of the data, finest band
             first, are needed there where ``sampling.lift`` is "data", and ``label_counts`` where the network is told
-            classes; see :meth:`dvdp.data.store.StoreMetadata.told`.
+            classes; see :meth:`dvdp.data.store.StoreMetadata.model_metadata`.
         preview: turns samples from the EMA weights into a picture.
         say: prints a line.
 
@@ -151,7 +151,7 @@ class Training:
         self.run, self.images, self.folder, self.hash = run, images, folder, training_hash
         self.flip, self.device, self.preview, self.say = flip, device, preview, say
         self.rank, self.world_size = _rank(), dist.get_world_size() if dist.is_initialized() else 1
-        self.process = Process(run.schedule())
+        self.process = Process(run.build_schedule())
         self.total = training_images(run)
         self.description = {
             **(description or {}),
@@ -159,11 +159,11 @@ class Training:
             "training_hash": training_hash,
             "images": self.total,
         }
-        self.lift_deviations = lift_deviations(run, self.description)
+        self.lift_std = lift_std(run, self.description)
         self.label_counts = label_counts(run, self.description)
 
         torch.manual_seed(derive_seed(run.seed, "weights"))
-        self.network = build_network(run.model, self.process.levels, run.training.recompute).to(device)
+        self.network = build_network(run.model, self.process.levels, run.training.activation_checkpointing).to(device)
         self.ema = EMA(self.network, run.training.ema_halflife_images, run.training.ema_ramp)
         self.optimizers = build_optimizers(self.network, run.training)
         self.learning_rate = run.training.learning_rate
@@ -224,7 +224,7 @@ class Training:
 
     def _batches(self, start_step: int) -> Iterator[Batch]:
         """Of all steps from this one to the last."""
-        endless = training_batches(
+        infinite = training_batches(
             self.images,
             batch=self.run.training.batch,
             seed=self.run.seed,
@@ -234,7 +234,7 @@ class Training:
             flip=self.flip,
             workers=self.run.training.loader_workers,
         )
-        return to_device(islice(endless, self.total // self.run.training.batch - start_step), self.device)
+        return to_device(islice(infinite, self.total // self.run.training.batch - start_step), self.device)
 
     def step(self, step: int, images: Tensor, labels: Tensor | None = None) -> None:
         """Step number ``step`` (from 0) on this rank's images: all that is random in it comes from the number.
@@ -266,11 +266,11 @@ class Training:
         Raises:
             UserError: there is no such class, or no labels for a network that is told them.
         """
-        classes = self.run.model.classes
+        classes = self.run.model.num_classes
         if classes and labels is not None and not -1 <= labels.min() <= labels.max() < classes:
             raise UserError(
                 f"labels: found {int(labels.min())} to {int(labels.max())}, expected -1 (none) to {classes - 1}, as"
-                f" model.classes is {classes}; change one of them."
+                f" model.num_classes is {classes}; change one of them."
             )
         self.network.zero_grad()
         self._backward(self.live, images, counts, labels)
@@ -307,15 +307,15 @@ class Training:
         # One timestep from each of equal strata of the level: less noise in the loss (Kingma et al. 2021, app. I.1).
         strata = torch.arange(len(x0), device=self.device) + torch.rand((), dtype=torch.float64, device=self.device)
         t = (low + 1 + strata / len(x0) * (high - low)).long().clamp(max=high)
-        side = self.run.side >> level
-        noise = torch.randn((*x0.shape[:2], side, side), device=self.device)
-        x, wanted = example(self.process, self.run.model.predicts, level, t, x0, noise)
+        resolution = self.run.resolution >> level
+        noise = torch.randn((*x0.shape[:2], resolution, resolution), device=self.device)
+        x, wanted = example(self.process, self.run.model.prediction_type, level, t, x0, noise)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.training.precision == "bf16"):
             output = network(x, t, level, labels)
         return F.mse_loss(output.float(), wanted)
 
     def _estimate(self) -> None:
-        settings, side = self.run.training, self.run.side
+        settings, resolution = self.run.training, self.run.resolution
         shares = self.process.schedule.shares()
         trial = copy.deepcopy(self.network)
         if settings.compile:
@@ -325,7 +325,10 @@ class Training:
             size = settings.batch // self.world_size
             count = max(1, round(shares[level] * size)) if settings.levels == "all" else size
             counts = [count if k == level else 0 for k in range(len(shares))]
-            images, labels = torch.zeros((count, 3, side, side), dtype=torch.uint8), torch.full((count,), -1)
+            images, labels = (
+                torch.zeros((count, 3, resolution, resolution), dtype=torch.uint8),
+                torch.full((count,), -1),
+            )
             self._backward(trial, images, counts, labels)
             return count * self.world_size
 
@@ -402,9 +405,9 @@ class Training:
         number = settings.preview_count
         samples = sample(
             self.process,
-            NetworkDenoiser(self.ema.network, self.process, self.run.side, self.run.model.predicts),
-            (number, 3, self.run.side, self.run.side),
-            lift_deviations=self.lift_deviations,
+            NetworkDenoiser(self.ema.network, self.process, self.run.resolution, self.run.model.prediction_type),
+            (number, 3, self.run.resolution, self.run.resolution),
+            lift_std=self.lift_std,
             labels=image_labels(self.label_counts, options["seed"], 0, number),
             device=self.device,
             **options,

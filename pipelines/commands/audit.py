@@ -14,10 +14,10 @@ def summary(audit: Audit, name: str) -> str:
     found = audit.attribution
     lines = [["as many real images", f"{audit.scores[REAL].value:.3f}", ""]]
     lines += [[audit.title(part), f"{cost:+.3f}", f"± {found.error:.2g}"] for part, cost in found.costs.items()]
-    how = f"{audit.sampling['rule']}, {audit.sampling['steps']} steps"
+    how = f"{audit.sampling['solver']}, {audit.sampling['steps']} steps"
     lines.append([f"samples ({how})", f"{audit.scores[FREE].value:.3f}", ""])
     if audit.solver is not None and found.solver is not None:
-        many = f"against {audit.solver['rule']}, {audit.solver['steps']} steps"
+        many = f"against {audit.solver['solver']}, {audit.solver['steps']} steps"
         lines.append([f"of which the solver ({many})", f"{found.solver:+.3f}", f"± {found.error:.2g}"])
     tables = [as_text([name, audit.metric, f"{audit.images} images"], lines)]
     if audit.states:
@@ -30,7 +30,7 @@ def summary(audit: Audit, name: str) -> str:
             ]
             cells.append(
                 [
-                    f"t = {state.turning_point}, {audit.side >> state.level} px",
+                    f"t = {state.turning_point}, {audit.resolution >> state.level} px",
                     ", ".join(ratios),
                     f"{state.mean_difference:.3f} (floor {state.mean_floor:.3f})",
                     f"{state.distance:.2f} (floor {state.distance_floor:.2f})",
@@ -44,7 +44,7 @@ def track(audit: AuditJob, result: Audit) -> None:
     """Put the audit into the MLflow run of its job; again changes nothing.
 
     Raises:
-        TrackingAway: MLflow does not answer; everything is on disk.
+        TrackingUnavailable: MLflow does not answer; everything is on disk.
     """
     from pipelines.tracking.job_runs import tracked
 

@@ -28,15 +28,15 @@ from dvdp.evaluation.published import read_statistics
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.evaluation.reference import read_reference
 from dvdp.files import write_atomically
-from dvdp.models.export import lift_deviations, load_model
+from dvdp.models.export import lift_std, load_model
 from dvdp.models.flops import training_images
 from pipelines.jobs.cluster import cluster
 from pipelines.jobs.job import Job, Sampled
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import missing_shards, sample_job
 from pipelines.jobs.score import check_scorable, extractor_of, score_job
 from pipelines.tracking import registry
-from pipelines.tracking.connection import TrackingAway, connect, reaching
+from pipelines.tracking.connection import TrackingUnavailable, connect, reaching
 from pipelines.tracking.job_runs import tracked
 from pipelines.tracking.runs import DATASET_DIGEST, EVALUATION_HASH, EVALUATION_OF, TrackedRun, open_run, read_text
 
@@ -81,7 +81,7 @@ def registered_model(params: Params, address: str) -> RegisteredModel:
         address: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
 
     Raises:
-        UserError: there is no such version, it is none of ours, its images have another side than the data set, MLflow
+        UserError: there is no such version, it is none of ours, its images have another resolution than the data set, MLflow
             does not answer, or the sampling of the params does not fit it.
     """
     parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", address)
@@ -101,7 +101,7 @@ def registered_model(params: Params, address: str) -> RegisteredModel:
         with reaching(client, params.cluster.storage):
             name, alias, number = parts.groups(default="")
             return _fetched(client, params, _version(client, name, alias, number), address)
-    except TrackingAway:
+    except TrackingUnavailable:
         raise UserError(
             "MLFLOW_TRACKING_URI: found no answer from MLflow there, which holds the registered models, expected a"
             " server that runs; start it, or unset the variable to use mlflow.db here."
@@ -125,8 +125,8 @@ def evaluate(subject: Job | RegisteredModel, statistics: Path | None = None) -> 
     else:
         read_statistics(statistics, extractor_of(params).features)
     if missing_shards(subject):
-        with cluster(params.cluster) as room, room:
-            sample_job(subject, room)
+        with cluster(params.cluster) as slots, slots:
+            sample_job(subject, slots)
     return score_job(subject, statistics, [] if statistics else _foreign(subject))
 
 
@@ -134,7 +134,7 @@ def track(subject: Job | RegisteredModel, record: ScoreRecord) -> None:
     """Add a record to the MLflow run of a job, or of a model's training; again changes nothing.
 
     Raises:
-        TrackingAway: MLflow does not answer; everything is on disk.
+        TrackingUnavailable: MLflow does not answer; everything is on disk.
     """
     client = connect()
     with reaching(client, subject.samples):
@@ -216,9 +216,9 @@ def _fetched(client: MlflowClient, params: Params, version: ModelVersion, addres
                 )
             write_atomically(weights, Path(copy).read_bytes())
     model = load_model(weights)
-    if model.side != params.dataset.resolution:
+    if model.resolution != params.dataset.resolution:
         raise UserError(
-            f"--model: found a model of {model.side} px images, expected dataset.resolution,"
+            f"--model: found a model of {model.resolution} px images, expected dataset.resolution,"
             f" {params.dataset.resolution} px; give the params of its data set with --params."
         )
     if params.evaluation.samples > params.sampling.count:
@@ -228,7 +228,7 @@ def _fetched(client: MlflowClient, params: Params, version: ModelVersion, addres
         )
     run = replace(model.run, sampling=params.sampling)
     run.check()
-    lift_deviations(run, model.description)
+    lift_std(run, model.description)
     return RegisteredModel(
         params=params,
         run=run,
@@ -241,7 +241,7 @@ def _fetched(client: MlflowClient, params: Params, version: ModelVersion, addres
 
 def _foreign(model: RegisteredModel) -> list[str]:
     """A remark if the model is scored against other images than it was trained on."""
-    digest = read_reference(Places.of(model.params).reference).data_digest
+    digest = read_reference(DataPaths.of(model.params).reference).data_digest
     if digest == model.dataset_digest:
         return []
     return [f"{model.name} was trained on another data set than the reference's, '{model.params.dataset.name}'."]

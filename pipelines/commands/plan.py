@@ -21,9 +21,9 @@ from dvdp.planning.planner import Plan, Planner
 from dvdp.planning.search import PAPER_CHOICES, candidate_points, cheapest, frontier, most_levels, search
 from pipelines.reports.text_tables import as_text
 from pipelines.tracking.history import Trained, trained_settings
-from pipelines.turning_points import _store, band_deviations
+from pipelines.turning_points import _store, band_std
 
-LOWER_BOUND = "A lower bound: it ranks neither trained settings nor rules."
+LOWER_BOUND = "A lower bound: it ranks neither trained settings nor solvers."
 #: Rows of the frontier that are printed.
 _ROWS = 9
 #: Images that a divergence is estimated from.
@@ -36,21 +36,21 @@ class Question:
 
     steps: int | None = None
     """In place of ``sampling.steps``."""
-    rule: str | None = None
-    """In place of ``sampling.rule``."""
+    solver: str | None = None
+    """In place of ``sampling.solver``."""
     tolerance: float = 0.01
     """Error that turning points may add to DDPM's; see :attr:`dvdp.planning.planner.Plan.excess`."""
     levels: int | None = None
-    """Turning points at most; by default as many as side, network and steps allow."""
+    """Turning points at most; by default as many as resolution, network and steps allow."""
     seconds: tuple[float, ...] | None = None
     """Of the network at each level, finest first, in place of its FLOPs."""
 
     def sampling_of(self, run: Run) -> Run:
-        """The run under the steps and the rule that are asked for."""
+        """The run under the steps and the solver that are asked for."""
         steps = run.sampling.steps if self.steps is None else self.steps
         options = {
             "steps": steps,
-            "rule": self.rule or run.sampling.rule,
+            "solver": self.solver or run.sampling.solver,
             "share": run.sampling.options(steps)["share"],
         }
         try:
@@ -70,19 +70,19 @@ def plan(params: Params, question: Question, out: Path) -> None:
         UserError: the data set is not prepared, or something in the question does not fit.
     """
     metadata = _store(params).metadata
-    deviations = band_deviations(metadata)
+    std = band_std(metadata)
     run = question.sampling_of(_plain_run(params))
-    levels = _levels(run, question, len(deviations))
-    points = candidate_points(run.process.timesteps)
-    paper_sets = [chosen for chosen in PAPER_CHOICES if len(chosen) <= levels and run.process.timesteps == 1000]
-    own, foreign = _settings_of_file(params, question, deviations)
-    planner = Planner(run, deviations, [*points, *(t for chosen in paper_sets for t in chosen)], question.seconds)
+    levels = _levels(run, question, len(std))
+    points = candidate_points(run.schedule.timesteps)
+    paper_sets = [chosen for chosen in PAPER_CHOICES if len(chosen) <= levels and run.schedule.timesteps == 1000]
+    own, foreign = _settings_of_file(params, question, std)
+    planner = Planner(run, std, [*points, *(t for chosen in paper_sets for t in chosen)], question.seconds)
     plans = search(planner, levels, points)
     best, chosen = frontier(plans), cheapest(plans, question.tolerance)
     paper = [planner.plan(chosen) for chosen in paper_sets]
 
-    how = f"{run.sampling.rule}, {run.sampling.steps} steps, {run.process.attenuation} to {run.process.floor:g}"
-    print(f"{metadata.name}, {run.side} px: bands deviate by {', '.join(f'{d:.3g}' for d in deviations)}, finest first")
+    how = f"{run.sampling.solver}, {run.sampling.steps} steps, {run.schedule.attenuation} to {run.schedule.floor:g}"
+    print(f"{metadata.name}, {run.resolution} px: bands deviate by {', '.join(f'{d:.3g}' for d in std)}, finest first")
     print(f"{how}; {len(plans)} sets of up to {levels} turning points. {LOWER_BOUND}\n")
     notes: dict[Plan, list[str]] = {entry: [] for entry in [plans[0], *_some(best, _ROWS)]}
     notes[plans[0]].append("DDPM")
@@ -92,17 +92,17 @@ def plan(params: Params, question: Question, out: Path) -> None:
         notes.setdefault(entry, []).append(name)
     notes.setdefault(chosen, []).append(f"<- the fastest within {question.tolerance:g}")
     trained = _trained(params, run, metadata.digest)
-    model = _expectation(trained, run, deviations)
+    model = _expectation(trained, run, std)
     expected = None if model is None else {e: None if e in foreign else model.expected(e) for e in notes}
     print(_table(notes, expected))
     print(
-        "\nErrors of deviations, as shares of them: over all coefficients of an image, beyond DDPM's, and by band,"
+        "\nErrors of std, as shares of them: over all coefficients of an image, beyond DDPM's, and by band,"
         " finest first.\nNats lost: by all lifts, an image. Speed-ups over DDPM: bounds, by"
         f" {'seconds given' if question.seconds else 'counted FLOPs'}.\n"
     )
     _print_trained(trained, model)
     marks = {"the paper's choices": paper, "settings of the file": list(own.values())}
-    title = f"{metadata.name}, {run.side} px, {how}"
+    title = f"{metadata.name}, {run.resolution} px, {how}"
     print(f"\npicture: {draw_plan(out, plans, best, marks, chosen, question.tolerance, title)}\n")
     print(settings_block(chosen))
 
@@ -120,16 +120,16 @@ def print_divergences(params: Params, weights: Path) -> None:
     """Print the orthogonal Fisher divergence of a trained network for every candidate of a turning point."""
     store = _store(params)
     model = load_model(weights)
-    if model.side != store.metadata.resolution:
+    if model.resolution != store.metadata.resolution:
         raise UserError(
-            f"--fisher: found a network for {model.side} px in '{weights}', expected {store.metadata.resolution} px as"
+            f"--fisher: found a network for {model.resolution} px in '{weights}', expected {store.metadata.resolution} px as"
             f" in '{store.path}'; give another file or other params."
         )
-    halvings = len(store.metadata.detail_deviations)
+    halvings = len(store.metadata.detail_std)
     count = min(_IMAGES, len(store))
     indices = [i * len(store) // count for i in range(count)]
     images = to_float(torch.from_numpy(store.images(indices)))
-    labels = torch.tensor([store[index][1] for index in indices]) if model.run.model.classes else None
+    labels = torch.tensor([store[index][1] for index in indices]) if model.run.model.num_classes else None
     times = candidate_points(model.process.schedule.timesteps)
     rows = orthogonal_divergences(model.process, model.denoiser, images, times, halvings, labels=labels)
     cells = [
@@ -149,10 +149,10 @@ def _plain_run(params: Params) -> Run:
     return Run(
         setting="plan",
         seed=params.seeds[0],
-        kind="dvdp",
+        process="dvdp",
         turning_points=(),
-        side=params.dataset.resolution,
-        process=params.process,
+        resolution=params.dataset.resolution,
+        schedule=params.schedule,
         model=params.model,
         training=params.training,
         sampling=sampling,
@@ -173,16 +173,14 @@ def _levels(run: Run, question: Question, bands: int) -> int:
         return most
     if not 1 <= question.levels <= most:
         raise UserError(
-            f"--levels: found {question.levels}, expected 1 to {most}, as many turning points as {run.side} px, a"
-            f" network of {len(run.model.multipliers)} stages, {run.sampling.steps} steps, and costs that are given,"
+            f"--levels: found {question.levels}, expected 1 to {most}, as many turning points as {run.resolution} px, a"
+            f" network of {len(run.model.channel_mult)} stages, {run.sampling.steps} steps, and costs that are given,"
             " allow."
         )
     return question.levels
 
 
-def _settings_of_file(
-    params: Params, question: Question, deviations: Sequence[float]
-) -> tuple[dict[str, Plan], set[Plan]]:
+def _settings_of_file(params: Params, question: Question, std: Sequence[float]) -> tuple[dict[str, Plan], set[Plan]]:
     """Plans by name, each under its own overrides, and those of them that no fit to other settings speaks of.
 
     DDPM, and settings whose turning points are ``auto``, are left out.
@@ -197,9 +195,9 @@ def _settings_of_file(
                 f"--seconds: found {len(question.seconds)} numbers, expected at least {len(run.turning_points) + 1},"
                 f" one for each level of {setting.name}."
             )
-        name = setting.name if run.kind == "dvdp" else f"{setting.name} ({run.kind})"
-        plans[name] = Planner(run, deviations, run.turning_points, question.seconds).plan(run.turning_points)
-        if (run.kind, run.process, run.model) != ("dvdp", params.process, params.model):
+        name = setting.name if run.process == "dvdp" else f"{setting.name} ({run.process})"
+        plans[name] = Planner(run, std, run.turning_points, question.seconds).plan(run.turning_points)
+        if (run.process, run.schedule, run.model) != ("dvdp", params.schedule, params.model):
             foreign.add(plans[name])
     return plans, foreign
 
@@ -240,12 +238,12 @@ def _trained(params: Params, run: Run, digest: str) -> list[Trained]:
         return []
 
 
-def _expectation(trained: Sequence[Trained], run: Run, deviations: Sequence[float]) -> Fit | None:
+def _expectation(trained: Sequence[Trained], run: Run, std: Sequence[float]) -> Fit | None:
     """Of the scores of further settings, where there are enough to learn from."""
-    ours = [entry for entry in trained if entry.kind in (run.kind, "ddpm")]
+    ours = [entry for entry in trained if entry.process in (run.process, "ddpm")]
     if len(ours) < FEWEST:
         return None
-    planner = Planner(run, deviations, [t for entry in ours for t in entry.turning_points])
+    planner = Planner(run, std, [t for entry in ours for t in entry.turning_points])
     return fit([planner.plan(entry.turning_points) for entry in ours], [entry.mean for entry in ours])
 
 
@@ -253,12 +251,12 @@ def _print_trained(trained: Sequence[Trained], model: Fit | None) -> None:
     if trained:
         record = trained[0].record
         print(
-            f"Trained so, by MLflow: {record.headline} of {record.samples} images by {record.sampling.get('rule')},"
+            f"Trained so, by MLflow: {record.headline} of {record.samples} images by {record.sampling.get('solver')},"
             f" {record.sampling.get('steps')} steps.\n"
         )
         cells = [
             [
-                entry.kind,
+                entry.process,
                 _points(entry.turning_points),
                 str(len(entry.scores)),
                 f"{entry.mean:.2f}",
@@ -268,7 +266,7 @@ def _print_trained(trained: Sequence[Trained], model: Fit | None) -> None:
         ]
         print(as_text(["process", "turning points", "seeds", "mean", "spread"], cells) + "\n")
     if model is None:
-        count = sum(entry.kind != "subspace" for entry in trained)
+        count = sum(entry.process != "subspace" for entry in trained)
         print(
             f"Found {count} settings in MLflow that were trained with this network and training; an expected"
             f" score needs {FEWEST}."

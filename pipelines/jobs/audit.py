@@ -34,11 +34,11 @@ from dvdp.evaluation.reference import Reference, read_reference
 from dvdp.evaluation.samples import SampleShards, write_shard
 from dvdp.files import write_atomically
 from dvdp.identity import audit_draws_hash, audit_hash
-from dvdp.models.export import lift_deviations, load_model
+from dvdp.models.export import lift_std, load_model
 from dvdp.training.loop import is_finished
 from pipelines.jobs.cluster import cluster, on_workers
 from pipelines.jobs.job import Job
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import SHARD_IMAGES
 from pipelines.jobs.score import check_scorable, extractor_of
 
@@ -101,7 +101,7 @@ def plan(job: Job, images: int | None, solver_steps: int | None) -> AuditJob:
             " the same params first."
         )
     check_scorable(job.params)
-    store, schedule = ImageStore(Places.of(job.params).store), job.run.schedule()
+    store, schedule = ImageStore(DataPaths.of(job.params).store), job.run.build_schedule()
     count = min(job.params.evaluation.samples, len(store)) if images is None else images
     check_count(count, store)
     solver = solver_sampling(job.run.sampling.options(), schedule.timesteps, solver_steps)
@@ -110,16 +110,16 @@ def plan(job: Job, images: int | None, solver_steps: int | None) -> AuditJob:
             share_steps(schedule, solver["steps"])
         except UserError as error:
             raise UserError(f"--solver-{error}") from None
-    return AuditJob(job, count, solver, read_reference(Places.of(job.params).reference))
+    return AuditJob(job, count, solver, read_reference(DataPaths.of(job.params).reference))
 
 
 def audit_jobs(audits: list[AuditJob]) -> list[Audit]:
     """The audits, of which those that are there already are read; starts a cluster if anything is left to draw."""
     work = {each.job.name: _missing(each) for each in audits if not each.result.exists()}
     if any(work.values()):
-        with cluster(audits[0].job.params.cluster) as room, room:
+        with cluster(audits[0].job.params.cluster) as slots, slots:
             for name, tasks in work.items():
-                _draw_all(name, tasks, audits[0].job.params.cluster, room)
+                _draw_all(name, tasks, audits[0].job.params.cluster, slots)
     return [_finish(each) for each in audits]
 
 
@@ -147,7 +147,7 @@ def draw_part(
         model.denoiser,
         ImageStore(Path(store)),
         # Of the params, not of the weights: a sampling that was changed needs no new training.
-        {**sampling, "lift_deviations": lift_deviations(wanted, model.description)},
+        {**sampling, "lift_std": lift_std(wanted, model.description)},
         wanted.sampling.batch,
         model.device,
         model.label_counts,
@@ -170,7 +170,7 @@ def _missing(audit: AuditJob) -> list[tuple[Any, ...]]:
     return [
         (
             str(job.weights.resolve()),
-            str(Places.of(job.params).store.resolve()),
+            str(DataPaths.of(job.params).store.resolve()),
             str(audit.folder(start).resolve()),
             job.run.describe(),
             audit.solver if start == SOLVER else sampling,
@@ -185,10 +185,10 @@ def _missing(audit: AuditJob) -> list[tuple[Any, ...]]:
     ]
 
 
-def _draw_all(name: str, tasks: list[tuple[Any, ...]], params: ClusterParams, room: threading.Semaphore) -> None:
+def _draw_all(name: str, tasks: list[tuple[Any, ...]], params: ClusterParams, slots: threading.Semaphore) -> None:
     total = sum(task[-2] for task in tasks)
     with tqdm(total=total, desc=f"draw for the audit of {name}", unit="image", mininterval=1, disable=not tasks) as bar:
-        for count in on_workers(params, draw_part, tasks, room):
+        for count in on_workers(params, draw_part, tasks, slots):
             bar.update(count)
 
 
@@ -218,7 +218,7 @@ def _score(audit: AuditJob, start: str, extractor: Extractor, metric: str) -> Sc
     path = audit.result.with_suffix("") / f"{audit.folder(start).name}.json"
     if not path.exists():
         params = audit.job.params
-        cache = (Places.of(params).reference, audit.reference.cache_name)
+        cache = (DataPaths.of(params).reference, audit.reference.cache_name)
         gpu = params.cluster.gpu and torch.cuda.is_available()
         # The other metrics are measured along and not used; a half must hold their subsets.
         subset = min(params.evaluation.kid_subset, audit.images // 2)
@@ -239,7 +239,7 @@ def _subject(audit: AuditJob) -> Subject:
     job = audit.job
     model = load_model(job.weights)
     told = {**job.run.sampling.options(), "lift": job.run.sampling.lift}
-    return Subject(model.process, model.denoiser, ImageStore(Places.of(job.params).store), told)
+    return Subject(model.process, model.denoiser, ImageStore(DataPaths.of(job.params).store), told)
 
 
 def _states(audit: AuditJob) -> dict[int, States]:

@@ -36,7 +36,7 @@ WORKER_ENVIRONMENT = {
 def cluster(params: ClusterParams) -> Iterator[threading.Semaphore]:
     """Join the cluster at ``RAY_ADDRESS``, or start one on this machine for as long as the block lasts.
 
-    Yields its room: each training run holds one of it, and there is as much as runs fit at a time.
+    Yields its slots: each training run holds one of it, and there is as much as runs fit at a time.
 
     Raises:
         UserError: the cluster does not answer, or has not the CPUs and GPUs that a run asks for.
@@ -117,12 +117,12 @@ def restored_interrupt() -> Iterator[None]:
 
 
 def on_workers(
-    params: ClusterParams, work: Callable[..., Any], arguments: list[tuple[Any, ...]], room: threading.Semaphore
+    params: ClusterParams, work: Callable[..., Any], arguments: list[tuple[Any, ...]], slots: threading.Semaphore
 ) -> Iterator[Any]:
     """Run ``work(*arguments[i])`` on the cluster, and yield the results as they come.
 
     Args:
-        room: of the cluster. The caller holds one of it, for as many tasks at a time as a run has ranks. What nobody
+        slots: of the cluster. The caller holds one of it, for as many tasks at a time as a run has ranks. What nobody
             else holds, now or later, is taken as well until all is done.
     """
     import ray
@@ -134,7 +134,7 @@ def on_workers(
         while left or waiting:
             while left:
                 if len(waiting) == (1 + taken) * params.num_workers:
-                    if not room.acquire(blocking=False):
+                    if not slots.acquire(blocking=False):
                         break
                     taken += 1
                 waiting.append(remote.remote(*left.popleft()))
@@ -145,4 +145,4 @@ def on_workers(
                 raise (error.cause if isinstance(error.cause, UserError) else error) from None
     finally:
         for _ in range(taken):
-            room.release()
+            slots.release()

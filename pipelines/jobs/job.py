@@ -11,7 +11,7 @@ from dvdp.config import Params, Run
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.identity import evaluation_hash, sampling_hash, training_hash
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ def jobs(params: Params) -> list[Job]:
         UserError: the data set is not prepared, or was prepared with another resolution; a batch does not divide
             over the ranks; turning points cannot be chosen.
     """
-    store = ImageStore(Places.of(params).store)
+    store = ImageStore(DataPaths.of(params).store)
     if store.metadata.resolution != params.dataset.resolution:
         raise UserError(
             f"dataset.resolution: found {params.dataset.resolution}, expected {store.metadata.resolution} as in"
-            f" {Places.of(params).store}; prepare the data set again."
+            f" {DataPaths.of(params).store}; prepare the data set again."
         )
     if any(isinstance(setting.turning_points, str) for setting in params.settings):
         # Looks into MLflow, unlike everything else here, and is not needed otherwise.
@@ -106,11 +106,11 @@ def jobs(params: Params) -> list[Job]:
         params = choose_turning_points(params, store.metadata)
     runs, ranks, classes = params.runs(), params.cluster.num_workers, len(store.metadata.labels)
     for run in runs:
-        if run.model.classes not in (0, classes):
+        if run.model.num_classes not in (0, classes):
             known = f"0, or {classes} as in" if classes else "0, as there are no labels in"
             raise UserError(
-                f"model.classes: found {run.model.classes} for {run.setting}, expected {known}"
-                f" {Places.of(params).store}; change it."
+                f"model.num_classes: found {run.model.num_classes} for {run.setting}, expected {known}"
+                f" {DataPaths.of(params).store}; change it."
             )
         if run.training.batch % ranks:
             raise UserError(

@@ -9,15 +9,15 @@ from dvdp.config import Params
 
 
 @dataclass(frozen=True)
-class Places:
+class DataPaths:
     """Folders of a data set: outputs of the DVC stages prepare, extractor and reference."""
 
     data: Path
 
     @staticmethod
-    def of(params: Params) -> Places:
+    def of(params: Params) -> DataPaths:
         """By the data set's name."""
-        return Places(Path("data") / params.dataset.name)
+        return DataPaths(Path("data") / params.dataset.name)
 
     @property
     def store(self) -> Path:

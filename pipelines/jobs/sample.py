@@ -24,7 +24,7 @@ from dvdp.models.pixels import to_float
 from dvdp.training.transfer import to_host
 from pipelines.jobs.cluster import on_workers
 from pipelines.jobs.job import Job, Sampled
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 
 #: Images in one task of a worker, at most, and so in one file of samples and in a batch.
 SHARD_IMAGES = 256
@@ -32,20 +32,20 @@ SHARD_IMAGES = 256
 PICTURE_STEPS = 100
 
 
-def sample_job(job: Sampled, room: threading.Semaphore) -> Path:
+def sample_job(job: Sampled, slots: threading.Semaphore) -> Path:
     """Draw ``sampling.count`` images from the EMA weights on the cluster; returns their folder.
 
     Shards that are there already are kept. Beside each lies ``<shard>.seconds``, what it took.
 
     Args:
-        room: of the cluster, see :func:`pipelines.jobs.cluster.on_workers`.
+        slots: of the cluster, see :func:`pipelines.jobs.cluster.on_workers`.
     """
     missing = missing_shards(job)
     places = str(job.weights.resolve()), str(job.samples.resolve())
     work = [(*places, first, size, job.run.sampling, job.params.cluster) for first, size in missing]
     left = sum(size for _, size in missing)
     with tqdm(total=left, desc=f"sample {job.name}", unit="image", mininterval=1, disable=not work) as bar:
-        for drawn in on_workers(job.params.cluster, sample_shard, work, room):
+        for drawn in on_workers(job.params.cluster, sample_shard, work, slots):
             bar.update(drawn)
     return job.samples
 
@@ -110,7 +110,7 @@ def draw_process(job: Job) -> Path:
     """An image of the data set on its way to noise, and a generated one on its way back, as one picture."""
     picture = job.folder / "pictures" / f"process-{job.sampling_hash}.png"
     if not picture.exists():
-        store = Places.of(job.params).store
+        store = DataPaths.of(job.params).store
         paths = (str(path.resolve()) for path in (job.weights, store, picture))
         arguments = (*paths, job.name, job.run.sampling, job.params.cluster)
         list(on_workers(job.params.cluster, draw_process_on_worker, [arguments], threading.Semaphore(0)))
@@ -129,11 +129,11 @@ def draw_process_on_worker(
     back = figures.generated_states(
         model.process,
         model.denoiser,
-        (3, model.side, model.side),
+        (3, model.resolution, model.resolution),
         times,
         # A picture needs no more, and full-size images take long.
         **sampling.options(min(sampling.steps, PICTURE_STEPS)),
-        lift_deviations=model.lift_deviations,
+        lift_std=model.lift_std,
         labels=image_labels(model.label_counts, sampling.seed, 0, 1),
         device=model.device,
     )

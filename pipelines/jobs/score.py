@@ -19,14 +19,14 @@ from dvdp.evaluation.reference import read_reference
 from dvdp.evaluation.scores import score, score_published
 from dvdp.files import write_atomically
 from pipelines.jobs.job import Sampled
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 
 
 def extractor_of(params: Params) -> Extractor:
     """The extractor that ``evaluation`` asks for."""
     if params.evaluation.extractor == "inception":
         return inception_extractor(params.evaluation.inception_weights)
-    return load_extractor(Places.of(params).extractor)
+    return load_extractor(DataPaths.of(params).extractor)
 
 
 def _gpu_here(params: Params) -> bool:
@@ -36,7 +36,7 @@ def _gpu_here(params: Params) -> bool:
 
 def check_scorable(params: Params) -> None:
     """Raise UserError now for what scoring would miss after all training: extractor or reference."""
-    places = Places.of(params)
+    places = DataPaths.of(params)
     extractor, reference = extractor_of(params), read_reference(places.reference)
     digest = ImageStore(places.store).metadata.digest
     if (reference.extractor_sha256, reference.data_digest) != (extractor.sha256, digest):
@@ -58,7 +58,7 @@ def score_job(job: Sampled, statistics: Path | None = None, remarks: Sequence[st
         statistics: an ``.npz`` file to score against in place of the reference.
         remarks: to keep among the record's warnings.
     """
-    places, evaluation, gpu = Places.of(job.params), job.params.evaluation, _gpu_here(job.params)
+    places, evaluation, gpu = DataPaths.of(job.params), job.params.evaluation, _gpu_here(job.params)
     extractor = extractor_of(job.params)
     published = None if statistics is None else read_statistics(statistics, extractor.features)
     path = job.score_path(published.digest if published else read_reference(places.reference).cache_name)
@@ -79,7 +79,7 @@ def _how(run: Run) -> dict[str, Any]:
     return {
         **run.sampling.options(),
         "lift": run.sampling.lift,
-        "classes": run.model.classes,
+        "num_classes": run.model.num_classes,
         "ema_halflife_images": run.training.ema_halflife_images,
         "ema_ramp": run.training.ema_ramp,
     }

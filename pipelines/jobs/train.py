@@ -19,7 +19,7 @@ from dvdp.files import locked, write_atomically
 from dvdp.training.loop import is_finished
 from pipelines.jobs.cluster import restored_interrupt
 from pipelines.jobs.job import Job
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 
 
 def train_job(job: Job, description: Mapping[str, str]) -> Path:
@@ -33,7 +33,7 @@ def train_job(job: Job, description: Mapping[str, str]) -> Path:
             print(f"{job.name}: waiting for another process that trains the same run ({lock})")
     with locked(lock):
         if not is_finished(job.folder):
-            store = ImageStore(Places.of(job.params).store)
+            store = ImageStore(DataPaths.of(job.params).store)
             about = {"training_hash": job.training_hash, **description, "run": job.run.describe()}
             write_atomically(job.folder / "run.json", json.dumps(about, indent=2) + "\n")
             train_on_workers(
@@ -42,7 +42,7 @@ def train_job(job: Job, description: Mapping[str, str]) -> Path:
                 job.folder,
                 job.training_hash,
                 job.params.dataset.flip,
-                {**description, **store.metadata.told(len(job.run.turning_points))},
+                {**description, **store.metadata.model_metadata(len(job.run.turning_points))},
                 job.params.cluster,
             )
     return job.weights

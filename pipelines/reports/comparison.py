@@ -1,4 +1,4 @@
-"""Settings side by side: the table that everything else shows."""
+"""Settings resolution by resolution: the table that everything else shows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dvdp.config import Run
 from dvdp.diffusion.timesteps import share_steps
-from dvdp.evaluation.records import ScoreRecord, comparable
+from dvdp.evaluation.records import ScoreRecord, score_differences
 from dvdp.models.flops import level_flops, network_flops, relative_flops, training_images
 from dvdp.training import ledger
 from pipelines.jobs.job import Job
@@ -69,7 +69,7 @@ def compare(results: Sequence[Result]) -> list[Row]:
     """One row for each setting, in the order of the results."""
     settings = list(dict.fromkeys(result.job.run.setting for result in results))
     grouped = {name: [r for r in results if r.job.run.setting == name] for name in settings}
-    ddpm = next((group for group in grouped.values() if group[0].job.run.kind == "ddpm"), None)
+    ddpm = next((group for group in grouped.values() if group[0].job.run.process == "ddpm"), None)
     return [_row(group, ddpm, results[0].record) for group in grouped.values()]
 
 
@@ -90,7 +90,7 @@ def _row(group: Sequence[Result], ddpm: Sequence[Result] | None, terms: ScoreRec
         speedups = base_image / image, base_sample / sample
     return Row(
         setting=run.setting,
-        process=run.kind,
+        process=run.process,
         turning_points=run.turning_points,
         seeds=len(group),
         images=training_images(run),
@@ -104,7 +104,7 @@ def _row(group: Sequence[Result], ddpm: Sequence[Result] | None, terms: ScoreRec
         training_bound=1 / relative_flops(run),
         sampling_speedup=speedups[1],
         sampling_bound=sampling_bound(run),
-        same_terms=not any(comparable(terms, result.record) for result in group),
+        same_terms=not any(score_differences(terms, result.record) for result in group),
     )
 
 
@@ -117,9 +117,9 @@ def _means(group: Sequence[Result]) -> tuple[float, float]:
 
 def sampling_bound(run: Run) -> float:
     """How much faster than DDPM at the same number of steps the FLOPs allow sampling to be."""
-    calls = share_steps(run.schedule(), run.sampling.steps, run.sampling.spacing, run.sampling.share)
+    calls = share_steps(run.build_schedule(), run.sampling.steps, run.sampling.timestep_spacing, run.sampling.share)
     cost = sum(count * flops for count, flops in zip(calls, level_flops(run), strict=True))
-    return run.sampling.steps * network_flops(run.reference_model, run.side) / cost
+    return run.sampling.steps * network_flops(run.reference_model, run.resolution) / cost
 
 
 def table(rows: Sequence[Row], primary: str) -> tuple[list[str], list[list[str]]]:
@@ -158,7 +158,7 @@ def legend(rows: Sequence[Row], record: ScoreRecord) -> list[str]:
     """What the columns mean, one sentence each."""
     lines = [
         f"Scores: torch-fidelity on {record.samples:,} samples from the EMA weights"
-        f" ({record.sampling.get('rule')}, {record.sampling.get('steps')} steps) against {record.references:,} real"
+        f" ({record.sampling.get('solver')}, {record.sampling.get('steps')} steps) against {record.references:,} real"
         f" images, features of the extractor '{record.extractor}'; ★ marks the lowest.",
         "Speed-ups: measured over DDPM in this comparison, beside what the FLOPs allow; settings that ran beside others"
         " or on another machine were slower or faster for that (benchmarks/steps.py measures them alone).",

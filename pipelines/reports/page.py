@@ -19,7 +19,7 @@ from dvdp.evaluation.samples import SampleShards
 from dvdp.files import write_atomically
 from dvdp.training import ledger
 from pipelines.jobs.job import Job
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process
 from pipelines.reports.comparison import Result, Row, legend, table
 from pipelines.reports.sweeps import draw_sweeps, known_settings
@@ -96,7 +96,7 @@ def write_report(
         title=f"DVDP on {params.dataset.name}",
         subtitle=f"{_count(len(rows), 'setting')}, {_count(len(params.seeds), 'seed')},"
         f" {params.dataset.resolution} px images"
-        + (f", networks told {params.model.classes} classes" if params.model.classes else ""),
+        + (f", class-conditional with {params.model.num_classes} classes" if params.model.num_classes else ""),
         headings=headings,
         cells=cells,
         legend=legend(rows, record),
@@ -106,7 +106,7 @@ def write_report(
         sweeps=[{"picture": _inline(path), "caption": caption} for path, caption in sweeps],
         grids=grids,
         processes=processes,
-        anchors=_anchors(params.dataset.name, Places.of(params).reference, record.metrics),
+        anchors=_anchors(params.dataset.name, DataPaths.of(params).reference, record.metrics),
         provenance=provenance,
     )
     write_atomically(report.page, page)

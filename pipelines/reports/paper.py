@@ -29,14 +29,14 @@ class Row:
     """One setting on one data set."""
 
     data_set: str
-    side: int
+    resolution: int
     """In pixels."""
     setting: str
-    kind: ProcessName | None = None
+    process: ProcessName | None = None
     """None for another method, which is not trained here."""
     turning_points: tuple[int, ...] = ()
     sampling: tuple[str, int] | None = None
-    """Rule and steps, where the table has one setting with several."""
+    """Solver and steps, where the table has one setting with several."""
     fid: str = ""
     seconds_per_iteration: str = ""
     training_speedup: str = ""
@@ -45,7 +45,7 @@ class Row:
 
     def is_on(self, name: str) -> bool:
         """Whether a data set of this name is the row's, e.g. ``church``, ``lsun-church256`` or ``cifar10-images``."""
-        pattern = rf"{_NAMES[self.data_set]}([-_]?{self.side}(px)?)?([-_](images|train|aligned))*"
+        pattern = rf"{_NAMES[self.data_set]}([-_]?{self.resolution}(px)?)?([-_](images|train|aligned))*"
         return re.fullmatch(pattern, name.lower()) is not None
 
 

@@ -22,9 +22,9 @@ CAPTION = "Fig. 4 of ours: score over T_1"
 MARK = "†"
 
 _COLUMNS = (
-    "table", "data_set", "side", "setting", "paper_fid", "paper_seconds_per_iteration", "paper_training_speedup",
+    "table", "data_set", "resolution", "setting", "paper_fid", "paper_seconds_per_iteration", "paper_training_speedup",
     "paper_seconds_per_sample", "paper_sampling_speedup", "metric", "score", "spread", "seeds", "samples", "references",
-    "extractor", "rule", "steps", "training_images", "training_speedup", "sampling_speedup", "differs",
+    "extractor", "solver", "steps", "training_images", "training_speedup", "sampling_speedup", "differs",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def write_tables(params: Params, folder: Path) -> TablesReport:
     """Write ``tables.html``, ``tables.md``, ``tables.csv``, and ``figure4.png`` if both its processes ran.
 
     Raises:
-        TrackingAway: MLflow does not answer; nothing is written.
+        TrackingUnavailable: MLflow does not answer; nothing is written.
         UserError: ``folder`` is a file.
     """
     if folder.exists() and not folder.is_dir():
@@ -84,7 +84,7 @@ def _draw_figure(lines: Sequence[Line], path: Path) -> Path | None:
     for line in lines:
         if line.seeds:
             mark = Scored(line.row.turning_points[0], line.mean, line.spread)
-            marks.setdefault(line.seeds[0].run.kind, []).append(mark)
+            marks.setdefault(line.seeds[0].run.process, []).append(mark)
     path.unlink(missing_ok=True)
     if len(marks) < 2:
         return None
@@ -134,7 +134,7 @@ def _cells(table: Table, line: Line) -> list[str]:
         _speed(row.seconds_per_sample, row.sampling_speedup),
         f"{line.sampling_speedup:.2f}x" if line.sampling_speedup else "",
     ]
-    where = f"{row.data_set}, {row.side} px"
+    where = f"{row.data_set}, {row.resolution} px"
     return [where, row.setting, row.fid, ours, *(speeds if _has_speeds(table) else []), _terms(line)]
 
 
@@ -153,16 +153,16 @@ def _terms(line: Line) -> str:
     record, sampling = line.seeds[0].record, line.seeds[0].run.sampling
     return (
         f"{record.headline} ({record.extractor}), {record.samples:,} samples against {record.references:,},"
-        f" {sampling.rule}, {sampling.steps} steps; seeds: {len(line.seeds)}; trained on {line.images:,} images"
+        f" {sampling.solver}, {sampling.steps} steps; seeds: {len(line.seeds)}; trained on {line.images:,} images"
     )
 
 
 def _notes(table: Table, lines: Sequence[Line]) -> list[str]:
     """What the marks mean, once for rows of a data set that differ alike, and what else is to be said."""
-    differing = dict.fromkeys((line.row.data_set, line.row.side, line.differs) for line in lines if line.differs)
+    differing = dict.fromkeys((line.row.data_set, line.row.resolution, line.differs) for line in lines if line.differs)
     marks = [
-        f"{MARK} {data_set}, {side} px: does not compare with the paper's ({'; '.join(differs)})."
-        for data_set, side, differs in differing
+        f"{MARK} {data_set}, {resolution} px: does not compare with the paper's ({'; '.join(differs)})."
+        for data_set, resolution, differs in differing
     ]
     return [*marks, table.note] if table.note else marks
 
@@ -173,7 +173,7 @@ def _numbers(table: Table, line: Line) -> Mapping[str, object]:
     numbers: dict[str, object] = {
         "table": table.title.split(":")[0],
         "data_set": row.data_set,
-        "side": row.side,
+        "resolution": row.resolution,
         "setting": row.setting,
         "paper_fid": row.fid,
         "paper_seconds_per_iteration": row.seconds_per_iteration,
@@ -198,7 +198,7 @@ def _numbers(table: Table, line: Line) -> Mapping[str, object]:
         "samples": record.samples,
         "references": record.references,
         "extractor": record.extractor,
-        "rule": sampling.rule,
+        "solver": sampling.solver,
         "steps": sampling.steps,
         "training_images": line.images,
         "differs": "; ".join(line.differs),

@@ -1,6 +1,6 @@
 """The paper's tables with ours beside them, from what MLflow holds and nothing else.
 
-A score stands in a row's cell if its run is of the row's data set (by name), side, process and turning points. All our
+A score stands in a row's cell if its run is of the row's data set (by name), resolution, process and turning points. All our
 cells of one data set in one table are of runs that were trained alike and scored on the same terms. Where MLflow has
 several such groups, it is the one that differs least from the paper, then the one that fills most cells.
 """
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from dvdp.config import Params, Run, parse_params
-from dvdp.evaluation.records import ScoreRecord, comparable
+from dvdp.evaluation.records import ScoreRecord, score_differences
 from dvdp.identity import training_identity
 from dvdp.models.flops import training_images
 from pipelines.reports.paper import TABLES, TIMESTEPS, Row, Table
@@ -97,7 +97,7 @@ def fill_tables(params: Params) -> Filled:
     """Read ``tracking.experiment`` in MLflow; where there is no MLflow, all our cells are empty.
 
     Raises:
-        TrackingAway: MLflow does not answer.
+        TrackingUnavailable: MLflow does not answer.
     """
     entries: list[Entry] = []
     found: list[tuple[Row, Measured]] = []
@@ -110,7 +110,7 @@ def fill_tables(params: Params) -> Filled:
             for entry, rows in tqdm(candidates, desc="scores in MLflow", unit="run", disable=None, leave=False):
                 measured = _read(client, entry)
                 if measured is not None:
-                    how = measured.run.sampling.rule, measured.run.sampling.steps
+                    how = measured.run.sampling.solver, measured.run.sampling.steps
                     found += [(row, measured) for row in rows if row.sampling in (None, how)]
     lines = {table: _fill(table, [(row, m) for row, m in found if row in table.rows]) for table in TABLES}
     shown = {seed.run_id for table in lines.values() for line in table for seed in line.seeds}
@@ -132,18 +132,18 @@ def _scored_runs(client: MlflowClient, experiment: str) -> list[Entry]:
 
 
 def _data_set(entry: Entry) -> str:
-    return f"{entry.data.tags.get(DATASET, 'unnamed')} ({entry.data.params.get('side', '?')} px)"
+    return f"{entry.data.tags.get(DATASET, 'unnamed')} ({entry.data.params.get('resolution', '?')} px)"
 
 
 def _rows(entry: Entry) -> list[Row]:
-    """Those of the run's data set, side, process and turning points, however it was sampled."""
+    """Those of the run's data set, resolution, process and turning points, however it was sampled."""
     name, logged = entry.data.tags.get(DATASET, ""), entry.data.params
-    keys = tuple(logged.get(key) for key in ("kind", "turning_points", "side"))
+    keys = tuple(logged.get(key) for key in ("kind", "turning_points", "resolution"))
     return [
         row
         for table in TABLES
         for row in table.rows
-        if keys == (row.kind, json.dumps(row.turning_points), str(row.side)) and row.is_on(name)
+        if keys == (row.process, json.dumps(row.turning_points), str(row.resolution)) and row.is_on(name)
     ]
 
 
@@ -158,7 +158,7 @@ def _read(client: MlflowClient, entry: Entry) -> Measured | None:
         settings = {setting.name: setting for setting in params.settings}
         run = params.run(settings[tags[SETTING]], int(entry.data.params["seed"]))
         # As DDPM, which sees equal images whatever a setting costs.
-        ddpm = replace(run, kind="ddpm", turning_points=(), seed=0)
+        ddpm = replace(run, process="ddpm", turning_points=(), seed=0)
         alike = [tags[DATASET_DIGEST], params.dataset.flip, run.training.budget, training_identity(ddpm)]
         rates = [metric.value for metric in client.get_metric_history(run_id, "images_per_second")]
         image = 1 / statistics.median(rates) if rates else None
@@ -182,20 +182,20 @@ def _fill(table: Table, found: Iterable[tuple[Row, Measured]]) -> list[Line]:
         for row, measured in group:
             # The newest come first.
             rows.setdefault(row, {}).setdefault(measured.run.seed, measured)
-        chosen.setdefault((group[0][0].data_set, group[0][0].side), rows)
-    return [_line(table, row, chosen.get((row.data_set, row.side), {})) for row in table.rows]
+        chosen.setdefault((group[0][0].data_set, group[0][0].resolution), rows)
+    return [_line(table, row, chosen.get((row.data_set, row.resolution), {})) for row in table.rows]
 
 
 def _belong_together(a: tuple[Row, Measured], b: tuple[Row, Measured]) -> bool:
     """On one data set, trained alike, and scored on the same terms but for what rows of a table differ in."""
-    keys = [(row.data_set, row.side, row.sampling is None, measured.alike) for row, measured in (a, b)]
-    return keys[0] == keys[1] and not comparable(_terms(*a), _terms(*b))
+    keys = [(row.data_set, row.resolution, row.sampling is None, measured.alike) for row, measured in (a, b)]
+    return keys[0] == keys[1] and not score_differences(_terms(*a), _terms(*b))
 
 
 def _terms(row: Row, measured: Measured) -> ScoreRecord:
     if row.sampling is None:
         return measured.record
-    kept = {key: value for key, value in measured.record.sampling.items() if key not in ("rule", "steps")}
+    kept = {key: value for key, value in measured.record.sampling.items() if key not in ("solver", "steps")}
     return replace(measured.record, sampling=kept)
 
 
@@ -208,7 +208,7 @@ def _line(table: Table, row: Row, group: dict[Row, dict[int, Measured]]) -> Line
     if row not in group:
         return Line(row)
     seeds = tuple(measured for _, measured in sorted(group[row].items()))
-    ddpm = next((tuple(found.values()) for other, found in group.items() if other.kind == "ddpm"), ())
+    ddpm = next((tuple(found.values()) for other, found in group.items() if other.process == "ddpm"), ())
 
     def speedup(name: str) -> float | None:
         of_ddpm, ours = ([getattr(run, name) for run in runs] for runs in (ddpm, seeds))
@@ -223,18 +223,18 @@ def _line(table: Table, row: Row, group: dict[Row, dict[int, Measured]]) -> Line
 def _differences(table: Table, row: Row, measured: Measured) -> list[str]:
     """What keeps a score from being compared with the paper's."""
     run, record = measured.run, measured.record
-    rule, steps = row.sampling or ("ddpm", TIMESTEPS)
+    solver, steps = row.sampling or ("ddpm", TIMESTEPS)
     networks, other = ("per_level", "shared") if table.two_networks else ("shared", "per_level")
     words = {"shared": "one network for all levels", "per_level": "one for each level"}
     checks = (
         (record.extractor == "inception", f"{record.headline}, which is not FID"),
         (record.samples == table.samples, f"{record.samples:,} samples, not {table.samples:,}"),
         (run.sampling.steps == steps, f"{run.sampling.steps} steps, not {steps}"),
-        (run.sampling.rule == rule, f"{run.sampling.rule}, not {rule}"),
-        (run.sampling.spacing == "uniform", f"{run.sampling.spacing} spacing"),
+        (run.sampling.solver == solver, f"{run.sampling.solver}, not {solver}"),
+        (run.sampling.timestep_spacing == "uniform", f"{run.sampling.timestep_spacing} timestep_spacing"),
         (run.sampling.lift == "noise", "a lift with the variance of the data"),
-        (not run.model.classes, "a network that is told classes"),
-        (run.process.timesteps == TIMESTEPS, f"T = {run.process.timesteps}, not {TIMESTEPS}"),
+        (not run.model.num_classes, "a network that is told classes"),
+        (run.schedule.timesteps == TIMESTEPS, f"T = {run.schedule.timesteps}, not {TIMESTEPS}"),
         (not run.turning_points or run.model.networks == networks, f"{words[other]}, not {words[networks]}"),
     )
     return [text for same, text in checks if not same]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dvdp.config import Run
 from dvdp.errors import UserError
-from dvdp.evaluation.records import comparable
+from dvdp.evaluation.records import score_differences
 from dvdp.models.flops import relative_flops
 from pipelines.reports.comparison import Result
 from pipelines.reports.sweep_figures import Scored, draw_over_first_turning_point, draw_over_levels
@@ -18,31 +18,33 @@ from pipelines.tracking.history import Trained, trained_settings
 def known_settings(results: Sequence[Result]) -> list[Trained]:
     """Settings of these results, and what MLflow knows beside: trained alike, and scored on the same terms.
 
-    Alike is all but process, turning points and seed. Where MLflow is away, the results alone.
+    Alike is all but process, turning points and seed. Where MLflow is unavailable, the results alone.
     """
     first = results[0].job
     terms = results[0].record
-    alike = [r for r in results if _as(r.job.run, first.run) == first.run and not comparable(terms, r.record)]
+    alike = [r for r in results if _as(r.job.run, first.run) == first.run and not score_differences(terms, r.record)]
     found: dict[tuple[str, tuple[int, ...]], Trained] = {}
     for result in alike:
         run, score = result.job.run, result.record.metrics[result.record.headline]
-        known = found.get((run.kind, run.turning_points))
+        known = found.get((run.process, run.turning_points))
         scores = (*known.scores, score) if known else (score,)
-        found[run.kind, run.turning_points] = Trained(run.kind, run.turning_points, scores, result.record)
+        found[run.process, run.turning_points] = Trained(run.process, run.turning_points, scores, result.record)
     try:
         elsewhere = trained_settings(first.params, first.run, first.dataset_digest, terms)
     except UserError:
         elsewhere = []
     for setting in elsewhere:
-        here = found.get((setting.kind, setting.turning_points))
+        here = found.get((setting.process, setting.turning_points))
         if here is None or len(setting.scores) > len(here.scores):
-            found[setting.kind, setting.turning_points] = setting
-    return sorted(found.values(), key=lambda setting: (setting.kind, setting.turning_points))
+            found[setting.process, setting.turning_points] = setting
+    return sorted(found.values(), key=lambda setting: (setting.process, setting.turning_points))
 
 
 def _as(run: Run, other: Run) -> Run:
     """With the name, process, turning points and seed of another."""
-    return replace(run, setting=other.setting, kind=other.kind, turning_points=other.turning_points, seed=other.seed)
+    return replace(
+        run, setting=other.setting, process=other.process, turning_points=other.turning_points, seed=other.seed
+    )
 
 
 def draw_sweeps(folder: Path, settings: Sequence[Trained], run: Run) -> list[tuple[Path, str]]:
@@ -59,16 +61,18 @@ def draw_sweeps(folder: Path, settings: Sequence[Trained], run: Run) -> list[tup
     lines: dict[str, list[Scored]] = {}
     for setting in settings:
         if len(setting.turning_points) == 1:
-            lines.setdefault(setting.kind, []).append(_mark(setting, setting.turning_points[0]))
+            lines.setdefault(setting.process, []).append(_mark(setting, setting.turning_points[0]))
     if any(len(marks) > 1 for marks in lines.values()):
         path = draw_over_first_turning_point(folder / "first_turning_point.png", lines, ddpm, metric)
         drawn.append((path, "Score over T_1 of settings with one turning point; the band is DDPM's spread over seeds"))
-    levels = [s for s in settings if s.kind != "subspace"]
+    levels = [s for s in settings if s.process != "subspace"]
     if len({len(s.turning_points) for s in levels}) > 2:
         scores = [_mark(s, len(s.turning_points)) for s in levels]
         speedups = [
             Scored(
-                len(s.turning_points), 1 / relative_flops(replace(run, kind=s.kind, turning_points=s.turning_points)), 0
+                len(s.turning_points),
+                1 / relative_flops(replace(run, process=s.process, turning_points=s.turning_points)),
+                0,
             )
             for s in levels
         ]

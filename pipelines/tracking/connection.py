@@ -18,13 +18,13 @@ from dvdp.errors import UserError
 from dvdp.files import locked
 
 
-class TrackingAway(RuntimeError):  # noqa: N818 - a state of affairs, not a mistake
+class TrackingUnavailable(RuntimeError):  # noqa: N818 - a state of affairs, not a mistake
     """MLflow could not be reached, or did not take something. Nothing is lost: see the text."""
 
 
 @contextlib.contextmanager
 def reaching(client: MlflowClient, folder: Path) -> Iterator[None]:
-    """Raise :class:`TrackingAway` for a server that does not answer; other errors stay as they are.
+    """Raise :class:`TrackingUnavailable` for a server that does not answer; other errors stay as they are.
 
     Args:
         folder: where all that the block would log lies, for the text.
@@ -32,15 +32,15 @@ def reaching(client: MlflowClient, folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_away(error):
+        if not _is_unavailable(error):
             raise
-        raise _away(client, folder, error) from error
+        raise _unavailable(client, folder, error) from error
 
 
 def connect(project: Path | str = ".") -> MlflowClient:
     """A client of the store at ``MLFLOW_TRACKING_URI``, else of ``mlflow.db`` in the project folder.
 
-    A server is not asked for anything yet, so that it may be away. A sqlite file is created where it is missing, by
+    A server is not asked for anything yet, so that it may be unavailable. A sqlite file is created where it is missing, by
     one process at a time: MLflow cannot do that in several at once.
 
     Raises:
@@ -73,7 +73,7 @@ def _sqlite_file(address: str) -> Path | None:
     return Path(address.removeprefix("sqlite:///")).resolve() if address.startswith("sqlite:///") else None
 
 
-def _is_away(error: BaseException | None) -> bool:
+def _is_unavailable(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, requests.RequestException):
             return True
@@ -83,8 +83,8 @@ def _is_away(error: BaseException | None) -> bool:
     return False
 
 
-def _away(client: MlflowClient, folder: Path, error: Exception) -> TrackingAway:
-    return TrackingAway(
+def _unavailable(client: MlflowClient, folder: Path, error: Exception) -> TrackingUnavailable:
+    return TrackingUnavailable(
         f"tracking: MLflow at {_public(client.tracking_uri)} did not take everything ({_reason(error)}); it is all in"
         f" {folder}, and running the same command again replays it."
     )

@@ -13,13 +13,13 @@ from typing import Any
 
 from dvdp.config import Params, ProcessName, Run
 from dvdp.errors import UserError
-from dvdp.evaluation.records import ScoreRecord, comparable
+from dvdp.evaluation.records import ScoreRecord, score_differences
 from dvdp.identity import training_identity
-from pipelines.tracking.connection import TrackingAway, connect, reaching
+from pipelines.tracking.connection import TrackingUnavailable, connect, reaching
 from pipelines.tracking.runs import DATASET_DIGEST, flatten, read_text
 
 #: Of runs from before there were these keys.
-_EARLIER = {"model.classes": "0", "training.compile": "false"}
+_EARLIER = {"model.num_classes": "0", "training.compile": "false"}
 #: Runs of a data set that are looked at, the newest first.
 _MOST = 5000
 
@@ -28,7 +28,7 @@ _MOST = 5000
 class Trained:
     """A setting that was trained and scored, over its seeds."""
 
-    kind: ProcessName
+    process: ProcessName
     turning_points: tuple[int, ...]
     scores: tuple[float, ...]
     """Of the headline metric, one a seed; lower is better."""
@@ -51,7 +51,7 @@ def trained_settings(params: Params, run: Run, digest: str, terms: ScoreRecord |
 
     Args:
         digest: of the data set.
-        terms: on which they must have been scored (extractor, samples, rule, steps); by default those that most
+        terms: on which they must have been scored (extractor, samples, solver, steps); by default those that most
             settings share.
 
     Raises:
@@ -62,16 +62,16 @@ def trained_settings(params: Params, run: Run, digest: str, terms: ScoreRecord |
         return []
     groups: list[list[tuple[Run, ScoreRecord]]] = []
     for alike, record in _scored_runs(params, run, digest):
-        if terms is not None and comparable(terms, record):
+        if terms is not None and score_differences(terms, record):
             continue
-        group = next((group for group in groups if not comparable(group[0][1], record)), None)
+        group = next((group for group in groups if not score_differences(group[0][1], record)), None)
         if group is None:
             groups.append(group := [])
         group.append((alike, record))
     settings: dict[tuple[ProcessName, tuple[int, ...]], dict[int, ScoreRecord]] = {}
     for alike, record in max(groups, key=_count_settings, default=[]):
         # The newest come first.
-        settings.setdefault((alike.kind, alike.turning_points), {}).setdefault(alike.seed, record)
+        settings.setdefault((alike.process, alike.turning_points), {}).setdefault(alike.seed, record)
     return [
         Trained(kind, points, tuple(r.metrics[r.headline] for r in seeds.values()), next(iter(seeds.values())))
         for (kind, points), seeds in sorted(settings.items(), key=lambda item: (item[0][0], item[0][1]))
@@ -79,7 +79,7 @@ def trained_settings(params: Params, run: Run, digest: str, terms: ScoreRecord |
 
 
 def _count_settings(group: Sequence[tuple[Run, ScoreRecord]]) -> int:
-    return len({(run.kind, run.turning_points) for run, _ in group})
+    return len({(run.process, run.turning_points) for run, _ in group})
 
 
 def _scored_runs(params: Params, run: Run, digest: str) -> Iterator[tuple[Run, ScoreRecord]]:
@@ -104,7 +104,7 @@ def _scored_runs(params: Params, run: Run, digest: str) -> Iterator[tuple[Run, S
                     continue
                 with contextlib.suppress(UserError):  # of another release
                     yield alike, ScoreRecord.from_json(text)
-    except TrackingAway:
+    except TrackingUnavailable:
         raise UserError(
             "MLFLOW_TRACKING_URI: found no answer from MLflow there, which knows the trained settings, expected a"
             " server that runs; start it, or unset the variable to plan without."
@@ -116,7 +116,7 @@ def _alike(run: Run, logged: dict[str, str]) -> Run | None:
     try:
         kind: Any = logged["kind"]
         alike = replace(
-            run, kind=kind, turning_points=tuple(json.loads(logged["turning_points"])), seed=int(logged["seed"])
+            run, process=kind, turning_points=tuple(json.loads(logged["turning_points"])), seed=int(logged["seed"])
         )
         alike.check()
     except (KeyError, ValueError):  # also a UserError

@@ -13,7 +13,7 @@ from dvdp.identity import training_identity
 from dvdp.models.export import load_model, save_model
 from dvdp.training.loop import is_finished
 from pipelines.jobs.job import Job
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 from pipelines.provenance import provenance
 from pipelines.tracking.connection import connect
 from pipelines.tracking.runs import (
@@ -37,7 +37,7 @@ def tracked(job: Job) -> TrackedRun:
     """
     params = job.params
     run = open_run(connect(), params.tracking.experiment, SAMPLING_HASH, job.sampling_hash, job.name)
-    store = ImageStore(Places.of(params).store)
+    store = ImageStore(DataPaths.of(params).store)
     run.log_params({**training_identity(job.run), "flip": params.dataset.flip})
     run.log_dataset(params.dataset.name, job.dataset_digest, store.images(range(min(16, len(store)))))
     run.set_tags(description(job))
@@ -60,7 +60,7 @@ def description(job: Job) -> dict[str, str]:
         TURNING_POINTS: json.dumps(job.run.turning_points),
         PARAMS_DIGEST: digest,
         DATASET: job.params.dataset.name,
-        **provenance(store=Places.of(job.params).store),
+        **provenance(store=DataPaths.of(job.params).store),
     }
 
 

@@ -4,7 +4,7 @@ It is copied into the model beside the weights (``weights.safetensors``) and the
 runs where ``dvdp`` is not installed; what it needs is what ``dvdp`` needs without extras, and mlflow.
 
     model = mlflow.pyfunc.load_model("models:/dvdp-digits@champion")
-    model.predict(pd.DataFrame([{"count": 4, "seed": 0, "rule": "ddpm", "steps": 250}]))  # uint8 (4, H, W, 3)
+    model.predict(pd.DataFrame([{"count": 4, "seed": 0, "solver": "ddpm", "steps": 250}]))  # uint8 (4, H, W, 3)
     model.predict(pd.DataFrame([{"count": 4, "label": "7"}]))  # of one class, where the model is told classes
 """
 
@@ -37,7 +37,7 @@ class ImageModel(PythonModel):
         """Images of all rows, one after the other.
 
         Args:
-            model_input: rows of ``count`` and, optionally, ``seed``, ``rule``, ``steps`` and ``label``; what is
+            model_input: rows of ``count`` and, optionally, ``seed``, ``solver``, ``steps`` and ``label``; what is
                 missing or null is as in the training run's ``sampling``, and classes are drawn. Image i of a seed is
                 the same image in any batch, on one kind of device.
 
@@ -62,7 +62,7 @@ class ImageModel(PythonModel):
         self,
         count: int,
         seed: int | None = None,
-        rule: str | None = None,
+        solver: str | None = None,
         steps: int | None = None,
         label: str | None = None,
     ) -> np.ndarray:
@@ -73,7 +73,7 @@ class ImageModel(PythonModel):
             def advance(progress: Progress) -> None:
                 bar.update()
 
-            images = self._model.sample(count, seed=seed, rule=rule, steps=steps, label=label, callback=advance)
+            images = self._model.sample(count, seed=seed, solver=solver, steps=steps, label=label, callback=advance)
         return images.permute(0, 2, 3, 1).contiguous().numpy()
 
 

@@ -34,7 +34,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 import dvdp
 from dvdp.errors import UserError
-from dvdp.evaluation.records import ScoreRecord, comparable
+from dvdp.evaluation.records import ScoreRecord, score_differences
 from dvdp.models.export import load_model
 from pipelines.tracking.runs import TRAINING_HASH, TrackedRun
 
@@ -51,7 +51,7 @@ SIGNATURE = ModelSignature(
         [
             ColSpec(DataType.long, "count"),
             ColSpec(DataType.long, "seed", required=False),
-            ColSpec(DataType.string, "rule", required=False),
+            ColSpec(DataType.string, "solver", required=False),
             ColSpec(DataType.long, "steps", required=False),
             ColSpec(DataType.string, "label", required=False),
         ]
@@ -122,7 +122,7 @@ def promote(client: MlflowClient, name: str) -> Promotion:
         text = f"Version {holder} of {name} stays champion: it has no score to compare others with."
         return Promotion(holder, False, text)
     measure = scored[max(scored) if holder is None else holder]
-    different = {number: comparable(measure, record) for number, record in scored.items()}
+    different = {number: score_differences(measure, record) for number, record in scored.items()}
     # The holder first, then the newest: min takes the first of equals.
     order = sorted((n for n in scored if not different[n]), key=lambda n: (n != holder, -n))
     best = min(order, key=lambda n: _score(scored[n]))
@@ -217,7 +217,7 @@ def _logged_model(run: TrackedRun, weights: Path, tags: Mapping[str, str], step:
             code_paths=[str(Path(dvdp.__file__).parent)],
             pip_requirements=requirements(),
             signature=SIGNATURE,
-            input_example=pd.DataFrame([{"count": 4, "seed": 0, "rule": defaults.rule, "steps": defaults.steps}]),
+            input_example=pd.DataFrame([{"count": 4, "seed": 0, "solver": defaults.solver, "steps": defaults.steps}]),
             mlflow_model=Model(
                 artifact_path=model.artifact_location,
                 model_uuid=model.model_id,
@@ -233,7 +233,7 @@ def _logged_model(run: TrackedRun, weights: Path, tags: Mapping[str, str], step:
 def _create_version(run: TrackedRun, name: str, model: LoggedModel, tags: Mapping[str, str]) -> ModelVersion:
     client = run.client
     try:
-        client.create_registered_model(name, description="Draws images; input: count, seed, rule, steps, label.")
+        client.create_registered_model(name, description="Draws images; input: count, seed, solver, steps, label.")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

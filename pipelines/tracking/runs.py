@@ -3,7 +3,7 @@
 Comparisons: a trained setting is a run of its own, at the top of its experiment, and belongs to as many comparisons
 as one likes. A comparison is a run too, found by the hash of what it compares; it holds the table and the contact
 sheet. :func:`adopt` nests the trained runs under the newest comparison they are in (``mlflow.parentRunId``, which
-MLflow keeps one of) and writes links to all of them, and to MLflow's own page that lays them side by side, into the
+MLflow keeps one of) and writes links to all of them, and to MLflow's own page that lays them resolution by resolution, into the
 comparison's description, which older comparisons keep.
 """
 
@@ -183,7 +183,7 @@ def adopt(parent: TrackedRun, children: Mapping[str, TrackedRun], summary: str =
     experiments = json.dumps([parent.experiment_id])
     lines = [f"- [{name}](#/experiments/{child.experiment_id}/runs/{child.run_id})" for name, child in children.items()]
     query = f"runs={quote(runs)}&experiments={quote(experiments)}"
-    side_by_side = f"[Side by side](#/compare-runs?{query}), or one by one:"
+    side_by_side = f"[Side by resolution](#/compare-runs?{query}), or one by one:"
     note = "\n".join([*([summary, ""] if summary else []), side_by_side, "", *lines])
     parent.set_tags({mlflow_tags.MLFLOW_RUN_NOTE: note, "dvdp.children": runs})
 

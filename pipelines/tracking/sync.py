@@ -16,11 +16,11 @@ from PIL import Image
 
 from dvdp.errors import UserError
 from dvdp.training import ledger
-from pipelines.tracking.connection import TrackingAway, _away, _reason
+from pipelines.tracking.connection import TrackingUnavailable, _reason, _unavailable
 from pipelines.tracking.runs import _BATCH, TrackedRun, _parts
 
 logger = logging.getLogger("dvdp.tracking")
-#: Seconds between attempts while MLflow is away, at most.
+#: Seconds between attempts while MLflow is unavailable, at most.
 _MAX_PAUSE = 30.0
 
 
@@ -29,7 +29,7 @@ class LedgerSync:
 
     For each metric and step MLflow gets one value, the first that was carried over, whatever happens to the driver,
     the workers, the ledger (which a resumed training shortens) or the server: what MLflow has is read at the start
-    and after every call that failed, as that may have half happened. A server that is away is tried again for ever.
+    and after every call that failed, as that may have half happened. A server that is unavailable is tried again for ever.
 
     As a context manager it starts, and closes at the end of the block; if the block raised, that is the error raised.
 
@@ -67,10 +67,10 @@ class LedgerSync:
         """Carry over what is left, and stop.
 
         Args:
-            timeout: seconds to go on trying while MLflow is away.
+            timeout: seconds to go on trying while MLflow is unavailable.
 
         Raises:
-            TrackingAway: it still is.
+            TrackingUnavailable: it still is.
             UserError: what ``find`` raised.
         """
         self._deadline = time.monotonic() + timeout
@@ -79,7 +79,7 @@ class LedgerSync:
         if isinstance(self._problem, UserError):
             raise self._problem
         if self._problem is not None:
-            raise _away(self._client, self._folder, self._problem) from self._problem
+            raise _unavailable(self._client, self._folder, self._problem) from self._problem
 
     def __enter__(self) -> LedgerSync:
         return self.start()
@@ -90,7 +90,7 @@ class LedgerSync:
             return
         try:
             self.close(timeout=2.0)
-        except (TrackingAway, UserError) as problem:
+        except (TrackingUnavailable, UserError) as problem:
             logger.warning("%s", problem)
 
     def _work(self) -> None:

@@ -10,7 +10,7 @@ PROJECT = Path(__file__).parents[2]
 
 def test_the_share_outside_the_network_is_measured_for_every_level(tmp_path: Path) -> None:
     out = tmp_path / "band_share.json"
-    command = [sys.executable, "-m", "benchmarks.band_share", "--sides", "16", "--turns", "1", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.band_share", "--resolutions", "16", "--turns", "1", "--out", str(out)]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr

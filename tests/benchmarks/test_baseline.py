@@ -19,7 +19,7 @@ from dvdp.errors import UserError
 PROJECT = Path(__file__).parents[2]
 BASELINE = {
     "machine": {"malloc": "1073741824", "threads": 1},
-    "cases": [{"side": 64, "batch": 20}],
+    "cases": [{"resolution": 64, "batch": 20}],
     "ratios": {"64 px, training": 2.4, "64 px, sampling": 2.5, "64 px, diffusers over ours": 1.1},
     "spreads": {"64 px, training": 0.001, "64 px, sampling": 0.02, "64 px, diffusers over ours": 0.2},
 }
@@ -81,7 +81,7 @@ def test_a_ratio_that_is_missing_fails_unless_the_run_was_not_asked_for_it() -> 
     assert "Not compared (diffusers is not installed): 64 px, diffusers over ours." in told
     assert "Not compared (the baseline lacks them): 64 px, diffusers" in compare(BASELINE, found(ratios=fewer))
     with pytest.raises(UserError, match="ratios: found none that the baseline has"):
-        compare(found(ratios={}, left_out={"64 px": "not in --sides"}), BASELINE)
+        compare(found(ratios={}, left_out={"64 px": "not in --resolutions"}), BASELINE)
 
 
 def test_what_was_measured_otherwise_is_not_comparable() -> None:
@@ -90,7 +90,7 @@ def test_what_was_measured_otherwise_is_not_comparable() -> None:
     ):
         compare(found(machine={"malloc": "default", "threads": 1}), BASELINE)
     with pytest.raises(UserError, match="images a step at 64 px: found 60, expected 20"):
-        compare(found(cases=[{"side": 64, "batch": 60}, {"side": 32, "batch": 20}]), BASELINE)
+        compare(found(cases=[{"resolution": 64, "batch": 60}, {"resolution": 32, "batch": 20}]), BASELINE)
 
 
 def test_any_two_results_are_compared_from_the_command_line(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_regression_fails_the_command(tmp_path: Path) -> None:
     ratios = {f"16 px, fp32, {kind}": 1000.0 for kind in kinds}
     path = tmp_path / "baseline.json"
     path.write_text(json.dumps({"ratios": {**ratios, "16 px, bf16, sampling, DDPM over DVDP": 1000.0}}))
-    common = ["benchmarks.steps", "--sides", 16, "--precisions", "fp32", "--baseline", path]
+    common = ["benchmarks.steps", "--resolutions", 16, "--precisions", "fp32", "--baseline", path]
     done = run_module(*common, MALLOC_MMAP_THRESHOLD_="1073741824")
     assert done.returncode == 1
     assert done.stderr.count("expected at least 1000.000 less 7.0% as in the baseline") == len(ratios)

@@ -27,7 +27,7 @@ def run_module(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("steps") / "steps.json"
-    done = run_module("benchmarks.steps", "--sides", 16, "--turns", 1, "--out", path)
+    done = run_module("benchmarks.steps", "--resolutions", 16, "--turns", 1, "--out", path)
     assert done.returncode == 0, done.stderr
     return path
 
@@ -46,7 +46,7 @@ def test_steps_are_measured_for_every_setting_level_and_precision(result: Path) 
         ratio = found["ratios"][f"16 px, {precision}, training, DDPM over DVDP, one level a step"]
         assert ratio == pytest.approx(seconds[f"{precision} ddpm"] / one), "over DDPM's own step, as ranks.py has it"
     assert found["ratios"].keys() == found["spreads"].keys()
-    assert found["left_out"]["64 px, "] == "not in --sides"
+    assert found["left_out"]["64 px, "] == "not in --resolutions"
     assert found["machine"]["command"].startswith("python -m benchmarks.steps ")
     assert case["images_per_level"] == [3, 3, 4]
     flops = case["forward_flops"]
@@ -65,7 +65,7 @@ def test_table_and_plot_are_made_from_the_result(result: Path) -> None:
     assert steps_report.put_in(page, "steps", text) == page
     assert steps_report.plot(found).startswith(b"\x89PNG")
     kept = {"ours, all": 0.75, "ours, one": 0.5}
-    measured = [{"side": 16, "precision": "fp32", "ranks": 2, "share_of_bound_kept": kept}]
+    measured = [{"resolution": 16, "precision": "fp32", "ranks": 2, "share_of_bound_kept": kept}]
     ranks = steps_report.ranks_table({"computed": [computed(found["cases"][0], "fp32")], "measured": measured})
     assert ranks.count("| 16 | fp32 |") == 3
     assert "| 16 | fp32, measured | 2 | 75% | 50% |  |  |" in ranks
@@ -89,7 +89,9 @@ def test_ranks_that_draw_for_themselves_keep_less_of_the_bound(result: Path) -> 
 @pytest.mark.slow
 def test_two_ranks_are_measured(result: Path, tmp_path: Path) -> None:
     out = tmp_path / "ranks.json"
-    done = run_module("benchmarks.ranks", "--steps", result, "--measure", "--sides", 16, "--turns", 2, "--out", out)
+    done = run_module(
+        "benchmarks.ranks", "--steps", result, "--measure", "--resolutions", 16, "--turns", 2, "--out", out
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert [case["ranks"] for case in found["measured"]] == [1, 2]
@@ -111,8 +113,8 @@ def test_works_take_turns_and_memory_is_that_of_the_work() -> None:
 
 
 def test_the_price_of_recomputing_is_measured(tmp_path: Path) -> None:
-    out = tmp_path / "recompute.json"
-    done = run_module("benchmarks.recompute", "--sides", 16, "--turns", 1, "--out", out)
+    out = tmp_path / "activation_checkpointing.json"
+    done = run_module("benchmarks.activation_checkpointing", "--resolutions", 16, "--turns", 1, "--out", out)
     assert done.returncode == 0, done.stderr
     (case,) = json.loads(out.read_text())["cases"]
     assert case["time_ratio"] == case["seconds"][1] / case["seconds"][0]
@@ -123,7 +125,13 @@ def test_the_same_training_in_both_precisions_is_compared_and_drawn(tmp_path: Pa
     tree = {
         "dataset": {"resolution": 16},
         "settings": [{"name": "small", "process": "dvdp", "turning_points": [500]}],
-        "model": {"channels": 8, "multipliers": [1, 2], "attention": [], "head_channels": 8, "classes": 10},
+        "model": {
+            "model_channels": 8,
+            "channel_mult": [1, 2],
+            "attention_factors": [],
+            "num_head_channels": 8,
+            "num_classes": 10,
+        },
         "training": {"budget": "images", "batch": 16, "warmup_images": 16, "preview_steps": 4},
         "sampling": {"count": 16, "steps": 4},
         "evaluation": {"samples": 16, "kid_subset": 8, "extractor_epochs": 1},
@@ -141,7 +149,7 @@ def test_the_same_training_in_both_precisions_is_compared_and_drawn(tmp_path: Pa
 
 def test_throughput_is_marked_where_it_is_not_the_protocols(tmp_path: Path) -> None:
     path = tmp_path / "throughput.json"
-    common = ["benchmarks.throughput", "--toy", "--side", 32, "--batches", 2, "--steps", 3, "--out", path]
+    common = ["benchmarks.throughput", "--toy", "--resolution", 32, "--batches", 2, "--steps", 3, "--out", path]
     done = run_module(*common, "--levels", "all", "--iterations", 2)
     assert done.returncode == 0, done.stderr
     assert "**Shortened, not the protocol**: 2 of 4,000 iterations, 2 of 100 batches, 3 of 1,000 steps." in done.stdout
@@ -175,7 +183,7 @@ def test_times_are_kept_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_larger_batches_in_parts_are_measured(tmp_path: Path) -> None:
     out = tmp_path / "level_batch.json"
-    done = run_module("benchmarks.level_batch", "--sides", 16, "--turns", 1, "--out", out)
+    done = run_module("benchmarks.level_batch", "--resolutions", 16, "--turns", 1, "--out", out)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     for case in found["cases"]:

@@ -1,4 +1,4 @@
-"""Errors of all rules fall with their order, and are drawn."""
+"""Errors of all solvers fall with their order, and are drawn."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from benchmarks.convergence import ALL, error, law_error
 
 
 @pytest.mark.parametrize(
-    ("rule", "order"),
+    ("solver", "order"),
     [("ddpm", 1), ("ddim", 1), ("sde-dpm++2m", 2), ("dpm++2m", 2), ("deis2", 2), ("deis3", 2)],
 )
-def test_deviations_of_bands_converge_with_the_order_of_the_rule(rule: str, order: int) -> None:
-    """For noisy rules too, of which single images converge to nothing."""
-    coarse, fine = law_error(rule, 100), law_error(rule, 400)
+def test_deviations_of_bands_converge_with_the_order_of_the_rule(solver: str, order: int) -> None:
+    """For noisy solvers too, of which single images converge to nothing."""
+    coarse, fine = law_error(solver, 100), law_error(solver, 400)
     assert math.log(coarse / fine) / math.log(4) > order - 0.2, (coarse, fine)
 
 
 def test_second_order_with_noise_is_nearer_than_first_order_without() -> None:
-    errors = {rule: law_error(rule, 50) for rule in ALL}
+    errors = {solver: law_error(solver, 50) for solver in ALL}
     assert errors["sde-dpm++2m"] < errors["ddim"] / 3 < errors["ddpm"] / 3
 
 

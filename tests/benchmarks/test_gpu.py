@@ -48,12 +48,12 @@ def run_bare(module: str, *arguments: object) -> subprocess.CompletedProcess[str
 
 def options(out: Path, **others: object) -> argparse.Namespace:
     """Of the script that measures steps, at toy size."""
-    given = {"side": 256, "mode": ["eager"], "turns": 1, "seconds": 500.0, "toy": True, "out": out}
+    given = {"resolution": 256, "mode": ["eager"], "turns": 1, "seconds": 500.0, "toy": True, "out": out}
     return argparse.Namespace(**given | others)
 
 
-def pictures(count: int, side: int = 16) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+def pictures(count: int, resolution: int = 16) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, resolution, resolution, 3), dtype=np.uint8)
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -71,12 +71,12 @@ def test_gpu_scripts_import_nothing_that_a_bare_machine_lacks() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("side", "preset"), [(256, "folder-256"), (32, "cifar10-32")])
-def test_the_networks_measured_are_those_of_the_presets(side: int, preset: str) -> None:
+@pytest.mark.parametrize(("resolution", "preset"), [(256, "folder-256"), (32, "cifar10-32")])
+def test_the_networks_measured_are_those_of_the_presets(resolution: int, preset: str) -> None:
     params = read_params(PROJECT / "presets" / f"{preset}.yaml")
-    batch, sampled, turning_points, model = steps.PAPER[side]
+    batch, sampled, turning_points, model = steps.PAPER[resolution]
     assert model == params.model, "width, blocks, attention, what is predicted"
-    assert (side, batch, sampled) == (params.dataset.resolution, params.training.batch, params.sampling.batch)
+    assert (resolution, batch, sampled) == (params.dataset.resolution, params.training.batch, params.sampling.batch)
     assert turning_points == params.settings[-1].turning_points
 
 
@@ -102,9 +102,9 @@ def test_steps_are_measured_in_each_eager_mode(tmp_path: Path) -> None:
 @pytest.mark.slow
 @COMPILER
 def test_steps_are_measured_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = ModelParams(channels=4, multipliers=(1,), attention=(), head_channels=4)
+    small = ModelParams(model_channels=4, channel_mult=(1,), attention_factors=(), num_head_channels=4)
     monkeypatch.setattr(steps, "TOY", {8: (10, small)})
-    steps.run(options(tmp_path / "steps.json", side=32, mode=["compiled"], seconds=3000.0))
+    steps.run(options(tmp_path / "steps.json", resolution=32, mode=["compiled"], seconds=3000.0))
     result = json.loads((tmp_path / "steps.json").read_text())
     assert result["complete"] is True
     measured = result["modes"]["compiled"]["measured"]
@@ -217,7 +217,7 @@ def test_an_archive_is_scored_by_an_extractor_made_before(tmp_path: Path) -> Non
     assert found["extractor"]["data"] == "before"
     assert all(row["fd_labels"] >= 0 for row in found["settings"].values())
     assert not (tmp_path / "out/extractor.safetensors").exists()
-    np.save(tmp_path / "larger.npy", pictures(2, side=32))
+    np.save(tmp_path / "larger.npy", pictures(2, resolution=32))
     given[1] = tmp_path / "larger.npy"
     done = run_bare("benchmarks.gpu.cifar10", *given, *TOY_RUN, "--out", tmp_path / "out")
     assert done.returncode == 1
@@ -227,9 +227,9 @@ def test_an_archive_is_scored_by_an_extractor_made_before(tmp_path: Path) -> Non
 @pytest.mark.slow
 @COMPILER
 def test_settings_train_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = ModelParams(channels=4, multipliers=(1,), attention=(), head_channels=4)
+    small = ModelParams(model_channels=4, channel_mult=(1,), attention_factors=(), num_head_channels=4)
     monkeypatch.setattr(cifar10, "TOY_MODEL", small)
-    np.save(tmp_path / "images.npy", pictures(20, side=8))
+    np.save(tmp_path / "images.npy", pictures(20, resolution=8))
     given = ["--images", tmp_path / "images.npy", *TOY_RUN, "--compile", "--out", tmp_path]
     monkeypatch.setattr(sys, "argv", ["cifar10", *map(str, given)])
     assert cifar10.main() == 0
@@ -249,7 +249,7 @@ def test_a_trial_learns_nothing() -> None:
 
 def test_each_level_always_has_as_many_images() -> None:
     for points in ((600,), (400,)):
-        schedule = steps.make_run(points, 32, cifar10.MODEL, cifar10.TRAINING).schedule()
+        schedule = steps.make_run(points, 32, cifar10.MODEL, cifar10.TRAINING).build_schedule()
         counts = {tuple(level_counts(schedule, "all", 0, n, cifar10.TRAINING.batch)) for n in range(50)}
         assert len(counts) == 1, "or torch.compile makes more of them"
 
@@ -296,7 +296,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--images: found no images in"):
         read_images(tmp_path)
     (tmp_path / "a.png").write_bytes(png(pictures(1)[0]))
-    (tmp_path / "b.png").write_bytes(png(pictures(1, side=8)[0]))
+    (tmp_path / "b.png").write_bytes(png(pictures(1, resolution=8)[0]))
     with pytest.raises(UserError, match="--images: found sizes 8x8, 16x16 in"):
         read_images(tmp_path)
     (tmp_path / "b.png").write_bytes(b"no picture")

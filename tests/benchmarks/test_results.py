@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import level_batch, loading, ranks, recompute, steps, steps_report, throughput
+from benchmarks import activation_checkpointing, level_batch, loading, ranks, steps, steps_report, throughput
 from benchmarks.baseline import TURNS, compare, read_result
 from dvdp.config import read_params
 
@@ -23,11 +23,11 @@ def read(name: str) -> Any:
 @pytest.mark.parametrize("name", OF_STEPS)
 def test_flops_bounds_and_parameters_are_what_they_were(name: str) -> None:
     for case in read(name)["cases"]:
-        _, model = steps.SIZES[case["side"]]
-        for key, now in json.loads(json.dumps(steps.exact(case["side"], case["batch"], model))).items():
+        _, model = steps.SIZES[case["resolution"]]
+        for key, now in json.loads(json.dumps(steps.exact(case["resolution"], case["batch"], model))).items():
             # Diffusers' are only counted where it is installed.
             then = {each: case[key][each] for each in now} if key in ("forward_flops", "parameters") else case[key]
-            assert now == then, f"{case['side']} px: {key}"
+            assert now == then, f"{case['resolution']} px: {key}"
 
 
 def test_ratios_follow_from_what_was_measured() -> None:
@@ -35,7 +35,9 @@ def test_ratios_follow_from_what_was_measured() -> None:
         result = read(name)
         derived = [steps.ratios(case) for case in result["cases"]]
         assert result["ratios"] == pytest.approx({key: value for each in derived for key, value in each.items()}), name
-    assert read("recompute.json")["ratios"] == pytest.approx(recompute.ratios(read("recompute.json")["cases"]))
+    assert read("activation_checkpointing.json")["ratios"] == pytest.approx(
+        activation_checkpointing.ratios(read("activation_checkpointing.json")["cases"])
+    )
     assert read("loading.json")["ratios"] == pytest.approx(loading.ratios(read("loading.json")["ways"]))
     batches = [level_batch.ratios(case) for case in read("level_batch.json")["cases"]]
     assert read("level_batch.json")["ratios"] == pytest.approx({k: v for each in batches for k, v in each.items()})
@@ -53,14 +55,18 @@ def test_what_ranks_keep_follows_from_the_measured_steps() -> None:
     ]
     assert len(now) == len(found)
     for then, row in zip(found, now, strict=True):
-        assert (then["side"], then["precision"], then["bound"]) == (row["side"], row["precision"], row["bound"])
+        assert (then["resolution"], then["precision"], then["bound"]) == (
+            row["resolution"],
+            row["precision"],
+            row["bound"],
+        )
         for number, kept in row["share_of_bound_kept"].items():
             assert then["share_of_bound_kept"][number] == pytest.approx(kept)
 
 
 def test_every_ratio_is_a_finite_number_by_name() -> None:
     stating = [path for path in RESULTS.glob("*.json") if "ratios" in json.loads(path.read_text())]
-    assert {*OF_STEPS, "loading.json", "ranks.json", "recompute.json", "throughput_32_cpu.json"} <= {
+    assert {*OF_STEPS, "loading.json", "ranks.json", "activation_checkpointing.json", "throughput_32_cpu.json"} <= {
         path.name for path in stating
     }
     for path in stating:
@@ -71,7 +77,7 @@ def test_every_ratio_is_a_finite_number_by_name() -> None:
 
 def test_the_benchmark_that_make_runs_has_its_baseline() -> None:
     makefile = (PROJECT / "Makefile").read_text()
-    assert "--sides 64 --precisions fp32" in makefile
+    assert "--resolutions 64 --precisions fp32" in makefile
     assert "--baseline benchmarks/results/baseline_64.json" in makefile
     result = read("baseline_64.json")
     assert result["turns"] >= TURNS
@@ -80,19 +86,19 @@ def test_the_benchmark_that_make_runs_has_its_baseline() -> None:
     assert result["machine"]["threads"] == 1
 
 
-@pytest.mark.parametrize(("side", "preset"), [(32, "cifar10-32"), (256, "folder-256")])
-def test_the_papers_protocol_is_that_of_the_presets(side: int, preset: str) -> None:
+@pytest.mark.parametrize(("resolution", "preset"), [(32, "cifar10-32"), (256, "folder-256")])
+def test_the_papers_protocol_is_that_of_the_presets(resolution: int, preset: str) -> None:
     params = read_params(PROJECT / f"presets/{preset}.yaml")
-    batch, sampling_batch, turning_points, model = throughput.PAPER[side]
+    batch, sampling_batch, turning_points, model = throughput.PAPER[resolution]
     assert model == params.model
-    assert model.predicts == "noise"
+    assert model.prediction_type == "epsilon"
     assert (batch, sampling_batch) == (params.training.batch, params.sampling.batch)
     assert turning_points == params.settings[-1].turning_points
 
 
 def test_what_is_compared_with_diffusers_predicts_what_it_does() -> None:
-    assert {model.predicts for _, model in {**steps.SIZES, **steps.TOY}.values()} == {"noise"}
-    assert {case["network"]["predicts"] for case in read("steps.json")["cases"]} == {"noise"}
+    assert {model.prediction_type for _, model in {**steps.SIZES, **steps.TOY}.values()} == {"epsilon"}
+    assert {case["network"]["prediction_type"] for case in read("steps.json")["cases"]} == {"epsilon"}
 
 
 def test_goals_are_called_met_only_where_they_are() -> None:

@@ -245,7 +245,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path: Path
     finished(with_little_room)
     text = said.read_text()
     assert text.startswith(f"data set: cannot write '{out.with_name('.store.part')}' (")
-    assert "bytes free), expected room on its disk" in text
+    assert "bytes free), expected slots on its disk" in text
     assert text.count(". ") == 0
     assert committed(out) > 0
     assert not out.exists()

@@ -35,7 +35,7 @@ def test_digits_become_a_store(tmp_path: Path) -> None:
     assert image.max() > 200
     assert image[:, :, :4].max() < 30, "the margin is black"
     # The finest band of eightfold pixels holds little: that is what makes turning points possible at 32 px.
-    fine, middle, coarse = metadata.band_deviations(2)
+    fine, middle, coarse = metadata.band_std(2)
     assert fine < middle < coarse
 
 
@@ -59,7 +59,7 @@ def test_the_report_tells_what_was_found(tmp_path: Path) -> None:
     assert found["unlabelled"] == 0
     assert found["digest"] == metadata.digest
     assert found["resolution"] == 16
-    assert tuple(found["detail_deviations"]) == metadata.detail_deviations
+    assert tuple(found["detail_std"]) == metadata.detail_std
 
 
 def test_too_many_unreadable_images_are_an_error_that_keeps_the_old_store(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_places_that_cannot_be_written_are_one_sentence_and_cost_nothing(tmp_pat
     params, out = parameters(make_images(tmp_path / "pets", 2)), tmp_path / "out" / "store"
     (tmp_path / "file").touch()
     for store, report in ((tmp_path / "file" / "store", None), (out, tmp_path / "file" / "prepare.json")):
-        with pytest.raises(UserError, match=r"^data set: cannot write '.*/file/.*' \(.*\), expected room"):
+        with pytest.raises(UserError, match=r"^data set: cannot write '.*/file/.*' \(.*\), expected slots"):
             prepare(params, store, report)
     assert names(out.parent) == [".store.lock", ".store.part"]
     assert prepare(params, out, tmp_path / "prepare.json").count == 4

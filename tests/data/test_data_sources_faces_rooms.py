@@ -76,8 +76,8 @@ def test_celeba_is_the_middle_148_pixels_of_its_zip_tar_or_folder(tmp_path: Path
         for item in source:
             image = item.load()
             assert image.shape == (148, 148, 3)
-            assert (image[0, 0, 0], image[-1, -1, 0]) == (15, 162), "x, 15 of 178 left out on both sides"
-            assert (image[0, 0, 1], image[-1, -1, 1]) == (35, 182), "y, 35 of 218 left out on both sides"
+            assert (image[0, 0, 0], image[-1, -1, 0]) == (15, 162), "x, 15 of 178 left out on both resolutions"
+            assert (image[0, 0, 1], image[-1, -1, 1]) == (35, 182), "y, 35 of 218 left out on both resolutions"
 
 
 def test_celeba_of_jpegs_becomes_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

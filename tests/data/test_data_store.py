@@ -28,10 +28,10 @@ from dvdp.diffusion import bands
 from dvdp.errors import UserError
 
 
-def some_images(count: int, side: int, seed: int = 0) -> np.ndarray:
+def some_images(count: int, resolution: int, seed: int = 0) -> np.ndarray:
     """Smooth random images, (count, 3, side, side)."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (count, 3, side // 4, side // 4), dtype=np.uint8)
-    fine = np.random.default_rng(seed + 1).integers(-20, 20, (count, 3, side, side))
+    coarse = np.random.default_rng(seed).integers(0, 256, (count, 3, resolution // 4, resolution // 4), dtype=np.uint8)
+    fine = np.random.default_rng(seed + 1).integers(-20, 20, (count, 3, resolution, resolution))
     return (coarse.repeat(4, axis=2).repeat(4, axis=3) + fine).clip(0, 255).astype(np.uint8)
 
 
@@ -74,14 +74,14 @@ def fails(path: Path) -> str:
 
 
 @pytest.mark.parametrize("encoding", ["raw", "png"])
-@pytest.mark.parametrize(("count", "side"), [(1, 4), (700, 32), (60, 256)])
-def test_images_and_labels_come_back(tmp_path: Path, encoding: Encoding, count: int, side: int) -> None:
-    images = some_images(count, side)
+@pytest.mark.parametrize(("count", "resolution"), [(1, 4), (700, 32), (60, 256)])
+def test_images_and_labels_come_back(tmp_path: Path, encoding: Encoding, count: int, resolution: int) -> None:
+    images = some_images(count, resolution)
     metadata = write(tmp_path / "store", images, encoding)
     store = ImageStore(tmp_path / "store")
     assert store.metadata == metadata
     assert len(store) == metadata.count == count
-    assert (metadata.resolution, metadata.channels, metadata.encoding) == (side, 3, encoding)
+    assert (metadata.resolution, metadata.channels, metadata.encoding) == (resolution, 3, encoding)
     assert (metadata.name, metadata.source) == ("some", "image_folder")
     assert (metadata.labels, metadata.skipped, metadata.version) == (("a", "b", "c"), 2, FORMAT_VERSION)
     assert metadata.label_counts == tuple(len(range(label, count, 4)) for label in (1, 2, 3, 0))
@@ -146,7 +146,7 @@ def test_jpeg_is_smaller_and_its_digest_and_deviations_are_of_what_readers_get(t
     assert 0 < np.abs(read.astype(int) - images).mean() < 15
     assert store[6][1] == 1
     assert write(tmp_path / "again", read).digest == jpeg.digest != raw.digest
-    assert Moments.of(read, 64).deviations() == (jpeg.detail_deviations, jpeg.level_deviations)
+    assert Moments.of(read, 64).std() == (jpeg.detail_std, jpeg.level_std)
 
 
 def test_an_image_of_another_shape_is_an_error() -> None:
@@ -155,21 +155,21 @@ def test_an_image_of_another_shape_is_an_error() -> None:
             encode([image], [0], Form(8))
 
 
-@pytest.mark.parametrize(("side", "halvings"), [(4, 2), (12, 2), (32, 4), (64, 4), (9, 0)])
-def test_band_deviations_are_those_of_the_bands(tmp_path: Path, side: int, halvings: int) -> None:
-    images = np.random.default_rng(1).integers(0, 256, (50, 3, side, side), dtype=np.uint8)
+@pytest.mark.parametrize(("resolution", "halvings"), [(4, 2), (12, 2), (32, 4), (64, 4), (9, 0)])
+def test_band_deviations_are_those_of_the_bands(tmp_path: Path, resolution: int, halvings: int) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (50, 3, resolution, resolution), dtype=np.uint8)
     metadata = write(tmp_path / "store", images)
     x = torch.from_numpy(images).double() / 127.5 - 1
-    assert len(metadata.detail_deviations) == halvings
-    assert len(metadata.level_deviations) == halvings + 1
+    assert len(metadata.detail_std) == halvings
+    assert len(metadata.level_std) == halvings + 1
     for levels in range(halvings + 1):
         # Straight from the definition: take the mean image away, then look at each band.
         expected = bands.energies(x - x.mean(dim=0), levels).mean(dim=0).sqrt()
         torch.testing.assert_close(
-            torch.tensor(metadata.band_deviations(levels), dtype=torch.float64), expected, rtol=0, atol=1e-6
+            torch.tensor(metadata.band_std(levels), dtype=torch.float64), expected, rtol=0, atol=1e-6
         )
     with pytest.raises(UserError, match="at most"):
-        metadata.band_deviations(halvings + 1)
+        metadata.band_std(halvings + 1)
 
 
 def test_sums_do_not_show_how_they_were_grouped() -> None:
@@ -189,7 +189,7 @@ def test_sums_do_not_show_how_they_were_grouped() -> None:
 
 def test_equal_images_deviate_by_nothing(tmp_path: Path) -> None:
     metadata = write(tmp_path / "store", some_images(1, 16).repeat(5, axis=0))
-    assert metadata.band_deviations(2) == (0.0, 0.0, 0.0)
+    assert metadata.band_std(2) == (0.0, 0.0, 0.0)
 
 
 def test_an_existing_store_is_replaced_and_anything_else_is_not(tmp_path: Path) -> None:

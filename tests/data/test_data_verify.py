@@ -125,7 +125,7 @@ def test_stats_say_what_a_store_is_and_show_it(project: Path, capsys: pytest.Cap
     assert said["stored as"] == f"raw, {sum(metadata.shard_bytes):,} bytes, files: 2"
     mean = ImageStore(STORE).images(range(60)).mean(axis=(0, 2, 3)) / 127.5 - 1
     assert said["mean"] == f"red {mean[0]:.4f}, green {mean[1]:.4f}, blue {mean[2]:.4f}"
-    assert said["deviation"].startswith(f"band 0 {metadata.detail_deviations[0]:.4f}, band 1 ")
+    assert said["deviation"].startswith(f"band 0 {metadata.detail_std[0]:.4f}, band 1 ")
     assert picture == "contact_sheet.png"
     with Image.open(project / picture) as sheet:
         assert sheet.size == (8 * 98 + 2, 8 * 98 + 2)

@@ -51,7 +51,7 @@ _TINY: dict[str, Any] = {
         {"name": "ddpm", "process": "ddpm"},
         {"name": "dvdp-600", "process": "dvdp", "turning_points": [600]},
     ],
-    "model": {"channels": 8, "multipliers": [1, 2], "attention": [], "head_channels": 8},
+    "model": {"model_channels": 8, "channel_mult": [1, 2], "attention_factors": [], "num_head_channels": 8},
     "training": {
         "images": 4800,
         "batch": 16,
@@ -80,7 +80,7 @@ from dvdp.config import read_params
 from dvdp.data.store import ImageStore
 from dvdp.evaluation.figures import grid, save_png
 from dvdp.training.loop import train
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 from pipelines.stages import jobs
 
 torch.set_num_threads(1)
@@ -90,8 +90,8 @@ if params.cluster.num_workers > 1:
 for job in jobs(params):
     if job.run.setting in sys.argv[1:]:
         preview = lambda _, samples, path: save_png(grid(samples), path)
-        store = ImageStore(Places.of(params).store)
-        told = store.metadata.told(len(job.run.turning_points))
+        store = ImageStore(DataPaths.of(params).store)
+        told = store.metadata.model_metadata(len(job.run.turning_points))
         train(job.run, store, job.folder, job.training_hash, description=told, preview=preview)
         (job.folder / "run.json").write_text('{"run": {"setting": "%s"}}' % job.run.setting)
 """

@@ -17,7 +17,7 @@ def test_an_audit_is_resumed_drawn_and_tracked(undisturbed: Project, tmp_path: P
     here = undisturbed.copy(tmp_path / "project")
     command = ("dvdp", "audit", "--setting", "dvdp-600", "--solver-steps", "12")
 
-    # MLflow is away: the audit is made all the same, and that is said.
+    # MLflow is unavailable: the audit is made all the same, and that is said.
     done = here.run(*command, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{free_port()}")
     assert sentence(done.stderr).startswith("tracking: MLflow at http://127.0.0.1:")
     assert "the lift at t = 600" in done.stdout

@@ -103,10 +103,10 @@ def section(name: str, /, **changes: Any) -> Callable[[dict[str, Any]], object]:
         (section("sampling", steps=1), "sampling.steps", "found 1, expected at least 2"),
         (section("sampling", steps=1001), "sampling.steps", "found 1001"),
         (section("training", preview_steps=1), "training.preview_steps", "found 1, expected at least 2"),
-        (section("sampling", rule="dpdm"), "sampling.rule", "did you mean 'ddpm'?"),
+        (section("sampling", solver="dpdm"), "sampling.solver", "did you mean 'ddpm'?"),
         (section("evaluation", samples=65), "evaluation.samples", "found 65, expected at most sampling.count, 64"),
         (section("training", learning_rate=-1), "training.learning_rate", "found -1"),
-        (section("model", channels=6), "model.channels", "found 6"),
+        (section("model", model_channels=6), "model.model_channels", "found 6"),
         (section("cluster", num_workers=0), "cluster.num_workers", "found 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A real MLflow server that goes away: training goes on, nothing is lost, nothing is done twice."""
+"""A real MLflow server that goes down: training goes on, nothing is lost, nothing is done twice."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def extractor(digits: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Extra
 
 
 @pytest.fixture(scope="session")
-def room(digits: Arrays, extractor: Extractor, tmp_path_factory: pytest.TempPathFactory) -> Room:
+def slots(digits: Arrays, extractor: Extractor, tmp_path_factory: pytest.TempPathFactory) -> Room:
     """The even digits are the references, so that the odd ones can play the samples."""
     images = digits.part(slice(0, None, 2))
     folder = tmp_path_factory.mktemp("reference")

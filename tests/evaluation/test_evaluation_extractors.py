@@ -31,7 +31,7 @@ from dvdp.evaluation.extractors import (
 def test_digits_are_told_apart_on_the_held_out_tenth(extractor: Extractor) -> None:
     _, info = load_network(extractor.path)
     assert info.accuracy > 0.95
-    assert (info.task, info.classes, info.side, info.data_digest) == ("labels", 10, 32, "digest-of-digits")
+    assert (info.task, info.classes, info.resolution, info.data_digest) == ("labels", 10, 32, "digest-of-digits")
 
 
 def test_json_beside_the_weights_says_the_same(extractor: Extractor) -> None:
@@ -78,11 +78,11 @@ def test_rotation_needs_no_labels(digits: Arrays, tmp_path: Path) -> None:
     assert load_extractor(tmp_path).name == "rotation"
 
 
-@pytest.mark.parametrize("side", [4, 12, 16, 32, 48, 100, 128, 256])
-def test_all_sides_give_64_features(side: int) -> None:
-    network = FeatureNetwork(side, 3).eval()
+@pytest.mark.parametrize("resolution", [4, 12, 16, 32, 48, 100, 128, 256])
+def test_all_sides_give_64_features(resolution: int) -> None:
+    network = FeatureNetwork(resolution, 3).eval()
     with torch.inference_mode():
-        assert network.features(torch.zeros(2, 3, side, side, dtype=torch.uint8)).shape == (2, FEATURES)
+        assert network.features(torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8)).shape == (2, FEATURES)
 
 
 def test_labels_without_labels_is_an_error_that_suggests_rotation(digits: Arrays, tmp_path: Path) -> None:

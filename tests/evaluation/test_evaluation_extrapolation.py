@@ -66,10 +66,10 @@ def test_subsets_repeat() -> None:
 
 
 def test_the_record_holds_the_extrapolation_and_all_that_it_rests_on(
-    room: Room, digits: Arrays, tmp_path: Path
+    slots: Room, digits: Arrays, tmp_path: Path
 ) -> None:
     samples = write_shards(tmp_path, digits.pixels[1::2])
-    record = score(samples, room.reference, room.extractor, 500)
+    record = score(samples, slots.reference, slots.extractor, 500)
     assert record.headline == "fd_labels"
     assert [point["samples"] for point in record.counts] == counts_for(500, 64)
     assert record.counts[-1] == {"samples": 500, "distance": record.metrics["fd_labels"]}
@@ -80,7 +80,7 @@ def test_the_record_holds_the_extrapolation_and_all_that_it_rests_on(
 
 
 def test_images_are_read_once_for_all_metrics_and_counts(
-    room: Room, digits: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slots: Room, digits: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
     read: list[int] = []
@@ -91,12 +91,12 @@ def test_images_are_read_once_for_all_metrics_and_counts(
             return super().__getitem__(index)
 
     monkeypatch.setattr("dvdp.evaluation.scores.SampleShards", Counting)
-    score(write_shards(tmp_path, digits.pixels[1:801:2]), room.reference, room.extractor)
+    score(write_shards(tmp_path, digits.pixels[1:801:2]), slots.reference, slots.extractor)
     # torch-fidelity looks at the first image to see what it is.
     assert sorted(read) == [0, *range(400)]
 
 
-def test_too_few_samples_are_not_extrapolated(room: Room, digits: Arrays, tmp_path: Path) -> None:
-    record = score(write_shards(tmp_path, digits.pixels[:255]), room.reference, room.extractor)
+def test_too_few_samples_are_not_extrapolated(slots: Room, digits: Arrays, tmp_path: Path) -> None:
+    record = score(write_shards(tmp_path, digits.pixels[:255]), slots.reference, slots.extractor)
     assert "fd_labels_infinity" not in record.metrics
     assert record.counts == []

@@ -32,8 +32,8 @@ from dvdp.evaluation.figures import (
 
 def edges_are_white(picture: Image.Image, width: int = 8) -> bool:
     pixels = np.asarray(picture)
-    sides = (pixels[:width], pixels[-width:], pixels[:, :width], pixels[:, -width:])
-    return all((side == 255).all() for side in sides)
+    resolutions = (pixels[:width], pixels[-width:], pixels[:, :width], pixels[:, -width:])
+    return all((resolution == 255).all() for resolution in resolutions)
 
 
 def boxes(picture: Image.Image, colour: tuple[int, int, int]) -> int:
@@ -61,9 +61,9 @@ def test_float_and_uint8_images_look_the_same() -> None:
     assert grid(torch.tensor([-3.0, 3.0]).reshape(2, 1, 1, 1).expand(2, 3, 4, 4), 2, 1).getextrema() == ((0, 255),) * 3
 
 
-@pytest.mark.parametrize(("side", "shown"), [(8, 96), (16, 96), (32, 96), (64, 128), (256, 256)])
-def test_small_images_become_legible_and_large_ones_stay(side: int, shown: int) -> None:
-    assert grid(np.zeros((1, 3, side, side), np.uint8)).width == shown + 2 * GUTTER
+@pytest.mark.parametrize(("resolution", "shown"), [(8, 96), (16, 96), (32, 96), (64, 128), (256, 256)])
+def test_small_images_become_legible_and_large_ones_stay(resolution: int, shown: int) -> None:
+    assert grid(np.zeros((1, 3, resolution, resolution), np.uint8)).width == shown + 2 * GUTTER
 
 
 def test_contact_sheet_shows_every_setting_whole() -> None:

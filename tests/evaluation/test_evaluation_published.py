@@ -13,7 +13,7 @@ from evaluation_support import Arrays, Room, write_shards
 from dvdp.errors import UserError
 from dvdp.evaluation.extractors import file_sha256
 from dvdp.evaluation.published import read_statistics
-from dvdp.evaluation.records import ScoreRecord, comparable
+from dvdp.evaluation.records import ScoreRecord, score_differences
 from dvdp.evaluation.reference import export_statistics
 from dvdp.evaluation.scores import score, score_published
 
@@ -26,13 +26,13 @@ def samples(digits: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(room: Room, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(slots: Room, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("exported") / "digits.npz"
-    export_statistics(room.reference, path)
+    export_statistics(slots.reference, path)
     return path
 
 
-def test_what_is_exported_is_what_others_read(room: Room, exported: Path) -> None:
+def test_what_is_exported_is_what_others_read(slots: Room, exported: Path) -> None:
     with np.load(exported, allow_pickle=False) as file:
         assert sorted(file.files) == ["mu", "sigma"]
         assert (file["mu"].dtype, file["sigma"].dtype) == (np.float64, np.float64)
@@ -40,20 +40,20 @@ def test_what_is_exported_is_what_others_read(room: Room, exported: Path) -> Non
 
 
 def test_a_score_against_our_own_export_is_the_score_against_our_reference(
-    room: Room, samples: Path, exported: Path
+    slots: Room, samples: Path, exported: Path
 ) -> None:
-    ours = score(samples, room.reference, room.extractor, 500)
-    theirs = score_published(samples, read_statistics(exported, 64), room.extractor, 500)
+    ours = score(samples, slots.reference, slots.extractor, 500)
+    theirs = score_published(samples, read_statistics(exported, 64), slots.extractor, 500)
     names = ("fd_labels", "fd_labels_infinity", "fd_labels_infinity_error")
     assert set(theirs.metrics) == set(names)
     for name in names:
         assert theirs.metrics[name] == pytest.approx(ours.metrics[name], rel=1e-9)
 
 
-def test_the_record_names_the_file_and_warns_of_what_it_cannot_say(room: Room, samples: Path, exported: Path) -> None:
-    sampling = {"rule": "ddpm"}
+def test_the_record_names_the_file_and_warns_of_what_it_cannot_say(slots: Room, samples: Path, exported: Path) -> None:
+    sampling = {"solver": "ddpm"}
     with pytest.warns(UserWarning, match=r"does not say how its images were cropped.*mirrored.*which weights"):
-        record = score_published(samples, read_statistics(exported, 64), room.extractor, 500, sampling)
+        record = score_published(samples, read_statistics(exported, 64), slots.extractor, 500, sampling)
     assert record.reference_digest == f"npz {file_sha256(exported)}"
     assert (record.references, record.kid_subset, record.samples) == (0, 0, 500)
     assert len(record.warnings) == 1
@@ -61,15 +61,15 @@ def test_the_record_names_the_file_and_warns_of_what_it_cannot_say(room: Room, s
 
 
 def test_it_compares_with_no_score_against_a_data_set_or_another_file(
-    room: Room, samples: Path, exported: Path, tmp_path: Path
+    slots: Room, samples: Path, exported: Path, tmp_path: Path
 ) -> None:
     published = read_statistics(exported, 64)
-    record = score_published(samples, published, room.extractor, 500)
-    assert comparable(record, record) == []
-    ours = score(samples, room.reference, room.extractor, 500)
-    assert comparable(record, ours) == ["references", "reference_digest", "kid_subset"]
-    other = score_published(samples, dataclasses.replace(published, sha256="0" * 64), room.extractor, 500)
-    assert comparable(record, other) == ["reference_digest"]
+    record = score_published(samples, published, slots.extractor, 500)
+    assert score_differences(record, record) == []
+    ours = score(samples, slots.reference, slots.extractor, 500)
+    assert score_differences(record, ours) == ["references", "reference_digest", "kid_subset"]
+    other = score_published(samples, dataclasses.replace(published, sha256="0" * 64), slots.extractor, 500)
+    assert score_differences(record, other) == ["reference_digest"]
 
 
 def test_single_precision_and_further_arrays_are_taken(exported: Path, tmp_path: Path) -> None:
@@ -133,14 +133,14 @@ def test_missing_foreign_and_cut_files_are_one_sentence(exported: Path, tmp_path
         read_statistics(tmp_path / "x.npz", 64)
 
 
-def test_an_export_has_the_name_that_numpy_reads(room: Room, tmp_path: Path) -> None:
+def test_an_export_has_the_name_that_numpy_reads(slots: Room, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--export: found .*expected a name that ends in \.npz"):
-        export_statistics(room.reference, tmp_path / "digits.npy")
+        export_statistics(slots.reference, tmp_path / "digits.npy")
 
 
 def test_samples_of_a_side_that_the_extractor_does_not_take_are_an_error(
-    room: Room, exported: Path, tmp_path: Path
+    slots: Room, exported: Path, tmp_path: Path
 ) -> None:
     write_shards(tmp_path, np.zeros((8, 3, 16, 16), np.uint8))
     with pytest.raises(UserError, match="found images of 16 px, expected 32 px"):
-        score_published(tmp_path, read_statistics(exported, 64), room.extractor)
+        score_published(tmp_path, read_statistics(exported, 64), slots.extractor)

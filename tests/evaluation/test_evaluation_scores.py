@@ -22,12 +22,12 @@ from dvdp.errors import UserError
 from dvdp.evaluation import extractors
 from dvdp.evaluation.extractors import Extractor, inception_extractor, load_network, train_extractor
 from dvdp.evaluation.fidelity import metric_names
-from dvdp.evaluation.records import ScoreRecord, comparable
+from dvdp.evaluation.records import ScoreRecord, score_differences
 from dvdp.evaluation.reference import Reference, make_reference, read_reference
 from dvdp.evaluation.samples import SampleShards
 from dvdp.evaluation.scores import score
 
-SAMPLING = {"rule": "ddpm", "steps": 250, "seed": 0, "ema": "halflife 20000, ramp 0.1"}
+SAMPLING = {"solver": "ddpm", "steps": 250, "seed": 0, "ema": "halflife 20000, ramp 0.1"}
 
 
 def features(extractor: Extractor, pixels: np.ndarray) -> np.ndarray:
@@ -47,32 +47,32 @@ def samples(digits: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def record(room: Room, samples: Path) -> ScoreRecord:
-    return score(samples, room.reference, room.extractor, 500, 100, SAMPLING)
+def record(slots: Room, samples: Path) -> ScoreRecord:
+    return score(samples, slots.reference, slots.extractor, 500, 100, SAMPLING)
 
 
 def test_frechet_distance_is_the_textbook_formula(
-    room: Room, digits: Arrays, samples: Path, record: ScoreRecord
+    slots: Room, digits: Arrays, samples: Path, record: ScoreRecord
 ) -> None:
-    a, b = features(room.extractor, digits.pixels[1::2][:500]), features(room.extractor, room.images.pixels)
+    a, b = features(slots.extractor, digits.pixels[1::2][:500]), features(slots.extractor, slots.images.pixels)
     root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
     expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
     assert record.metrics["fd_labels"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_all_metrics_are_those_of_torch_fidelity_itself(
-    room: Room, digits: Arrays, record: ScoreRecord, tmp_path: Path
+    slots: Room, digits: Arrays, record: ScoreRecord, tmp_path: Path
 ) -> None:
     """Its public function, on the same images as PNG files, without any cache of ours."""
     pngs = [
         write_pngs(tmp_path / name, pixels)
-        for name, pixels in (("a", digits.pixels[1::2][:500]), ("b", room.images.pixels))
+        for name, pixels in (("a", digits.pixels[1::2][:500]), ("b", slots.images.pixels))
     ]
     theirs = torch_fidelity.calculate_metrics(
         input1=str(pngs[0]),
         input2=str(pngs[1]),
         feature_extractor="dvdp-convnet",
-        feature_extractor_weights_path=str(room.extractor.path),
+        feature_extractor_weights_path=str(slots.extractor.path),
         fid=True,
         kid=True,
         prc=True,
@@ -88,8 +88,8 @@ def test_all_metrics_are_those_of_torch_fidelity_itself(
         assert record.metrics[ours] == pytest.approx(theirs[name], rel=1e-6), ours
 
 
-def test_inception_score_is_the_textbook_formula(room: Room, digits: Arrays, record: ScoreRecord) -> None:
-    network, _ = load_network(room.extractor.path)
+def test_inception_score_is_the_textbook_formula(slots: Room, digits: Arrays, record: ScoreRecord) -> None:
+    network, _ = load_network(slots.extractor.path)
     with torch.inference_mode():
         classes = network(torch.from_numpy(digits.pixels[1::2][:500].copy())).double().softmax(1).numpy()
     order = np.random.RandomState(2020).permutation(500)
@@ -100,11 +100,11 @@ def test_inception_score_is_the_textbook_formula(room: Room, digits: Arrays, rec
 
 
 @pytest.mark.filterwarnings("ignore:fd_labels of blurred")
-def test_kernel_distance_is_the_textbook_formula(room: Room, digits: Arrays, tmp_path: Path) -> None:
+def test_kernel_distance_is_the_textbook_formula(slots: Room, digits: Arrays, tmp_path: Path) -> None:
     pixels = digits.pixels[1::2][:80]
-    make_reference(room.images.part(slice(80)), "eighty", room.extractor, tmp_path / "reference", 40)
-    found = score(write_shards(tmp_path / "s", pixels), tmp_path / "reference", room.extractor, 80, 80).metrics
-    a, b = features(room.extractor, pixels), features(room.extractor, room.images.pixels[:80])
+    make_reference(slots.images.part(slice(80)), "eighty", slots.extractor, tmp_path / "reference", 40)
+    found = score(write_shards(tmp_path / "s", pixels), tmp_path / "reference", slots.extractor, 80, 80).metrics
+    a, b = features(slots.extractor, pixels), features(slots.extractor, slots.images.pixels[:80])
     n, d = a.shape
     aa, bb, ab = (((x @ y.T) / d + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     unbiased = sum((k.sum() - np.trace(k)) / (n * (n - 1)) for k in (aa, bb)) - 2 * ab.mean()
@@ -112,30 +112,30 @@ def test_kernel_distance_is_the_textbook_formula(room: Room, digits: Arrays, tmp
     assert found["kd_labels_std"] == pytest.approx(0, abs=1e-9)
 
 
-def test_precision_and_recall_are_not_swapped(room: Room, tmp_path: Path) -> None:
-    zeros = room.images.pixels[room.images.labels == 0]
+def test_precision_and_recall_are_not_swapped(slots: Room, tmp_path: Path) -> None:
+    zeros = slots.images.pixels[slots.images.labels == 0]
     noise = np.random.default_rng(0).integers(0, 256, zeros.shape, dtype=np.uint8)
-    one_class = score(write_shards(tmp_path / "one", zeros), room.reference, room.extractor, kid_subset=20).metrics
+    one_class = score(write_shards(tmp_path / "one", zeros), slots.reference, slots.extractor, kid_subset=20).metrics
     assert one_class["precision_labels"] == 1
     assert one_class["recall_labels"] < 0.3
-    mixed = np.concatenate([room.images.pixels, np.tile(noise, (12, 1, 1, 1))[: len(room.images)]])
-    with_noise = score(write_shards(tmp_path / "mixed", mixed), room.reference, room.extractor).metrics
+    mixed = np.concatenate([slots.images.pixels, np.tile(noise, (12, 1, 1, 1))[: len(slots.images)]])
+    with_noise = score(write_shards(tmp_path / "mixed", mixed), slots.reference, slots.extractor).metrics
     assert with_noise["precision_labels"] == pytest.approx(0.5, abs=0.05)
     assert with_noise["recall_labels"] == 1
 
 
-def test_precision_and_recall_are_the_textbook_formulas(room: Room, digits: Arrays, record: ScoreRecord) -> None:
+def test_precision_and_recall_are_the_textbook_formulas(slots: Room, digits: Arrays, record: ScoreRecord) -> None:
     def covered(points: np.ndarray, centres: np.ndarray) -> float:
         radii = np.sort(scipy.spatial.distance.cdist(centres, centres), axis=1)[:, 3]
         return float((scipy.spatial.distance.cdist(points, centres) <= radii).any(1).mean())
 
-    a, b = features(room.extractor, digits.pixels[1::2][:500]), features(room.extractor, room.images.pixels)
+    a, b = features(slots.extractor, digits.pixels[1::2][:500]), features(slots.extractor, slots.images.pixels)
     assert record.metrics["precision_labels"] == pytest.approx(covered(a, b), abs=0.005)
     assert record.metrics["recall_labels"] == pytest.approx(covered(b, a), abs=0.005)
 
 
-def test_real_halves_score_better_than_blurred_and_noised_ones(room: Room) -> None:
-    reference = read_reference(room.reference)
+def test_real_halves_score_better_than_blurred_and_noised_ones(slots: Room) -> None:
+    reference = read_reference(slots.reference)
     distances = {name: anchor["metrics"]["fd_labels"] for name, anchor in reference.anchors.items()}
     assert distances["halves"] * 2 < distances["blurred"] < distances["noised"]
     assert reference.warnings == []
@@ -152,8 +152,8 @@ def test_an_extractor_that_sees_no_blur_is_warned_about(tmp_path: Path) -> None:
     assert read_reference(tmp_path / "reference") == reference
 
 
-def test_a_set_scores_zero_against_itself(room: Room, tmp_path: Path) -> None:
-    found = score(write_shards(tmp_path, room.images.pixels), room.reference, room.extractor).metrics
+def test_a_set_scores_zero_against_itself(slots: Room, tmp_path: Path) -> None:
+    found = score(write_shards(tmp_path, slots.images.pixels), slots.reference, slots.extractor).metrics
     assert 0 <= found["fd_labels"] < 1e-6
     assert found["precision_labels"] == found["recall_labels"] == 1
 
@@ -169,24 +169,24 @@ def test_only_inception_is_called_fid() -> None:
 
 
 def test_score_repeats_to_the_bit_and_leaves_the_reference_alone(
-    room: Room, samples: Path, record: ScoreRecord
+    slots: Room, samples: Path, record: ScoreRecord
 ) -> None:
-    before = contents(room.reference)
-    assert score(samples, room.reference, room.extractor, 500, 100, SAMPLING) == record
-    assert contents(room.reference) == before
+    before = contents(slots.reference)
+    assert score(samples, slots.reference, slots.extractor, 500, 100, SAMPLING) == record
+    assert contents(slots.reference) == before
 
 
 def test_score_depends_on_the_first_images_alone(
-    room: Room, samples: Path, digits: Arrays, record: ScoreRecord, tmp_path: Path
+    slots: Room, samples: Path, digits: Arrays, record: ScoreRecord, tmp_path: Path
 ) -> None:
     other = write_shards(tmp_path, digits.pixels[1::2][:500], shard=64)
-    assert score(other, room.reference, room.extractor, None, 100, SAMPLING) == record
+    assert score(other, slots.reference, slots.extractor, None, 100, SAMPLING) == record
 
 
-def test_record_holds_all_that_the_score_depends_on(room: Room, record: ScoreRecord) -> None:
-    assert (record.samples, record.references, record.side) == (500, len(room.images), 32)
+def test_record_holds_all_that_the_score_depends_on(slots: Room, record: ScoreRecord) -> None:
+    assert (record.samples, record.references, record.resolution) == (500, len(slots.images), 32)
     assert record.reference_digest == "digest-of-even-digits"
-    assert (record.extractor, record.extractor_sha256) == ("labels", room.extractor.sha256)
+    assert (record.extractor, record.extractor_sha256) == ("labels", slots.extractor.sha256)
     assert record.library.startswith("torch-fidelity ")
     assert record.sampling == SAMPLING
 
@@ -202,83 +202,83 @@ def test_what_is_no_record_is_an_error(text: str) -> None:
 
 
 def test_comparable_names_the_fields_that_matter(record: ScoreRecord) -> None:
-    assert comparable(record, record) == []
+    assert score_differences(record, record) == []
     other_seed = dataclasses.replace(record, sampling={**SAMPLING, "seed": 1}, warnings=["beware"])
-    assert comparable(record, other_seed) == []
+    assert score_differences(record, other_seed) == []
     metrics = {name: value + 1 for name, value in record.metrics.items()}
-    assert comparable(record, dataclasses.replace(record, metrics=metrics)) == []
+    assert score_differences(record, dataclasses.replace(record, metrics=metrics)) == []
     for name in ("extractor_sha256", "samples", "references", "reference_digest", "preprocessing", "library"):
-        assert comparable(record, dataclasses.replace(record, **{name: "other"})) == [name]
-    assert comparable(record, dataclasses.replace(record, metrics={"fid": 1.0})) == ["metrics"]
+        assert score_differences(record, dataclasses.replace(record, **{name: "other"})) == [name]
+    assert score_differences(record, dataclasses.replace(record, metrics={"fid": 1.0})) == ["metrics"]
     # Of a release without extrapolation and inception score.
     earlier = {name: record.metrics[name] for name in ("fd_labels", "precision_labels")}
-    assert comparable(record, dataclasses.replace(record, metrics=earlier, counts=[])) == []
+    assert score_differences(record, dataclasses.replace(record, metrics=earlier, counts=[])) == []
     # Of a release whose networks were told nothing.
-    told = [dataclasses.replace(record, sampling={**SAMPLING, "classes": classes}) for classes in (0, 10)]
-    assert [comparable(record, other) for other in told] == [[], ["sampling.classes"]]
+    told = [dataclasses.replace(record, sampling={**SAMPLING, "num_classes": classes}) for classes in (0, 10)]
+    assert [score_differences(record, other) for other in told] == [[], ["sampling.classes"]]
     fewer_steps = dataclasses.replace(record, sampling={**SAMPLING, "steps": 50, "ema": None})
-    assert comparable(record, fewer_steps) == ["sampling.ema", "sampling.steps"]
+    assert score_differences(record, fewer_steps) == ["sampling.ema", "sampling.steps"]
 
 
 @pytest.mark.parametrize(
     "field",
     [field.name for field in dataclasses.fields(Reference) if field.name not in ("anchors", "files", "warnings")],
 )
-def test_cache_name_holds_everything_the_features_depend_on(room: Room, field: str) -> None:
-    reference = read_reference(room.reference)
+def test_cache_name_holds_everything_the_features_depend_on(slots: Room, field: str) -> None:
+    reference = read_reference(slots.reference)
     value = getattr(reference, field)
     other = dataclasses.replace(reference, **{field: value + 1 if isinstance(value, int) else value + "x"})
     assert other.cache_name != reference.cache_name
 
 
-def test_new_data_in_an_old_folder_gives_new_scores(room: Room, samples: Path, digits: Arrays, tmp_path: Path) -> None:
+def test_new_data_in_an_old_folder_gives_new_scores(slots: Room, samples: Path, digits: Arrays, tmp_path: Path) -> None:
     nines = digits.part(digits.labels == 9)
-    shutil.copytree(room.reference, tmp_path / "old")
-    make_reference(nines, "digest-of-nines", room.extractor, tmp_path / "old")
-    make_reference(nines, "digest-of-nines", room.extractor, tmp_path / "new")
+    shutil.copytree(slots.reference, tmp_path / "old")
+    make_reference(nines, "digest-of-nines", slots.extractor, tmp_path / "old")
+    make_reference(nines, "digest-of-nines", slots.extractor, tmp_path / "new")
     assert contents(tmp_path / "old") == contents(tmp_path / "new")
-    found = [score(samples, tmp_path / name, room.extractor, 200) for name in ("old", "new")]
+    found = [score(samples, tmp_path / name, slots.extractor, 200) for name in ("old", "new")]
     assert found[0] == found[1]
     assert found[0].metrics["fd_labels"] > 20
 
 
-def test_few_samples_are_warned_about_in_the_record_too(room: Room, samples: Path) -> None:
+def test_few_samples_are_warned_about_in_the_record_too(slots: Room, samples: Path) -> None:
     with pytest.warns(UserWarning, match="63 samples are fewer than the extractor's 64 features"):
-        found = score(samples, room.reference, room.extractor, 63, 50)
+        found = score(samples, slots.reference, slots.extractor, 63, 50)
     assert len(found.warnings) == 1
 
 
-def test_more_samples_than_there_are_names_both_numbers(room: Room, samples: Path) -> None:
+def test_more_samples_than_there_are_names_both_numbers(slots: Room, samples: Path) -> None:
     with pytest.raises(UserError, match="found 899, expected at most 898"):
-        score(samples, room.reference, room.extractor, 899)
+        score(samples, slots.reference, slots.extractor, 899)
 
 
-def test_a_kid_subset_larger_than_a_set_is_an_error(room: Room, samples: Path) -> None:
+def test_a_kid_subset_larger_than_a_set_is_an_error(slots: Room, samples: Path) -> None:
     with pytest.raises(UserError, match="kid_subset: found 101, expected at most 100"):
-        score(samples, room.reference, room.extractor, 100, 101)
+        score(samples, slots.reference, slots.extractor, 100, 101)
 
 
-def test_too_few_samples_for_neighbours_are_an_error(room: Room, samples: Path) -> None:
+def test_too_few_samples_for_neighbours_are_an_error(slots: Room, samples: Path) -> None:
     with pytest.raises(UserError, match="found 3, expected at least 4"):
-        score(samples, room.reference, room.extractor, 3, 2)
+        score(samples, slots.reference, slots.extractor, 3, 2)
 
 
-def test_samples_of_another_side_are_an_error(room: Room, tmp_path: Path) -> None:
+def test_samples_of_another_side_are_an_error(slots: Room, tmp_path: Path) -> None:
     write_shards(tmp_path, np.zeros((8, 3, 16, 16), np.uint8))
     with pytest.raises(UserError, match="found images of 16 px, expected 32 px"):
-        score(tmp_path, room.reference, room.extractor, 8, 4)
+        score(tmp_path, slots.reference, slots.extractor, 8, 4)
 
 
-def test_a_reference_of_another_extractor_is_an_error(room: Room, samples: Path) -> None:
-    other = dataclasses.replace(room.extractor, sha256="0" * 64)
+def test_a_reference_of_another_extractor_is_an_error(slots: Room, samples: Path) -> None:
+    other = dataclasses.replace(slots.extractor, sha256="0" * 64)
     with pytest.raises(UserError, match=r"made with labels .* run `dvdp reference` again"):
-        score(samples, room.reference, other)
+        score(samples, slots.reference, other)
 
 
-def test_an_extractor_of_another_side_is_an_error(room: Room, tmp_path: Path) -> None:
+def test_an_extractor_of_another_side_is_an_error(slots: Room, tmp_path: Path) -> None:
     small = Arrays(np.zeros((8, 3, 16, 16), np.uint8), np.zeros(8))
     with pytest.raises(UserError, match="trained on 32 px images for a data set of 16 px"):
-        make_reference(small, "small", room.extractor, tmp_path)
+        make_reference(small, "small", slots.extractor, tmp_path)
 
 
 def damage_features(folder: Path) -> None:
@@ -297,21 +297,21 @@ def change_description(folder: Path) -> None:
 
 @pytest.mark.parametrize("harm", [damage_features, remove_statistics, change_description])
 def test_a_reference_that_was_changed_is_never_read(
-    room: Room, samples: Path, tmp_path: Path, harm: Callable[[Path], None]
+    slots: Room, samples: Path, tmp_path: Path, harm: Callable[[Path], None]
 ) -> None:
     folder = tmp_path / "reference"
-    shutil.copytree(room.reference, folder)
+    shutil.copytree(slots.reference, folder)
     harm(folder)
     with pytest.raises(UserError, match=r"missing or changed.* run `dvdp reference` again"):
-        score(samples, folder, room.extractor)
+        score(samples, folder, slots.extractor)
 
 
-def test_a_missing_or_foreign_reference_is_an_error(room: Room, samples: Path, tmp_path: Path) -> None:
+def test_a_missing_or_foreign_reference_is_an_error(slots: Room, samples: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found no file"):
-        score(samples, tmp_path, room.extractor)
+        score(samples, tmp_path, slots.extractor)
     (tmp_path / "reference.json").write_text("{}")
     with pytest.raises(UserError, match="describes none"):
-        score(samples, tmp_path, room.extractor)
+        score(samples, tmp_path, slots.extractor)
 
 
 def test_shards_are_read_in_image_order(tmp_path: Path) -> None:

@@ -16,18 +16,18 @@ from torch import Tensor
 from dvdp import Process
 
 
-def down_matrix(side: int) -> Tensor:
-    """D for images of this side as a matrix, (side^2 / 4, side^2): 1/2 for each pixel of a 2x2 block."""
-    pairs = torch.eye(side // 2, dtype=torch.float64).repeat_interleave(2, dim=1) / 2**0.5
+def down_matrix(resolution: int) -> Tensor:
+    """D for images of this resolution as a matrix, (resolution^2 / 4, resolution^2): 1/2 for each pixel of a 2x2 block."""
+    pairs = torch.eye(resolution // 2, dtype=torch.float64).repeat_interleave(2, dim=1) / 2**0.5
     return torch.kron(pairs, pairs)
 
 
 @cache
-def projectors(side: int, levels: int) -> list[Tensor]:
-    """The orthogonal projections on bands 0 .. levels, each (side^2, side^2)."""
-    to_level = [torch.eye(side * side, dtype=torch.float64)]
+def projectors(resolution: int, levels: int) -> list[Tensor]:
+    """The orthogonal projections on bands 0 .. levels, each (resolution^2, resolution^2)."""
+    to_level = [torch.eye(resolution * resolution, dtype=torch.float64)]
     for level in range(levels):
-        to_level.append(down_matrix(side >> level) @ to_level[-1])
+        to_level.append(down_matrix(resolution >> level) @ to_level[-1])
     onto = [matrix.T @ matrix for matrix in to_level]
     return [fine - coarse for fine, coarse in pairwise(onto)] + onto[-1:]
 
@@ -37,9 +37,9 @@ def combine(factors: Tensor, projections: Sequence[Tensor]) -> Tensor:
     return sum((f * p for f, p in zip(factors, projections, strict=True)), torch.zeros(()))
 
 
-def as_matrix(function: Callable[[Tensor], Tensor], side: int) -> Tensor:
+def as_matrix(function: Callable[[Tensor], Tensor], resolution: int) -> Tensor:
     """The matrix of a linear map of images (B, 1, side, side), by applying it to every basis vector."""
-    basis = torch.eye(side * side, dtype=torch.float64).reshape(-1, 1, side, side)
+    basis = torch.eye(resolution * resolution, dtype=torch.float64).reshape(-1, 1, resolution, resolution)
     return function(basis).flatten(1).T
 
 
@@ -52,8 +52,10 @@ def split(x: Tensor, levels: int) -> list[Tensor]:
 def reduce(x: Tensor, level: int) -> Tensor:
     """D^level x by matrices."""
     for _ in range(level):
-        side = x.shape[-1]
-        x = (x.flatten(2) @ down_matrix(side).T.to(x.dtype)).reshape(*x.shape[:2], side // 2, side // 2)
+        resolution = x.shape[-1]
+        x = (x.flatten(2) @ down_matrix(resolution).T.to(x.dtype)).reshape(
+            *x.shape[:2], resolution // 2, resolution // 2
+        )
     return x
 
 
@@ -62,12 +64,12 @@ class GaussianDenoiser:
 
     Args:
         process: gives the tables.
-        deviations: of bands 0 .. K.
+        std: of bands 0 .. K.
         mean: (1, C, H, W), or None for zero.
     """
 
-    def __init__(self, process: Process, deviations: Sequence[float], mean: Tensor | None = None) -> None:
-        self.schedule, self.deviations, self.mean = process.schedule, deviations, mean
+    def __init__(self, process: Process, std: Sequence[float], mean: Tensor | None = None) -> None:
+        self.schedule, self.std, self.mean = process.schedule, std, mean
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         K, now = self.schedule.levels, int(t[0])
@@ -77,7 +79,7 @@ class GaussianDenoiser:
         parts = zip(split(x, K - level), split(mean, K - level), strict=True)
         for band, (x_band, mean_band) in enumerate(parts, start=level):
             signal, noise = self.schedule.signal[band, now].item(), self.schedule.noise[band, now].item()
-            variance = signal**2 * self.deviations[band] ** 2 + noise**2
+            variance = signal**2 * self.std[band] ** 2 + noise**2
             result += noise * (x_band - signal * mean_band) / variance
         return result
 
@@ -108,7 +110,7 @@ class EmpiricalDenoiser:
         return eps.sum(0).reshape(x.shape)
 
 
-def digits(count: int, side: int) -> Tensor:
+def digits(count: int, resolution: int) -> Tensor:
     """scikit-learn's handwritten digits, enlarged from 8 px: (count, 1, side, side) float64 in [-1, 1]."""
     small = torch.from_numpy(load_digits().images[:count]).unsqueeze(1) / 8 - 1
-    return torch.nn.functional.interpolate(small, size=(side, side), mode="bilinear", align_corners=False)
+    return torch.nn.functional.interpolate(small, size=(resolution, resolution), mode="bilinear", align_corners=False)

@@ -14,9 +14,11 @@ from dvdp.diffusion.schedule import ATTENUATIONS
 few = settings(max_examples=30, deadline=None, derandomize=True)
 
 
-def images(side: int, batch: int, channels: int, seed: int) -> Tensor:
+def images(resolution: int, batch: int, channels: int, seed: int) -> Tensor:
     """(batch, channels, side, side) float64, standard normal."""
-    return torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        batch, channels, resolution, resolution, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 seeds = st.integers(0, 2**32)

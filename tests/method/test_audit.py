@@ -31,7 +31,7 @@ from .exact import EmpiricalDenoiser, GaussianDenoiser, digits, split
 SIDE, COUNT = 16, 256
 #: Of bands 0, 1, 2: pixels hardly leave [-1, 1].
 DEVIATIONS = (0.2, 0.4, 0.8)
-SAMPLING = {"rule": "dpm++2m", "steps": 60, "spacing": "logsnr", "clip": False, "seed": 3}
+SAMPLING = {"solver": "dpm++2m", "steps": 60, "timestep_spacing": "logsnr", "clip": False, "seed": 3}
 PROCESS = Process(Schedule.dvdp((100, 300)))
 EXACT = GaussianDenoiser(PROCESS, DEVIATIONS)
 
@@ -39,8 +39,8 @@ EXACT = GaussianDenoiser(PROCESS, DEVIATIONS)
 class WrongAt:
     """Exact but at one level, where it takes the data for smaller in some bands, or for brighter."""
 
-    def __init__(self, level: int, deviations: tuple[float, ...], mean: float = 0.0) -> None:
-        self.level, self.wrong = level, GaussianDenoiser(PROCESS, deviations, torch.full((1, 3, SIDE, SIDE), mean))
+    def __init__(self, level: int, std: tuple[float, ...], mean: float = 0.0) -> None:
+        self.level, self.wrong = level, GaussianDenoiser(PROCESS, std, torch.full((1, 3, SIDE, SIDE), mean))
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return (self.wrong if PROCESS.level(int(t[0])) == self.level else EXACT)(x, t)
@@ -49,8 +49,8 @@ class WrongAt:
 class WrongLift(Process):
     """Its last lift leaves out the noise of the band that comes back."""
 
-    def lift(self, x: Tensor, level: int, noise: Tensor, data_deviation: float = 0.0) -> Tensor:
-        return bands.up(x) if level == 1 else super().lift(x, level, noise, data_deviation)
+    def lift(self, x: Tensor, level: int, noise: Tensor, data_std: float = 0.0) -> Tensor:
+        return bands.up(x) if level == 1 else super().lift(x, level, noise, data_std)
 
 
 def patches(images: Dataset | Tensor) -> Tensor:
@@ -168,10 +168,10 @@ def test_a_wrong_lift_is_blamed_on_the_lift(audited: Callable[..., Audit]) -> No
 
 
 def test_too_few_steps_are_blamed_on_the_solver(audited: Callable[..., Audit]) -> None:
-    found = audited(rule="ddim", steps=3, solver_steps=200)
+    found = audited(solver="ddim", steps=3, solver_steps=200)
     assert found.worst == "solver"
     assert found.solver is not None
-    assert (found.solver["rule"], found.solver["steps"], found.solver["spacing"]) == ("ddpm", 200, "uniform")
+    assert (found.solver["solver"], found.solver["steps"], found.solver["timestep_spacing"]) == ("ddpm", 200, "uniform")
     assert found.verdict.startswith("the solver costs most")
 
 
@@ -205,18 +205,18 @@ def test_costs_are_the_differences_between_starts() -> None:
 @pytest.mark.parametrize(
     ("sampling", "steps", "expected"),
     [
-        ({"rule": "ddim", "steps": 20}, None, ("ddpm", 250, "uniform")),
-        ({"rule": "ddim", "steps": 500, "spacing": "logsnr"}, None, ("ddpm", 500, "uniform")),
-        ({"rule": "ddpm", "steps": 20, "share": (10, 10)}, 50, ("ddpm", 50, "uniform")),
-        ({"rule": "ddpm", "steps": 250, "eta": 0.0, "seed": 4}, None, None),
-        ({"rule": "ddpm", "steps": 20}, 20, None),
+        ({"solver": "ddim", "steps": 20}, None, ("ddpm", 250, "uniform")),
+        ({"solver": "ddim", "steps": 500, "timestep_spacing": "logsnr"}, None, ("ddpm", 500, "uniform")),
+        ({"solver": "ddpm", "steps": 20, "share": (10, 10)}, 50, ("ddpm", 50, "uniform")),
+        ({"solver": "ddpm", "steps": 250, "eta": 0.0, "seed": 4}, None, None),
+        ({"solver": "ddpm", "steps": 20}, 20, None),
     ],
 )
 def test_the_solver_is_compared_with_many_ancestral_steps_unless_it_is_that(
     sampling: Mapping[str, object], steps: int | None, expected: tuple[object, ...] | None
 ) -> None:
     found = solver_sampling(sampling, 1000, steps)
-    assert (found and (found["rule"], found["steps"], found["spacing"])) == expected
+    assert (found and (found["solver"], found["steps"], found["timestep_spacing"])) == expected
     assert found is None or found["share"] == "length"
 
 
@@ -250,7 +250,7 @@ def test_what_is_drawn_does_not_depend_on_how_it_is_split(subject: Subject, star
 def test_a_denoiser_is_told_the_classes_of_the_images_whose_states_it_goes_on_from(images: Tensor) -> None:
     seen: list[Tensor] = []
 
-    def told(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def class_conditional(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         seen.append(labels)
         return EXACT(x, t)
 
@@ -258,7 +258,7 @@ def test_a_denoiser_is_told_the_classes_of_the_images_whose_states_it_goes_on_fr
     few = images.numpy()[:40].copy()
     few[:, 0, 0, 0] = np.arange(40) % 3
     data = ArrayImages(few, np.arange(40) % 3)
-    subject = Subject(PROCESS, told, data, {**SAMPLING, "steps": 6}, batch=4, label_counts=(14, 13, 13, 0))
+    subject = Subject(PROCESS, class_conditional, data, {**SAMPLING, "steps": 6}, batch=4, label_counts=(14, 13, 13, 0))
     draw(subject, "free", 0, 8)
     assert torch.equal(torch.cat(seen[:: len(seen) // 2]), image_labels((14, 13, 13, 0), SAMPLING["seed"], 0, 8))
     for start in ("before_2", "after_1"):
@@ -276,12 +276,12 @@ def test_real_images_are_drawn_each_for_itself(subject: Subject, images: Tensor)
 
 
 def test_states_of_every_size_are_described_by_few_numbers() -> None:
-    for side in (2, 4, 6, 8, 15, 64):
-        x = torch.randn((400, 3, side, side), generator=generator("states", side))
+    for resolution in (2, 4, 6, 8, 15, 64):
+        x = torch.randn((400, 3, resolution, resolution), generator=generator("states", resolution))
         features = describe(x, 0).features
         assert features.shape[1] <= 24 + 4
         assert features.isfinite().all()
-        if side % 4 == 0:
+        if resolution % 4 == 0:
             # White noise has its own variance in every average.
             assert features[:, :24].std(0).mean() == pytest.approx(1, abs=0.03)
 

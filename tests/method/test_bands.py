@@ -50,9 +50,9 @@ def test_projections_are_an_orthogonal_decomposition() -> None:
 
 @few
 @given(st.sampled_from([8, 16]), levels, st.data())
-def test_scale_is_the_dense_matrix(side: int, n: int, data: st.DataObject) -> None:
+def test_scale_is_the_dense_matrix(resolution: int, n: int, data: st.DataObject) -> None:
     factors = torch.tensor(data.draw(st.lists(st.floats(-5, 5), min_size=n + 1, max_size=n + 1)), dtype=torch.float64)
-    close(as_matrix(partial(bands.scale, factors=factors), side), combine(factors, projectors(side, n)))
+    close(as_matrix(partial(bands.scale, factors=factors), resolution), combine(factors, projectors(resolution, n)))
 
 
 @few
@@ -117,10 +117,10 @@ def test_finest_band_is_what_halving_drops(shape: tuple[int, int, int], seed: in
 @given(shapes, levels, seeds)
 def test_energies_are_mean_squares_that_sum_to_the_norm(shape: tuple[int, int, int], n: int, seed: int) -> None:
     x = images(*shape, seed)
-    side, _, channels = shape
+    resolution, _, channels = shape
     energies = bands.energies(x.float(), n)
     assert energies.dtype == torch.float64
-    sizes = [round(p.trace().item()) * channels for p in projectors(side, n)]
+    sizes = [round(p.trace().item()) * channels for p in projectors(resolution, n)]
     for i, band in enumerate(split(x.float().double(), n)):
         close(energies[:, i], band.square().flatten(1).sum(1) / sizes[i])
     close(energies @ torch.tensor(sizes, dtype=torch.float64), x.float().double().square().flatten(1).sum(1))

@@ -36,7 +36,7 @@ def check_sentence(text: str, *parts: str) -> None:
 MISTAKES: dict[str, tuple[Any, list[str]]] = {
     "unknown section": ({"trainng": {}}, ["trainng: unknown key", "did you mean 'training'?"]),
     "unknown key": ({"model": {"chanels": 3}}, ["model.chanels: unknown key", "did you mean 'channels'?"]),
-    "unknown key, no hint": ({"model": {"zzz": 3}}, ["model.zzz: unknown key, expected one of predicts,"]),
+    "unknown key, no hint": ({"model": {"zzz": 3}}, ["model.zzz: unknown key, expected one of prediction_type,"]),
     "unknown key of a setting": (
         setting(turningpoints=[3]),
         ["settings.0.turningpoints", "did you mean 'turning_points'?"],
@@ -53,15 +53,15 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
     "unknown process": (setting(process="dvpd"), ["settings.0.process: found 'dvpd'", "'dvdp'"]),
     "unknown base": ({"process": {"base": "liner"}}, ["process.base: found 'liner'", "'linear'"]),
     "unknown attenuation": ({"process": {"attenuation": "cosin"}}, ["process.attenuation", "did you mean 'cosine'?"]),
-    "unknown rule": ({"sampling": {"rule": "ddmp"}}, ["sampling.rule", "did you mean 'ddpm'?"]),
-    "unknown target": ({"model": {"predicts": "nose"}}, ["model.predicts: found 'nose'", "'noise'"]),
+    "unknown solver": ({"sampling": {"solver": "ddmp"}}, ["sampling.solver", "did you mean 'ddpm'?"]),
+    "unknown target": ({"model": {"prediction_type": "nose"}}, ["model.prediction_type: found 'nose'", "'noise'"]),
     "eta above 1": ({"sampling": {"eta": 3}}, ["sampling.eta: found 3.0"]),
     "negative learning rate": ({"training": {"learning_rate": -1}}, ["training.learning_rate: found -1.0"]),
     "no images": ({"training": {"images": 0}}, ["training.images: found 0"]),
     "tiny images": ({"dataset": {"resolution": 2}}, ["dataset.resolution: found 2"]),
     "unknown encoding": ({"dataset": {"encoding": "jpg"}}, ["dataset.encoding: found 'jpg'", "'jpeg'"]),
     "no such quality": ({"dataset": {"jpeg_quality": 101}}, ["dataset.jpeg_quality: found 101", "from 1 to 100"]),
-    "no room in a file": ({"dataset": {"shard_gib": 0}}, ["dataset.shard_gib: found 0.0", "above 0"]),
+    "no slots in a file": ({"dataset": {"shard_gib": 0}}, ["dataset.shard_gib: found 0.0", "above 0"]),
     "fewer than no processes": ({"dataset": {"workers": -1}}, ["dataset.workers: found -1", "at least 0"]),
     "odd name": ({"dataset": {"name": "a/b"}}, ["dataset.name: found 'a/b'"]),
     "folder missing": ({"dataset": {"source": "image_folder"}}, ["dataset.path: found nothing"]),
@@ -70,20 +70,23 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
     "no timesteps": ({"process": {"timesteps": 0}}, ["process.timesteps: found 0"]),
     "floor of 0": ({"process": {"floor": 0}} | setting(), ["floor: found 0.0"]),
     "dropout above 1": ({"model": {"dropout": 2}}, ["model.dropout: found 2.0"]),
-    "odd channels": ({"model": {"channels": 30}}, ["model.channels: found 30", "multiple of 4"]),
-    "no stages": ({"model": {"multipliers": []}}, ["model.multipliers: found []"]),
-    "attention nowhere": ({"model": {"attention": [64]}}, ["model.attention: found factor 64"]),
-    "odd heads": ({"model": {"head_channels": 48}}, ["model.head_channels: found 48"]),
+    "odd channels": ({"model": {"model_channels": 30}}, ["model.model_channels: found 30", "multiple of 4"]),
+    "no stages": ({"model": {"channel_mult": []}}, ["model.channel_mult: found []"]),
+    "attention nowhere": ({"model": {"attention_factors": [64]}}, ["model.attention_factors: found factor 64"]),
+    "odd heads": ({"model": {"num_head_channels": 48}}, ["model.num_head_channels: found 48"]),
     "no ranks": ({"cluster": {"num_workers": 0}}, ["cluster.num_workers: found 0"]),
     "turning points out of order": (setting(turning_points=[600, 300]), ["settings.a.turning_points", "[600, 300]"]),
     "turning point twice": (setting(turning_points=[300, 300]), ["settings.a.turning_points", "[300, 300]"]),
     "turning point at 0": (setting(turning_points=[0]), ["settings.a.turning_points", "[0]"]),
     "turning point at T": (setting(turning_points=[1000]), ["settings.a.turning_points", "between 1 and 999"]),
     "turning points of ddpm": (setting(process="ddpm"), ["settings.0.turning_points", "expected none"]),
-    "side not divisible": (setting() | {"dataset": {"resolution": 30}}, ["settings.a", "dataset.resolution", "30"]),
+    "resolution not divisible": (
+        setting() | {"dataset": {"resolution": 30}},
+        ["settings.a", "dataset.resolution", "30"],
+    ),
     "too many stages": (
-        setting() | {"model": {"multipliers": [1] * 5}},
-        ["settings.a", "multipliers", "5 stages", "8 px"],
+        setting() | {"model": {"channel_mult": [1] * 5}},
+        ["settings.a", "channel_mult", "5 stages", "8 px"],
     ),
     "fewer steps than levels": (
         setting() | {"sampling": {"steps": 2}},
@@ -104,7 +107,7 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
         ["evaluation.kid_subset: found 60"],
     ),
     "override of an unknown section": (
-        setting(overrides={"modle": {"channels": 8}}),
+        setting(overrides={"modle": {"model_channels": 8}}),
         ["settings.0.overrides", "'modle'", "did you mean 'model'?"],
     ),
     "override of a section that all share": (
@@ -116,12 +119,12 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
         ["settings.a.overrides.model.chanels", "did you mean 'channels'?"],
     ),
     "override of the wrong type": (
-        setting(overrides={"model": {"channels": "wide"}}),
-        ["settings.a.overrides.model.channels: found 'wide'"],
+        setting(overrides={"model": {"model_channels": "wide"}}),
+        ["settings.a.overrides.model.model_channels: found 'wide'"],
     ),
     "override out of range": (
-        setting(overrides={"model": {"channels": 30}}),
-        ["settings.a.overrides.model.channels: found 30"],
+        setting(overrides={"model": {"model_channels": 30}}),
+        ["settings.a.overrides.model.model_channels: found 30"],
     ),
     "override that is no mapping": (setting(overrides={"model": 3}), ["settings.0.overrides.model: found 3"]),
     "override that does not fit the setting": (
@@ -180,12 +183,12 @@ def test_empty_file_is_the_demo(tmp_path: Path) -> None:
 
 def test_sections_check_themselves_without_a_file() -> None:
     params = Params()
-    for section in (params.dataset, params.process, params.model, params.training, params.sampling):
+    for section in (params.dataset, params.schedule, params.model, params.training, params.sampling):
         assert dataclasses.replace(section) == section
     with pytest.raises(UserError, match="channels: found 30"):
-        dataclasses.replace(params.model, channels=30)
+        dataclasses.replace(params.model, model_channels=30)
     with pytest.raises(UserError, match="attenuation"):
-        dataclasses.replace(params.process, attenuation="cosin")
+        dataclasses.replace(params.schedule, attenuation="cosin")
 
 
 def test_file_says_everything_and_numbers_may_be_written_as_yaml_writes_them(tmp_path: Path) -> None:
@@ -207,7 +210,7 @@ def test_file_says_everything_and_numbers_may_be_written_as_yaml_writes_them(tmp
     assert params.settings[1].turning_points == (600,)
     runs = params.runs()
     assert [(run.setting, run.seed) for run in runs] == [(s, i) for s in ("plain", "600") for i in range(3)]
-    assert {run.side for run in runs} == {64}
+    assert {run.resolution for run in runs} == {64}
 
 
 def test_overrides_apply_to_their_setting_alone() -> None:
@@ -219,7 +222,7 @@ def test_overrides_apply_to_their_setting_alone() -> None:
                     **DVDP,
                     "overrides": {
                         "process": {"floor": 0.3},
-                        "model": {"predicts": "clean", "attention": []},
+                        "model": {"prediction_type": "sample", "attention_factors": []},
                         "training": {"batch": 8},
                         "sampling": {"steps": 30},
                     },
@@ -230,23 +233,23 @@ def test_overrides_apply_to_their_setting_alone() -> None:
     )
     plain, changed, other = params.runs()
     assert (plain.process, plain.model, plain.training, plain.sampling) == (
-        params.process,
+        params.schedule,
         params.model,
         params.training,
         params.sampling,
     )
-    assert changed.process == dataclasses.replace(params.process, floor=0.3)
-    assert changed.model == dataclasses.replace(params.model, predicts="clean", attention=())
+    assert changed.schedule == dataclasses.replace(params.schedule, floor=0.3)
+    assert changed.model == dataclasses.replace(params.model, prediction_type="sample", attention_factors=())
     assert changed.training == dataclasses.replace(params.training, batch=8)
     assert changed.sampling == dataclasses.replace(params.sampling, steps=30)
     assert dataclasses.replace(other, setting="a") == dataclasses.replace(
         changed,
-        process=params.process,
+        process=params.schedule,
         model=params.model,
         training=params.training,
         sampling=params.sampling,
     )
-    assert changed.schedule().signal[0, 300] == 0.3 * changed.schedule().signal[2, 300]
+    assert changed.build_schedule().signal[0, 300] == 0.3 * changed.build_schedule().signal[2, 300]
 
 
 def test_a_setting_gives_its_schedule() -> None:
@@ -268,9 +271,9 @@ def test_a_setting_gives_its_schedule() -> None:
         Schedule.dvdp([200], 500, "cosine", -0.5, "linear", 0.1),
     ]
     for run, schedule in zip(params.runs(), expected, strict=True):
-        assert run.schedule().turning_points == schedule.turning_points
-        assert torch.equal(run.schedule().signal, schedule.signal)
-        assert torch.equal(run.schedule().noise, schedule.noise)
+        assert run.build_schedule().turning_points == schedule.turning_points
+        assert torch.equal(run.build_schedule().signal, schedule.signal)
+        assert torch.equal(run.build_schedule().noise, schedule.noise)
 
 
 # --- what an import costs ----------------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ from torch import Tensor
 from dvdp import Process, Schedule, UserError
 from dvdp.config import Run, parse_params
 from dvdp.diffusion import bands
-from dvdp.diffusion.solvers import RULES
-from dvdp.diffusion.timesteps import SPACINGS
+from dvdp.diffusion.solvers import SOLVERS
+from dvdp.diffusion.timesteps import TIMESTEP_SPACINGS
 from dvdp.models.flops import network_flops, relative_flops
 from dvdp.planning.fisher import orthogonal_divergences
-from dvdp.planning.planner import Plan, Planner, band_errors, generated_deviations, lift_losses, overall_error
+from dvdp.planning.planner import Plan, Planner, band_errors, generated_std, lift_losses, overall_error
 from dvdp.planning.search import candidate_points, cheapest, frontier, most_levels, search
 
 from .exact import EmpiricalDenoiser, GaussianDenoiser, digits
@@ -30,12 +30,12 @@ from .strategies import few
 DATA = (0.144, 0.25, 0.374, 0.45, 0.879)
 
 
-def run_of(points: tuple[int, ...] = (), side: int = 32, **sampling: Any) -> Run:
-    """A run whose UNet halves the side once."""
+def run_of(points: tuple[int, ...] = (), resolution: int = 32, **sampling: Any) -> Run:
+    """A run whose UNet halves the resolution once."""
     tree = {
-        "dataset": {"resolution": side},
+        "dataset": {"resolution": resolution},
         "settings": [{"name": "a", "process": "dvdp", "turning_points": list(points)}],
-        "model": {"channels": 8, "multipliers": [1, 2], "attention": [], "head_channels": 8},
+        "model": {"model_channels": 8, "channel_mult": [1, 2], "attention_factors": [], "num_head_channels": 8},
         "sampling": {"steps": 40, **sampling},
         "training": {"preview_steps": 10},
     }
@@ -46,26 +46,33 @@ turning_points = st.sets(st.integers(1, 999), max_size=3).map(lambda points: tup
 
 
 @few
-@given(turning_points, st.sampled_from(sorted(RULES)), st.sampled_from(sorted(SPACINGS)), st.sampled_from("abc"))
+@given(
+    turning_points, st.sampled_from(sorted(SOLVERS)), st.sampled_from(sorted(TIMESTEP_SPACINGS)), st.sampled_from("abc")
+)
 def test_a_plan_predicts_what_its_schedule_alone_does(
-    points: tuple[int, ...], rule: str, spacing: str, which: str
+    points: tuple[int, ...], solver: str, timestep_spacing: str, which: str
 ) -> None:
     """Whatever other sets the planner serves; and the lift is as the run says."""
-    how: dict[str, Any] = {"steps": 12, "rule": rule, "spacing": spacing, "share": "cost" if which == "a" else "length"}
+    how: dict[str, Any] = {
+        "steps": 12,
+        "solver": solver,
+        "timestep_spacing": timestep_spacing,
+        "share": "cost" if which == "a" else "length",
+    }
     lift = "data" if which == "b" else "noise"
     run = run_of(lift=lift, **how)
     plan = Planner(run, DATA, sorted({*points, 100, 300, 600})).plan(points)
     schedule = Schedule.dvdp(points)
-    expected = band_errors(schedule, DATA, **how, lift_deviations=DATA if lift == "data" else None)
+    expected = band_errors(schedule, DATA, **how, lift_std=DATA if lift == "data" else None)
     assert plan.band_errors == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert plan.lift_losses == pytest.approx(lift_losses(schedule, DATA, 32))
 
 
 def test_bands_of_the_coarsest_level_are_as_one_band_each() -> None:
     """A set of few turning points is judged on all bands of the data, like the others."""
-    found = generated_deviations(Schedule.dvdp([300]), DATA, 25)
+    found = generated_std(Schedule.dvdp([300]), DATA, 25)
     for band in range(1, len(DATA)):
-        assert found[band] == pytest.approx(generated_deviations(Schedule.dvdp([300]), [0.1, DATA[band]], 25)[1])
+        assert found[band] == pytest.approx(generated_std(Schedule.dvdp([300]), [0.1, DATA[band]], 25)[1])
 
 
 @few
@@ -74,8 +81,8 @@ def test_costs_are_those_that_training_and_sampling_have(points: tuple[int, ...]
     run = run_of(points, share=share)
     plan = Planner(run, DATA, points).plan(points)
     assert plan.training_speedup == pytest.approx(1 / relative_flops(run))
-    calls = sum(n * network_flops(run.model, run.side >> level) for level, n in enumerate(plan.calls))
-    assert plan.sampling_speedup == pytest.approx(40 * network_flops(run.model, run.side) / calls)
+    calls = sum(n * network_flops(run.model, run.resolution >> level) for level, n in enumerate(plan.calls))
+    assert plan.sampling_speedup == pytest.approx(40 * network_flops(run.model, run.resolution) / calls)
     assert sum(plan.calls) == 40
     measured = Planner(run, DATA, points, [8.0, 4.0, 2.0, 1.0]).plan(points)
     assert measured.training_speedup == pytest.approx(1 / sum(s / 2**k for k, s in enumerate(plan.shares)))
@@ -83,14 +90,14 @@ def test_costs_are_those_that_training_and_sampling_have(points: tuple[int, ...]
 
 def test_costs_relate_to_ddpm_with_the_model_without_overrides() -> None:
     run = run_of()
-    wider = dataclasses.replace(run, model=dataclasses.replace(run.model, channels=16))
+    wider = dataclasses.replace(run, model=dataclasses.replace(run.model, model_channels=16))
     assert Planner(wider, DATA, ()).plan(()).training_speedup == pytest.approx(1 / relative_flops(wider))
     assert relative_flops(wider) > 2
 
 
-@pytest.mark.parametrize("rule", sorted(RULES))
-def test_no_turning_points_are_ddpm(rule: str) -> None:
-    plan = Planner(run_of(rule=rule), DATA, [300, 600]).plan(())
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_no_turning_points_are_ddpm(solver: str) -> None:
+    plan = Planner(run_of(solver=solver), DATA, [300, 600]).plan(())
     assert (plan.excess, plan.lift_losses) == (0, ())
     assert (plan.training_speedup, plan.sampling_speedup) == (1, 1)
     assert plan.error > 0
@@ -164,13 +171,13 @@ def test_a_tolerance_that_no_turning_points_meet_is_refused_with_the_one_they_do
 
 def test_levels_end_where_side_network_steps_or_bands_do() -> None:
     assert most_levels(run_of(), len(DATA)) == 4  # 32 px, halved once by the network
-    assert most_levels(run_of(side=24), len(DATA)) == 2
+    assert most_levels(run_of(resolution=24), len(DATA)) == 2
     assert most_levels(run_of(), 3) == 2
     assert most_levels(dataclasses.replace(run_of(), sampling=run_of(steps=3).sampling), len(DATA)) == 2
     with pytest.raises(UserError, match=r"^turning_points: found 1 steps and data of 5 bands, expected at least 2"):
         most_levels(run_of(steps=1), len(DATA))
-    with pytest.raises(UserError, match=r"^multipliers: found 2 stages"):
-        most_levels(run_of(side=6), len(DATA))
+    with pytest.raises(UserError, match=r"^channel_mult: found 2 stages"):
+        most_levels(run_of(resolution=6), len(DATA))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +185,7 @@ def test_levels_end_where_side_network_steps_or_bands_do() -> None:
     [
         ((100, 200, 300), None, r"^turning_points: found \[100, 200, 300\], expected at most 2, the bands"),
         ((100, 200), [3.0, 1.0], r"^costs: found 2 numbers, expected one for each of 3 levels"),
-        ((100, 200, 300, 400, 500), None, r"^multipliers: found 2 stages"),
+        ((100, 200, 300, 400, 500), None, r"^channel_mult: found 2 stages"),
     ],
 )
 def test_a_plan_that_cannot_be_is_one_sentence(points: tuple[int, ...], costs: list[float] | None, text: str) -> None:
@@ -198,10 +205,10 @@ def test_candidates_are_twentieths_of_any_number_of_timesteps() -> None:
 NORMAL = (0.3, 0.5, 0.9)
 
 
-def normal_images(count: int, deviations: tuple[float, ...] = NORMAL) -> Tensor:
-    """(count, 3, 8, 8) float64, whose bands are normal with these deviations."""
+def normal_images(count: int, std: tuple[float, ...] = NORMAL) -> Tensor:
+    """(count, 3, 8, 8) float64, whose bands are normal with these std."""
     z = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return bands.scale(z, torch.tensor(deviations, dtype=torch.float64))
+    return bands.scale(z, torch.tensor(std, dtype=torch.float64))
 
 
 SCHEDULES = {
@@ -272,10 +279,10 @@ def test_divergences_are_those_of_a_denoiser_that_is_told_the_class_of_each_imag
     images, exact = normal_images(70), GaussianDenoiser(process, NORMAL[:2])
     labels, seen = torch.arange(70), []
 
-    def told(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def class_conditional(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         seen.append(labels)
         return exact(x, t)
 
-    found = orthogonal_divergences(process, told, images, [100, 400], 2, labels=labels)
+    found = orthogonal_divergences(process, class_conditional, images, [100, 400], 2, labels=labels)
     assert found == orthogonal_divergences(process, exact, images, [100, 400], 2)
     assert torch.equal(torch.cat(seen), torch.cat([labels, labels]))

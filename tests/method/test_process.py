@@ -63,10 +63,10 @@ def test_timesteps_of_two_levels_are_refused() -> None:
         Process(Schedule.dvdp([300])).level(torch.tensor([300, 301]))
 
 
-@pytest.mark.parametrize("side", [2, 30, 33])
-def test_side_that_cannot_be_halved_is_refused(side: int) -> None:
-    with pytest.raises(UserError, match=rf"image side: found {side}, expected a multiple of 4"):
-        Process(Schedule.dvdp([300, 600])).check_side(side)
+@pytest.mark.parametrize("resolution", [2, 30, 33])
+def test_side_that_cannot_be_halved_is_refused(resolution: int) -> None:
+    with pytest.raises(UserError, match=rf"image resolution: found {resolution}, expected a multiple of 4"):
+        Process(Schedule.dvdp([300, 600])).check_resolution(resolution)
 
 
 @few
@@ -76,8 +76,8 @@ def test_diffuse_is_the_sum_over_bands(schedule: Schedule, a: float, b: float, s
     x0 = images(SIDE, 2, 3, seed)
     for level in range(schedule.levels + 1):
         _, t = times_of_level(schedule, level, a, b)
-        side = SIDE >> level
-        z = images(side, 2, 3, seed + 1)
+        resolution = SIDE >> level
+        z = images(resolution, 2, 3, seed + 1)
         # What the bands of the whole image become when the level's halvings are applied.
         expected = torch.zeros_like(z)
         for band, (v, noise) in enumerate(
@@ -101,13 +101,13 @@ def test_diffused_images_have_the_promised_mean_and_white_noise() -> None:
     n, x0 = 20_000, images(SIDE, 1, 1, seed=0)
     for t in (200, 500, 800):
         level = process.level(t)
-        side = SIDE >> level
-        x = process.diffuse(x0.expand(n, -1, -1, -1), t, images(side, n, 1, seed=t)).flatten(1)
+        resolution = SIDE >> level
+        x = process.diffuse(x0.expand(n, -1, -1, -1), t, images(resolution, n, 1, seed=t)).flatten(1)
         S, _ = level_tables(process.schedule, level, t)
         mean = S @ bands.to_level(x0, level).flatten()
         sigma = process.schedule.noise[0, t].item()
         assert ((x.mean(0) - mean).abs() < 5 * sigma / n**0.5).all()
-        assert ((x.T.cov() / sigma**2 - torch.eye(side * side)).abs() < 6 * 2**0.5 / n**0.5).all()
+        assert ((x.T.cov() / sigma**2 - torch.eye(resolution * resolution)).abs() < 6 * 2**0.5 / n**0.5).all()
 
 
 def test_noise_may_differ_from_band_to_band() -> None:
@@ -199,7 +199,10 @@ def test_posterior_is_the_markov_chain_conditioned_on_both_ends(schedule: Schedu
         s, t = times_of_level(schedule, level, a, b)
         A, B, lower, upper = conditioned(schedule, level, s, t)
         P = projectors(SIDE >> level, schedule.levels - level)
-        expected: dict[Variance, Tensor] = {"lower": lower, "upper": upper if s else torch.zeros_like(upper)}
+        expected: dict[Variance, Tensor] = {
+            "fixed_small": lower,
+            "fixed_large": upper if s else torch.zeros_like(upper),
+        }
         for choice, covariance in expected.items():
             step = process.posterior(torch.tensor(t), torch.tensor(s), level, choice)
             close(combine(step.x, P), A)
@@ -212,7 +215,7 @@ def test_posterior_of_a_full_length_process(level: int, s: int, t: int) -> None:
     schedule = Schedule.dvdp([300, 600])
     A, B, lower, upper = conditioned(schedule, level, s, t)
     P = projectors(SIDE >> level, 2 - level)
-    expected: dict[Variance, Tensor] = {"lower": lower, "upper": upper}
+    expected: dict[Variance, Tensor] = {"fixed_small": lower, "fixed_large": upper}
     for choice, covariance in expected.items():
         step = Process(schedule).posterior(torch.tensor(t), torch.tensor(s), level, choice)
         close(combine(step.x, P), A)
@@ -254,7 +257,7 @@ def test_a_step_to_0_returns_the_clean_image_to_the_last_bit(schedule: Schedule)
     t = torch.arange(1, schedule.span(0)[1] + 1)
     for step in (
         process.posterior(t, torch.zeros_like(t), 0),
-        process.posterior(t, torch.zeros_like(t), 0, "upper"),
+        process.posterior(t, torch.zeros_like(t), 0, "fixed_large"),
         process.implicit(t, torch.zeros_like(t), 0, eta=1.0),
     ):
         assert (step.x == 0).all()
@@ -277,7 +280,7 @@ def test_without_turning_points_it_is_the_textbook_ddpm_posterior() -> None:
     close(lower.x[:, 0], alpha.sqrt() * (1 - abar[t - 1]) / (1 - abar[t]))
     close(lower.x0[:, 0], abar[t - 1].sqrt() * beta / (1 - abar[t]))
     close(lower.z[:, 0].square(), (1 - abar[t - 1]) / (1 - abar[t]) * beta)
-    upper = process.posterior(t, t - 1, 0, "upper")
+    upper = process.posterior(t, t - 1, 0, "fixed_large")
     close(upper.x, lower.x)
     close(upper.x0, lower.x0)
     close(upper.z[1:, 0].square(), beta[1:])
@@ -309,7 +312,7 @@ def test_ddim_with_eta_1_is_ancestral_sampling(schedule: Schedule, a: float, b: 
             close(one, other, 1e-7)
 
 
-@pytest.mark.parametrize("variance", ["lower", "upper"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_coefficients_of_many_steps_at_once_are_those_of_each(variance: Variance) -> None:
     process = Process(Schedule.dvdp([300, 600]))
     t, s = torch.tensor([600, 500, 301]), torch.tensor([500, 301, 300])
@@ -329,9 +332,9 @@ def test_coefficients_of_many_steps_at_once_are_those_of_each(variance: Variance
 def test_halving_undoes_the_lift(schedule: Schedule, seed: int) -> None:
     process = Process(schedule)
     for level in range(1, schedule.levels + 1):
-        side = SIDE >> level
-        x = images(side, 2, 3, seed)
-        close(bands.down(process.lift(x, level, images(2 * side, 2, 3, seed + 1))), x, 1e-14)
+        resolution = SIDE >> level
+        x = images(resolution, 2, 3, seed)
+        close(bands.down(process.lift(x, level, images(2 * resolution, 2, 3, seed + 1))), x, 1e-14)
 
 
 @few
@@ -339,17 +342,17 @@ def test_halving_undoes_the_lift(schedule: Schedule, seed: int) -> None:
 def test_lifted_state_is_the_diffused_image_without_the_signal_that_was_dropped(schedule: Schedule) -> None:
     process = Process(schedule)
     for level in range(1, schedule.levels + 1):
-        t, side = schedule.turning_points[level - 1], SIDE >> level
+        t, resolution = schedule.turning_points[level - 1], SIDE >> level
         S_low, N_low = level_tables(schedule, level, t)
         S, N = level_tables(schedule, level - 1, t)
-        nothing = torch.zeros(1, 1, 2 * side, 2 * side, dtype=torch.float64)
-        from_state = as_matrix(partial(process.lift, level=level, noise=nothing), side)
-        no_state = torch.zeros(1, 1, side, side, dtype=torch.float64)
-        from_noise = as_matrix(partial(process.lift, no_state, level), 2 * side)
+        nothing = torch.zeros(1, 1, 2 * resolution, 2 * resolution, dtype=torch.float64)
+        from_state = as_matrix(partial(process.lift, level=level, noise=nothing), resolution)
+        no_state = torch.zeros(1, 1, resolution, resolution, dtype=torch.float64)
+        from_noise = as_matrix(partial(process.lift, no_state, level), 2 * resolution)
         # Its mean, as a map of the level-1 finer clean image.
-        dropped = schedule.signal[level - 1, t] * projectors(2 * side, 1)[0]
-        close(from_state @ S_low @ down_matrix(2 * side), S - dropped)
+        dropped = schedule.signal[level - 1, t] * projectors(2 * resolution, 1)[0]
+        close(from_state @ S_low @ down_matrix(2 * resolution), S - dropped)
         # Its covariance: that of the diffused image, white.
         covariance = from_state @ N_low @ N_low @ from_state.T + from_noise @ from_noise.T
         close(covariance, N @ N)
-        close(covariance, schedule.noise[0, t] ** 2 * torch.eye(4 * side * side, dtype=torch.float64))
+        close(covariance, schedule.noise[0, t] ** 2 * torch.eye(4 * resolution * resolution, dtype=torch.float64))

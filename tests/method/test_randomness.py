@@ -17,10 +17,10 @@ from dvdp.diffusion.timesteps import step_grid
 PROCESS = Process(Schedule.dvdp([300, 600]))
 SHAPE = (5, 3, 16, 16)
 
-RULES: dict[str, dict[str, Any]] = {
-    "ddpm": {"rule": "ddpm"},
-    "ddim": {"rule": "ddim"},
-    "ddim, eta": {"rule": "ddim", "eta": 0.7},
+SOLVERS: dict[str, dict[str, Any]] = {
+    "ddpm": {"solver": "ddpm"},
+    "ddim": {"solver": "ddim"},
+    "ddim, eta": {"solver": "ddim", "eta": 0.7},
 }
 
 
@@ -94,14 +94,14 @@ def test_images_do_not_depend_on_the_batch_on_a_gpu() -> None:
     assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 1, 1], [2, 3], [4, 1]], ids=str)
 @pytest.mark.parametrize("first", [0, 1000])
-def test_images_do_not_depend_on_the_batch(sizes: list[int], first: int, rule: dict[str, Any]) -> None:
-    whole = sample(PROCESS, elementwise, SHAPE, 20, first=first, **rule)
-    assert torch.equal(in_parts(elementwise, sizes, first, **rule), whole)
-    whole = sample(PROCESS, convolution, SHAPE, 20, first=first, **rule)
-    torch.testing.assert_close(in_parts(convolution, sizes, first, **rule), whole, rtol=0, atol=1 / 255)
+def test_images_do_not_depend_on_the_batch(sizes: list[int], first: int, solver: dict[str, Any]) -> None:
+    whole = sample(PROCESS, elementwise, SHAPE, 20, first=first, **solver)
+    assert torch.equal(in_parts(elementwise, sizes, first, **solver), whole)
+    whole = sample(PROCESS, convolution, SHAPE, 20, first=first, **solver)
+    torch.testing.assert_close(in_parts(convolution, sizes, first, **solver), whole, rtol=0, atol=1 / 255)
 
 
 def test_seed_and_first_name_the_images() -> None:
@@ -132,7 +132,7 @@ def test_number_type_of_states_and_images_is_the_one_asked_for() -> None:
 
 
 class CountingNoise(ImageNoise):
-    """Notes the side of every draw."""
+    """Notes the resolution of every draw."""
 
     drawn: list[int]
 
@@ -146,23 +146,23 @@ class CountingNoise(ImageNoise):
 
 
 @pytest.mark.parametrize(
-    ("rule", "expected"),
+    ("solver", "expected"),
     [
         # The start, a lift to 8 px, a lift to 16 px.
-        ({"rule": "ddim"}, [4, 8, 16]),
+        ({"solver": "ddim"}, [4, 8, 16]),
         # And each step, but for the last.
-        ({"rule": "ddim", "eta": 0.3}, [4] * 4 + [8] * 4 + [16] * 3),
-        ({"rule": "ddpm"}, [4] * 4 + [8] * 4 + [16] * 3),
-        ({"rule": "ddpm", "variance": "upper"}, [4] * 4 + [8] * 4 + [16] * 3),
+        ({"solver": "ddim", "eta": 0.3}, [4] * 4 + [8] * 4 + [16] * 3),
+        ({"solver": "ddpm"}, [4] * 4 + [8] * 4 + [16] * 3),
+        ({"solver": "ddpm", "variance": "fixed_large"}, [4] * 4 + [8] * 4 + [16] * 3),
     ],
-    ids=["ddim", "eta", "ddpm", "upper"],
+    ids=["ddim", "eta", "ddpm", "fixed_large"],
 )
 def test_only_stochastic_steps_draw_noise(
-    rule: dict[str, Any], expected: list[int], monkeypatch: pytest.MonkeyPatch
+    solver: dict[str, Any], expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dvdp.diffusion.sampling.ImageNoise", CountingNoise)
     process = Process(Schedule.dvdp([333, 666]))
-    sample(process, elementwise, SHAPE, 9, **rule)
+    sample(process, elementwise, SHAPE, 9, **solver)
     assert CountingNoise.drawn == expected
 
 
@@ -187,15 +187,15 @@ def test_callback_sees_every_network_call_at_its_level() -> None:
     assert torch.equal(seen[-1].clean, images)
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-def test_clipping_keeps_clean_images_in_the_pixel_range_of_their_level(rule: dict[str, Any]) -> None:
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
+def test_clipping_keeps_clean_images_in_the_pixel_range_of_their_level(solver: dict[str, Any]) -> None:
     def wild(x: Tensor, t: Tensor) -> Tensor:
         return -10 * x
 
     clipped: list[Progress] = []
-    images = sample(PROCESS, wild, SHAPE, 20, callback=clipped.append, **rule)
+    images = sample(PROCESS, wild, SHAPE, 20, callback=clipped.append, **solver)
     assert all(p.clean.abs().max() == 2.0**p.level for p in clipped)
     assert images.abs().max() <= 1
     free: list[Progress] = []
-    sample(PROCESS, wild, SHAPE, 20, clip=False, callback=free.append, **rule)
+    sample(PROCESS, wild, SHAPE, 20, clip=False, callback=free.append, **solver)
     assert all(p.clean.abs().max() > 2.0**p.level for p in free)

@@ -21,17 +21,17 @@ from .exact import EmpiricalDenoiser, GaussianDenoiser, digits, projectors, spli
 #: Deviations of bands 0, 1, 2 of CIFAR-10, about.
 DEVIATIONS = (0.144, 0.374, 0.879)
 
-RULES: dict[str, dict[str, Any]] = {
-    "ancestral, lower": {"rule": "ddpm", "variance": "lower"},
-    "ancestral, upper": {"rule": "ddpm", "variance": "upper"},
-    "ddim": {"rule": "ddim"},
-    "ddim, eta 0.5": {"rule": "ddim", "eta": 0.5},
+SOLVERS: dict[str, dict[str, Any]] = {
+    "ancestral, lower": {"solver": "ddpm", "variance": "fixed_small"},
+    "ancestral, upper": {"solver": "ddpm", "variance": "fixed_large"},
+    "ddim": {"solver": "ddim"},
+    "ddim, eta 0.5": {"solver": "ddim", "eta": 0.5},
 }
 POINTS: dict[int, tuple[int, ...]] = {0: (), 1: (300,), 2: (300, 600)}
 
 
 def step_by_the_book(
-    rule: dict[str, Any], signal_t: float, noise_t: float, signal_s: float, noise_s: float
+    solver: dict[str, Any], signal_t: float, noise_t: float, signal_s: float, noise_s: float
 ) -> tuple[float, float, float]:
     """(a, b, c) of x_s = a x_t + b x_0 + c z in one band, from the published equations."""
     if noise_s == 0:
@@ -40,16 +40,18 @@ def step_by_the_book(
     ratio = signal_t / signal_s
     added = noise_t**2 - ratio**2 * noise_s**2
     precision = ratio**2 / added + 1 / noise_s**2
-    if rule["rule"] == "ddpm":
-        variance = 1 / precision if rule["variance"] == "lower" else added
+    if solver["solver"] == "ddpm":
+        variance = 1 / precision if solver["variance"] == "fixed_small" else added
         return ratio / added / precision, signal_s / noise_s**2 / precision, math.sqrt(variance)
     # signal_s x_0 + along eps + sigma z, with eps = (x_t - signal_t x_0) / noise_t.
-    sigma = rule.get("eta", 0.0) / math.sqrt(precision)
+    sigma = solver.get("eta", 0.0) / math.sqrt(precision)
     along = math.sqrt(noise_s**2 - sigma**2)
     return along / noise_t, signal_s - along * signal_t / noise_t, sigma
 
 
-def generated(schedule: Schedule, band: int, deviation: float, steps: int, rule: dict[str, Any]) -> tuple[float, float]:
+def generated(
+    schedule: Schedule, band: int, deviation: float, steps: int, solver: dict[str, Any]
+) -> tuple[float, float]:
     """(mean, deviation) of what the sampler makes of a normal band of mean 1, in closed form.
 
     The band is born as white noise at its turning point (or at T) and goes down the grid from there.
@@ -64,7 +66,7 @@ def generated(schedule: Schedule, band: int, deviation: float, steps: int, rule:
         for t, s in pairwise(times):
             at = (schedule.signal[band, t], schedule.noise[band, t], schedule.signal[band, s], schedule.noise[band, s])
             signal_t, noise_t, signal_s, noise_s = (value.item() for value in at)
-            a, b, c = step_by_the_book(rule, signal_t, noise_t, signal_s, noise_s)
+            a, b, c = step_by_the_book(solver, signal_t, noise_t, signal_s, noise_s)
             # E[x_0 | x_t] = gain x_t + offset.
             gain = signal_t * deviation**2 / (signal_t**2 * deviation**2 + noise_t**2)
             offset = 1 - gain * signal_t
@@ -74,16 +76,18 @@ def generated(schedule: Schedule, band: int, deviation: float, steps: int, rule:
 
 
 def check_against_closed_form(
-    schedule: Schedule, steps: int, rule: dict[str, Any], images: int, mean: Tensor | None = None
+    schedule: Schedule, steps: int, solver: dict[str, Any], images: int, mean: Tensor | None = None
 ) -> None:
-    K, side, channels = schedule.levels, 8, 24
+    K, resolution, channels = schedule.levels, 8, 24
     process = Process(schedule)
     denoiser = GaussianDenoiser(process, DEVIATIONS, mean)
-    x = sample(process, denoiser, (images, channels, side, side), steps, clip=False, dtype=torch.float64, **rule)
-    sizes = [round(p.trace().item()) * channels * images for p in projectors(side, K)]
+    x = sample(
+        process, denoiser, (images, channels, resolution, resolution), steps, clip=False, dtype=torch.float64, **solver
+    )
+    sizes = [round(p.trace().item()) * channels * images for p in projectors(resolution, K)]
     means = split(mean, K) if mean is not None else [torch.zeros(1)] * (K + 1)
     for band, values in enumerate(split(x, K)):
-        expected_mean, expected = generated(schedule, band, DEVIATIONS[band], steps, rule)
+        expected_mean, expected = generated(schedule, band, DEVIATIONS[band], steps, solver)
         found = ((values - expected_mean * means[band]).square().sum() / sizes[band]).sqrt().item()
         # A sample deviation is off by 1 / sqrt(2 n), relatively: five of those.
         assert found == pytest.approx(expected, rel=5 / math.sqrt(2 * sizes[band])), (band, found, expected)
@@ -93,32 +97,32 @@ def check_against_closed_form(
             assert scale.item() == pytest.approx(expected_mean, abs=5 * error), band
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 @pytest.mark.parametrize("steps", [20, 50])
 @pytest.mark.parametrize("levels", POINTS)
-def test_gaussian_data_strided(levels: int, steps: int, rule: dict[str, Any]) -> None:
-    check_against_closed_form(Schedule.dvdp(POINTS[levels]), steps, rule, images=128)
+def test_gaussian_data_strided(levels: int, steps: int, solver: dict[str, Any]) -> None:
+    check_against_closed_form(Schedule.dvdp(POINTS[levels]), steps, solver, images=128)
 
 
-@pytest.mark.parametrize("rule", [RULES["ancestral, lower"], RULES["ddim"]], ids=["ancestral", "ddim"])
+@pytest.mark.parametrize("solver", [SOLVERS["ancestral, lower"], SOLVERS["ddim"]], ids=["ancestral", "ddim"])
 @pytest.mark.parametrize("levels", POINTS)
-def test_gaussian_data_every_step(levels: int, rule: dict[str, Any]) -> None:
-    check_against_closed_form(Schedule.dvdp(POINTS[levels]), 1000, rule, images=32)
+def test_gaussian_data_every_step(levels: int, solver: dict[str, Any]) -> None:
+    check_against_closed_form(Schedule.dvdp(POINTS[levels]), 1000, solver, images=32)
 
 
 def test_gaussian_data_every_step_upper_variance() -> None:
-    check_against_closed_form(Schedule.dvdp(POINTS[2]), 1000, RULES["ancestral, upper"], images=32)
+    check_against_closed_form(Schedule.dvdp(POINTS[2]), 1000, SOLVERS["ancestral, upper"], images=32)
 
 
 def test_mean_of_gaussian_data_is_found() -> None:
     mean = torch.randn(1, 24, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for rule in RULES.values():
-        check_against_closed_form(Schedule.dvdp(POINTS[2]), 50, rule, images=64, mean=mean)
+    for solver in SOLVERS.values():
+        check_against_closed_form(Schedule.dvdp(POINTS[2]), 50, solver, images=64, mean=mean)
 
 
 def test_subspace_diffusion_loses_detail_at_early_turning_points_and_dvdp_does_not() -> None:
     """The paper's Fig. 4 in closed form, then with the sampler itself."""
-    ddim = RULES["ddim"]
+    ddim = SOLVERS["ddim"]
 
     def kept(schedule: Schedule) -> float:
         return generated(schedule, 0, DEVIATIONS[0], 1000, ddim)[1] / DEVIATIONS[0]
@@ -145,7 +149,7 @@ def chosen(process: Process, images: Tensor, count: int, **how: Any) -> Tensor:
 
 
 def chi_square(counts: Tensor) -> float:
-    """Of equal shares, in deviations of its law under equal shares (about normal)."""
+    """Of equal shares, in std of its law under equal shares (about normal)."""
     expected = counts.sum().item() / len(counts)
     freedom = len(counts) - 1
     return ((counts - expected).square().sum().item() / expected - freedom) / math.sqrt(2 * freedom)
@@ -161,14 +165,14 @@ SCHEDULES = {
 
 
 FAST: dict[str, dict[str, Any]] = {
-    name: {"rule": name, "spacing": "quadratic"} for name in ("dpm++2m", "sde-dpm++2m", "deis2", "deis3")
+    name: {"solver": name, "timestep_spacing": "quadratic"} for name in ("dpm++2m", "sde-dpm++2m", "deis2", "deis3")
 }
 
 
-@pytest.mark.parametrize("rule", [*RULES.values(), *FAST.values()], ids=[*RULES, *FAST])
+@pytest.mark.parametrize("solver", [*SOLVERS.values(), *FAST.values()], ids=[*SOLVERS, *FAST])
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
-def test_samples_are_training_images_all_about_equally_often(schedule: Schedule, rule: dict[str, Any]) -> None:
-    counts = chosen(Process(schedule), digits(50, 16), 500, steps=50, **rule)
+def test_samples_are_training_images_all_about_equally_often(schedule: Schedule, solver: dict[str, Any]) -> None:
+    counts = chosen(Process(schedule), digits(50, 16), 500, steps=50, **solver)
     assert (counts > 0).sum() >= 49
     assert chi_square(counts) < 4
 
@@ -180,9 +184,9 @@ def test_deep_process_on_more_and_larger_images() -> None:
     assert (counts > 0).sum() > 45
 
 
-@pytest.mark.parametrize("rule", [RULES["ancestral, lower"], RULES["ddim"]], ids=["ancestral", "ddim"])
+@pytest.mark.parametrize("solver", [SOLVERS["ancestral, lower"], SOLVERS["ddim"]], ids=["ancestral", "ddim"])
 @pytest.mark.parametrize("point", [50, 100])
-def test_detail_that_the_coarse_image_does_not_settle_survives_dvdp_alone(point: int, rule: dict[str, Any]) -> None:
+def test_detail_that_the_coarse_image_does_not_settle_survives_dvdp_alone(point: int, solver: dict[str, Any]) -> None:
     """Every digit is there twice, sharp and blurred, with the same coarse image.
 
     An early turning point of subspace diffusion drops the signal that tells the two apart, and what it lifts looks
@@ -191,10 +195,10 @@ def test_detail_that_the_coarse_image_does_not_settle_survives_dvdp_alone(point:
     sharp = digits(25, 16)
     images = torch.cat([sharp, sharp - split(sharp, 1)[0]])
     count = 500
-    by_dvdp = chosen(Process(Schedule.dvdp([point], floor=0.01)), images, count, steps=200, **rule)
+    by_dvdp = chosen(Process(Schedule.dvdp([point], floor=0.01)), images, count, steps=200, **solver)
     assert chi_square(by_dvdp) < 4
     assert by_dvdp[:25].sum().item() == pytest.approx(count / 2, abs=4 * math.sqrt(count) / 2)
-    by_subspace = chosen(Process(Schedule.subspace([point])), images, count, steps=200, **rule)
+    by_subspace = chosen(Process(Schedule.subspace([point])), images, count, steps=200, **solver)
     assert by_subspace[:25].sum() == 0
     assert chi_square(by_subspace) > 30
 
@@ -213,15 +217,15 @@ def weigh(bands: Sequence[Tensor], weights: Iterable[float]) -> Tensor:
 
 
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 @pytest.mark.parametrize("levels", POINTS)
-def test_sampler_is_the_equations_step_by_step(levels: int, rule: dict[str, Any], clip: bool) -> None:
-    schedule, side, n = Schedule.dvdp(POINTS[levels]), 8, 3
+def test_sampler_is_the_equations_step_by_step(levels: int, solver: dict[str, Any], clip: bool) -> None:
+    schedule, resolution, n = Schedule.dvdp(POINTS[levels]), 8, 3
     K, T = schedule.levels, schedule.timesteps
     source = ImageNoise(5, 2, n)
 
     def draw(level: int) -> Tensor:
-        return source.normal((3, side >> level, side >> level), torch.float64)
+        return source.normal((3, resolution >> level, resolution >> level), torch.float64)
 
     x = schedule.noise[K, T] * draw(K)
     for level, times in step_grid(schedule, 12):
@@ -237,14 +241,22 @@ def test_sampler_is_the_equations_step_by_step(levels: int, rule: dict[str, Any]
             if clip:
                 x0 = x0.clamp(-(2**level), 2**level)
             steps = [
-                step_by_the_book(rule, *tables) for tables in zip(signal_t, noise_t, signal_s, noise_s, strict=True)
+                step_by_the_book(solver, *tables) for tables in zip(signal_t, noise_t, signal_s, noise_s, strict=True)
             ]
             a, b, c = zip(*steps, strict=True)
             x = weigh(split(x, K - level), a) + weigh(split(x0, K - level), b)
             if any(c):
                 x = x + weigh(split(draw(level), K - level), c)
     found = sample(
-        Process(schedule), bent, (n, 3, side, side), 12, seed=5, first=2, clip=clip, dtype=torch.float64, **rule
+        Process(schedule),
+        bent,
+        (n, 3, resolution, resolution),
+        12,
+        seed=5,
+        first=2,
+        clip=clip,
+        dtype=torch.float64,
+        **solver,
     )
     torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
 
@@ -254,12 +266,12 @@ def test_textbook_ddpm_and_ddim_sample_the_same_images() -> None:
     abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
     process, shape = Process(Schedule.ddpm()), (2, 3, 4, 4)
     how: dict[str, Any] = {"steps": 1000, "clip": False, "dtype": torch.float64}
-    for rule in ("ddpm", "ddim"):
+    for solver in ("ddpm", "ddim"):
         source = ImageNoise(0, 0, 2)
         x = (1 - abar[1000]).sqrt() * source.normal(shape[1:], torch.float64)
         for t in range(1000, 0, -1):
             eps = bent(x, torch.full((2,), t)) / 1.5
-            if rule == "ddim":
+            if solver == "ddim":
                 x0 = (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()
                 x = abar[t - 1].sqrt() * x0 + (1 - abar[t - 1]).sqrt() * eps
             else:
@@ -268,15 +280,15 @@ def test_textbook_ddpm_and_ddim_sample_the_same_images() -> None:
                 if t > 1:
                     variance = beta[t - 1] * (1 - abar[t - 1]) / (1 - abar[t])
                     x = x + variance.sqrt() * source.normal(shape[1:], torch.float64)
-        found = sample(process, lambda x, t: bent(x, t) / 1.5, shape, rule=rule, **how)
+        found = sample(process, lambda x, t: bent(x, t) / 1.5, shape, solver=solver, **how)
         torch.testing.assert_close(found, x, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("rule", ["ddim", "dpm++2m"])
-def test_sampling_goes_on_from_a_state_at_a_turning_point(rule: str) -> None:
-    """Deterministic rules end where the whole way ends, from the states before and after a lift."""
+@pytest.mark.parametrize("solver", ["ddim", "dpm++2m"])
+def test_sampling_goes_on_from_a_state_at_a_turning_point(solver: str) -> None:
+    """Deterministic solvers end where the whole way ends, from the states before and after a lift."""
     process, shape = Process(Schedule.dvdp([300, 600])), (2, 3, 8, 8)
-    how: dict[str, Any] = {"steps": 20, "rule": rule, "dtype": torch.float64}
+    how: dict[str, Any] = {"steps": 20, "solver": solver, "dtype": torch.float64}
     seen: dict[tuple[int, int], Tensor] = {}
     whole = sample(process, bent, shape, callback=lambda p: seen.update({(p.level, p.s): p.state}), **how)
 
@@ -299,7 +311,13 @@ def test_sampling_goes_on_from_a_state_at_a_turning_point(rule: str) -> None:
     torch.testing.assert_close(before, after)
 
 
-@pytest.mark.parametrize(("side", "t"), [(8, 600), (2, 300), (4, 500), (4, 1000)])
-def test_a_state_that_is_at_no_turning_point_is_refused(side: int, t: int) -> None:
+@pytest.mark.parametrize(("resolution", "t"), [(8, 600), (2, 300), (4, 500), (4, 1000)])
+def test_a_state_that_is_at_no_turning_point_is_refused(resolution: int, t: int) -> None:
     with pytest.raises(UserError, match=r"start: found a state of .* expected one at a turning point, \[300, 600\]"):
-        sample(Process(Schedule.dvdp([300, 600])), bent, (1, 3, 8, 8), 20, start=(torch.zeros(1, 3, side, side), t))
+        sample(
+            Process(Schedule.dvdp([300, 600])),
+            bent,
+            (1, 3, 8, 8),
+            20,
+            start=(torch.zeros(1, 3, resolution, resolution), t),
+        )

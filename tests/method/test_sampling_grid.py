@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvdp import Process, Schedule, UserError, sample
-from dvdp.diffusion.timesteps import SPACINGS, share_steps, step_grid
+from dvdp.diffusion.timesteps import TIMESTEP_SPACINGS, share_steps, step_grid
 
 from .strategies import few, schedules
 
@@ -20,15 +20,15 @@ from .strategies import few, schedules
 @given(
     schedules(st.integers(2, 60) | st.just(1000)),
     st.floats(0, 1),
-    st.sampled_from(sorted(SPACINGS)),
+    st.sampled_from(sorted(TIMESTEP_SPACINGS)),
     st.sampled_from(["length", "cost"]),
 )
 def test_grid_has_exactly_the_steps_asked_for_and_every_turning_point(
-    schedule: Schedule, part: float, spacing: str, share: Any
+    schedule: Schedule, part: float, timestep_spacing: str, share: Any
 ) -> None:
     K, T = schedule.levels, schedule.timesteps
     steps = K + 1 + round(part * (T - K - 1))
-    grid = step_grid(schedule, steps, spacing, share)
+    grid = step_grid(schedule, steps, timestep_spacing, share)
     assert [level for level, _ in grid] == list(range(K, -1, -1))
     assert sum(len(times) - 1 for _, times in grid) == steps
     for level, times in grid:
@@ -61,13 +61,15 @@ def test_familiar_grids() -> None:
     assert step_grid(Schedule.dvdp([300, 600]), 3) == [(2, [1000, 600]), (1, [600, 300]), (0, [300, 0])]
 
 
-@pytest.mark.parametrize("spacing", sorted(SPACINGS))
-def test_steps_are_even_in_the_coordinate_of_the_spacing_and_turning_points_hardly_move_them(spacing: str) -> None:
+@pytest.mark.parametrize("timestep_spacing", sorted(TIMESTEP_SPACINGS))
+def test_steps_are_even_in_the_coordinate_of_the_spacing_and_turning_points_hardly_move_them(
+    timestep_spacing: str,
+) -> None:
     schedule = Schedule.dvdp([300, 600])
-    coordinate = SPACINGS[spacing](schedule)
-    counts = share_steps(schedule, 60, spacing)
+    coordinate = TIMESTEP_SPACINGS[timestep_spacing](schedule)
+    counts = share_steps(schedule, 60, timestep_spacing)
     widths = []
-    for (level, times), count in zip(step_grid(schedule, 60, spacing), reversed(counts), strict=True):
+    for (level, times), count in zip(step_grid(schedule, 60, timestep_spacing), reversed(counts), strict=True):
         assert len(times) - 1 == count
         inside = [t for t in times if t > 20]
         widths += [(coordinate[t] - coordinate[s]).item() for t, s in pairwise(inside)]
@@ -75,8 +77,8 @@ def test_steps_are_even_in_the_coordinate_of_the_spacing_and_turning_points_hard
             assert times[0] == schedule.span(level)[1]
     assert max(widths) < 1.4 * min(widths)
     # The same steps without turning points, but for rounding and the step beside each.
-    ((_, plain),) = step_grid(Schedule.ddpm(), 60, spacing)
-    met = {t for _, times in step_grid(schedule, 60, spacing) for t in times}
+    ((_, plain),) = step_grid(Schedule.ddpm(), 60, timestep_spacing)
+    met = {t for _, times in step_grid(schedule, 60, timestep_spacing) for t in times}
     step = {t: t - s for t, s in pairwise(plain)}
     assert all(min(abs(t - u) for u in met) <= 0.6 * width + 1 for t, width in step.items())
 
@@ -116,17 +118,17 @@ def never(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     [
         ("steps", {"steps": 2}),
         ("steps", {"steps": 1001}),
-        ("rule", {"rule": "dpm"}),
-        ("(did you mean 'ddim'?)", {"rule": "ddimm"}),
+        ("solver", {"solver": "dpm"}),
+        ("(did you mean 'ddim'?)", {"solver": "ddimm"}),
         ("eta", {"eta": -0.1}),
         ("eta", {"eta": 1.5}),
         ("eta", {"eta": float("nan")}),
         ("variance", {"variance": "middle"}),
-        ("(did you mean 'quadratic'?)", {"spacing": "quadratc"}),
+        ("(did you mean 'quadratic'?)", {"timestep_spacing": "quadratc"}),
         ("share", {"share": "even"}),
         ("share", {"share": (500, 300, 100)}),
-        ("image side", {"shape": (1, 3, 6, 8)}),
-        ("image side", {"shape": (1, 3, 8, 6)}),
+        ("image resolution", {"shape": (1, 3, 6, 8)}),
+        ("image resolution", {"shape": (1, 3, 8, 6)}),
     ],
 )
 def test_bad_argument_is_refused_before_the_network_is_called(names: str, arguments: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from dvdp.models.export import TrainedModel, load_model, save_model
 from dvdp.models.unet import build_network
 from dvdp.training.loop import Training, train
 
-SMALL = ModelParams(channels=8, multipliers=(1, 2), attention=(2,), head_channels=8, classes=3)
+SMALL = ModelParams(model_channels=8, channel_mult=(1, 2), attention_factors=(2,), num_head_channels=8, num_classes=3)
 #: Two classes told apart by their brightness, 3 to 1, and images without a class.
 ABOUT = {"labels": ["dark", "bright"], "label_counts": [30, 10, 0]}
 
@@ -36,12 +36,12 @@ def told_run(**model: object) -> Run:
         "dataset": {"resolution": 8},
         "settings": [{"name": "told", "process": "dvdp", "turning_points": [500]}],
         "model": {
-            "channels": 8,
-            "multipliers": [1, 2],
-            "attention": [2],
-            "head_channels": 8,
-            "predicts": "velocity",
-            "classes": 2,
+            "model_channels": 8,
+            "channel_mult": [1, 2],
+            "attention_factors": [2],
+            "num_head_channels": 8,
+            "prediction_type": "v_prediction",
+            "num_classes": 2,
             **model,
         },
         "training": {
@@ -92,7 +92,7 @@ def test_the_output_depends_on_the_class_of_each_image(networks: str) -> None:
 
 def test_a_network_without_classes_is_the_same_whatever_it_is_told() -> None:
     torch.manual_seed(0)
-    network = build_network(dataclasses.replace(SMALL, classes=0), 0)
+    network = build_network(dataclasses.replace(SMALL, num_classes=0), 0)
     assert not any("classes" in name for name in network.state_dict())
     torch.nn.init.normal_(network.head[-1].weight)  # type: ignore[union-attr]
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([5, 9])
@@ -144,14 +144,16 @@ def test_a_step_tells_the_network_the_class_of_each_of_its_images(images: ArrayI
     numbered = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1).expand(6, 3, 8, 8)
     training.update(numbered, [4, 2], labels)
     assert seen == list(enumerate(labels.tolist()))
-    with pytest.raises(UserError, match=r"labels: found 0 to 2, expected -1 \(none\) to 1, as model.classes is 2"):
+    with pytest.raises(UserError, match=r"labels: found 0 to 2, expected -1 \(none\) to 1, as model.num_classes is 2"):
         training.update(numbered, [4, 2], labels.clone().fill_(2).put_(torch.tensor([0]), torch.tensor([0])))
 
 
 def test_gradients_of_classes_come_again_to_the_bit_on_several_threads() -> None:
     """Of many images and a wide embedding: threads could add their parts in any order."""
     torch.manual_seed(0)
-    network = build_network(ModelParams(channels=64, multipliers=(1,), attention=(), head_channels=64, classes=2), 0)
+    network = build_network(
+        ModelParams(model_channels=64, channel_mult=(1,), attention_factors=(), num_head_channels=64, num_classes=2), 0
+    )
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     x, t, labels = torch.randn(512, 3, 4, 4), torch.arange(512), torch.arange(512) % 3 - 1
@@ -192,16 +194,16 @@ def test_a_class_there_is_not_is_named(model: TrainedModel) -> None:
     unnamed = dataclasses.replace(model, description={**model.description, "labels": []})
     with pytest.raises(UserError, match=r"^label: found 'dark', expected none, as the model does not name its classes"):
         unnamed.sample(1, label="dark")
-    plain = dataclasses.replace(model, run=told_run(classes=0))
+    plain = dataclasses.replace(model, run=told_run(num_classes=0))
     with pytest.raises(UserError, match=r"^label: found 'dark', expected none, as this model is told no classes"):
         plain.sample(1, label="dark")
 
 
 def test_weights_of_a_release_without_classes_are_told_none(tmp_path: Path) -> None:
-    run = told_run(classes=0)
+    run = told_run(num_classes=0)
     about = {"run": run.describe()}
     for section in ("model", "reference_model"):
-        del about["run"][section]["classes"]
+        del about["run"][section]["num_classes"]
     save_model(tmp_path / "old.safetensors", build_network(run.model, 1).state_dict(), about)
     assert load_model(tmp_path / "old.safetensors").label_counts is None
 
@@ -210,5 +212,5 @@ def test_weights_of_a_release_without_classes_are_told_none(tmp_path: Path) -> N
 def test_training_with_classes_needs_to_know_how_often_each_comes(
     images: ArrayImages, tmp_path: Path, about: dict[str, object]
 ) -> None:
-    with pytest.raises(UserError, match=r"^model\.classes: found 2 and label counts \[.*\] with the model"):
+    with pytest.raises(UserError, match=r"^model\.num_classes: found 2 and label counts \[.*\] with the model"):
         train(told_run(), images, tmp_path, "abc", say=lambda _: None, description=about)

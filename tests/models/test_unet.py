@@ -1,4 +1,4 @@
-"""The network and what it predicts."""
+"""The network and what it prediction_type."""
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ from dvdp.models.flops import network_flops
 from dvdp.models.ops import attend, convolve_doubled
 from dvdp.models.unet import UNet
 
-SMALL = ModelParams(channels=8, multipliers=(1, 2, 2), blocks=2, attention=(2, 4), head_channels=8)
+SMALL = ModelParams(
+    model_channels=8, channel_mult=(1, 2, 2), num_res_blocks=2, attention_factors=(2, 4), num_head_channels=8
+)
 
 
 def awake(network: torch.nn.Module) -> torch.nn.Module:
@@ -23,10 +25,10 @@ def awake(network: torch.nn.Module) -> torch.nn.Module:
     return network
 
 
-@pytest.mark.parametrize(("level", "side"), [(0, 32), (1, 16), (2, 8)])
-def test_one_network_serves_every_level(level: int, side: int) -> None:
+@pytest.mark.parametrize(("level", "resolution"), [(0, 32), (1, 16), (2, 8)])
+def test_one_network_serves_every_level(level: int, resolution: int) -> None:
     network = UNet(SMALL, levels=2)
-    x, t = torch.randn(2, 3, side, side), torch.tensor([5, 900])
+    x, t = torch.randn(2, 3, resolution, resolution), torch.tensor([5, 900])
     output = network(x, t, level)
     assert output.shape == x.shape
     assert not output.any(), "the network starts as nothing"
@@ -41,7 +43,7 @@ def test_the_output_depends_on_pixels_time_and_level() -> None:
 
 
 def test_dropout_is_off_in_evaluation() -> None:
-    network = awake(UNet(ModelParams(channels=8, multipliers=(1,), attention=(), dropout=0.5))).eval()
+    network = awake(UNet(ModelParams(model_channels=8, channel_mult=(1,), attention_factors=(), dropout=0.5))).eval()
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([10])
     assert torch.equal(network(x, t, 0), network(x, t, 0))
     network.train()
@@ -49,17 +51,27 @@ def test_dropout_is_off_in_evaluation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "side", "millions", "gmacs"),
+    ("params", "resolution", "millions", "gmacs"),
     [
         (
-            ModelParams(channels=128, multipliers=(1, 2, 2, 2), blocks=3, attention=(2, 4), head_channels=64),
+            ModelParams(
+                model_channels=128,
+                channel_mult=(1, 2, 2, 2),
+                num_res_blocks=3,
+                attention_factors=(2, 4),
+                num_head_channels=64,
+            ),
             32,
             57.1,
             8.8,
         ),
         (
             ModelParams(
-                channels=128, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), head_channels=64
+                model_channels=128,
+                channel_mult=(1, 1, 2, 2, 4, 4),
+                num_res_blocks=2,
+                attention_factors=(8, 16, 32),
+                num_head_channels=64,
             ),
             256,
             138.3,
@@ -68,17 +80,17 @@ def test_dropout_is_off_in_evaluation() -> None:
     ],
     ids=["32 px preset", "256 px preset"],
 )
-def test_the_presets_have_the_stated_size(params: ModelParams, side: int, millions: float, gmacs: float) -> None:
+def test_the_presets_have_the_stated_size(params: ModelParams, resolution: int, millions: float, gmacs: float) -> None:
     with torch.device("meta"):
         network = UNet(params)
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
-    assert network_flops(params, side) / 2e9 == pytest.approx(gmacs, rel=0.01)
+    assert network_flops(params, resolution) / 2e9 == pytest.approx(gmacs, rel=0.01)
 
 
 def test_half_the_side_costs_at_most_a_quarter() -> None:
     # Convolutions cost exactly a quarter, self-attention a sixteenth.
-    for side in (32, 16):
-        assert 4 < network_flops(SMALL, side) / network_flops(SMALL, side // 2) < 16
+    for resolution in (32, 16):
+        assert 4 < network_flops(SMALL, resolution) / network_flops(SMALL, resolution // 2) < 16
 
 
 def test_a_convolution_of_a_doubled_image_is_the_one_of_its_enlargement() -> None:
@@ -111,25 +123,25 @@ def test_halving_is_the_mean_of_two_by_two_pixels() -> None:
 
 def test_a_level_the_network_cannot_halve_often_enough_is_named() -> None:
     with pytest.raises(UserError, match=r"3 stages.*level 2 of 24 px images, which has 6 px"):
-        SMALL.check_side(24, 2)
-    SMALL.check_side(32, 2)
+        SMALL.check_resolution(24, 2)
+    SMALL.check_resolution(32, 2)
 
 
-@pytest.mark.parametrize("predicts", ["noise", "velocity", "clean"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_a_perfect_prediction_of_any_target_gives_back_the_noise(predicts: str, level: int) -> None:
+def test_a_perfect_prediction_of_any_target_gives_back_the_noise(prediction_type: str, level: int) -> None:
     process = Process(Schedule.dvdp([300, 600]))
     generator = torch.Generator().manual_seed(level)
     x0 = torch.rand(4, 3, 16, 16, generator=generator, dtype=torch.float64) * 2 - 1
     noise = torch.randn(4, 3, 16 >> level, 16 >> level, generator=generator, dtype=torch.float64)
     low, high = process.schedule.span(level)
     t = torch.tensor([low + 1, low + 50, high - 20, high])
-    x, wanted = example(process, predicts, level, t, x0, noise)  # type: ignore[arg-type]
+    x, wanted = example(process, prediction_type, level, t, x0, noise)  # type: ignore[arg-type]
     torch.testing.assert_close(x, process.diffuse(x0, t, noise))
 
     class Oracle(torch.nn.Module):
         def forward(self, *_: object) -> torch.Tensor:
             return wanted
 
-    denoiser = NetworkDenoiser(Oracle(), process, 16, predicts)  # type: ignore[arg-type]
+    denoiser = NetworkDenoiser(Oracle(), process, 16, prediction_type)  # type: ignore[arg-type]
     assert (denoiser(x, t) - noise).abs().max() < 1e-5

@@ -27,7 +27,7 @@ def test_tasks_take_the_room_that_is_left_and_give_it_back(monkeypatch: pytest.M
         time.sleep(seconds)
         return start, time.time()
 
-    with cluster(params) as room:
+    with cluster(params) as slots:
         tasks = list(product([0.5], range(4)))
         list(on_workers(params, work, tasks, threading.Semaphore(1)))  # Two processes are up.
         assert at_once(list(on_workers(params, work, tasks, threading.Semaphore(0)))) == 1
@@ -35,8 +35,8 @@ def test_tasks_take_the_room_that_is_left_and_give_it_back(monkeypatch: pytest.M
         assert at_once(list(on_workers(params, work, tasks, left))) == 2
         assert left.acquire(blocking=False), "given back"
         assert not left.acquire(blocking=False), "once"
-        with room:
-            found = list(on_workers(params, work, tasks, room))
+        with slots:
+            found = list(on_workers(params, work, tasks, slots))
         assert len(found) == len(tasks)
 
         def broken(_: int) -> None:

@@ -23,7 +23,7 @@ PARAMS: dict[str, Any] = {
 }
 RECORD = ScoreRecord(
     {"fd_labels": 0.0, "precision_labels": 0.5},
-    "labels", "e", 256, 1797, "d", "none", 32, 100, "torch-fidelity", {"rule": "ddpm", "steps": 250, "seed": 0},
+    "labels", "e", 256, 1797, "d", "none", 32, 100, "torch-fidelity", {"solver": "ddpm", "steps": 250, "seed": 0},
 )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_scores_are_means_with_their_spread_over_seeds(tmp_path: Path) -> None:
         {"reference_digest": "npz 0123"},
         {"extractor_sha256": "other"},
         {"library": "torch-fidelity 9"},
-        {"sampling": {"rule": "ddim", "steps": 250}},
+        {"sampling": {"solver": "ddim", "steps": 250}},
         {"sampling": {**RECORD.sampling, "steps": 50}},
     ],
     ids=str,

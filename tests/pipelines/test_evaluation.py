@@ -20,7 +20,7 @@ from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.export import load_model
 from pipelines.cli import main
 from pipelines.commands.evaluate import RegisteredModel, add_evaluation, registered_model
-from pipelines.jobs.paths import Places
+from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import missing_shards, sample_shard
 from pipelines.stages import make_extractor, make_references, prepare_data
 from pipelines.tracking.registry import WEIGHTS_DIGEST, register
@@ -31,7 +31,7 @@ ADDRESS = f"models:/{NAME}/1"
 TREE: dict[str, Any] = {
     "dataset": {"name": "digits", "resolution": 8},
     "settings": [{"name": "dvdp-300", "process": "dvdp", "turning_points": [300]}],
-    "model": {"channels": 8, "multipliers": [1], "attention": [], "head_channels": 8},
+    "model": {"model_channels": 8, "channel_mult": [1], "attention_factors": [], "num_head_channels": 8},
     "training": {"preview_steps": 4},
     "cluster": {"threads": 1},
     "sampling": {"steps": 4, "count": 12, "seed": 3},
@@ -62,7 +62,7 @@ def client(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mlflo
     run = open_run(client, "dvdp", SAMPLING_HASH, "sampled", "dvdp-300")
     run.set_metrics({"fd_labels": 5.0}, step=100)
     run.set_status("FINISHED")
-    digest = ImageStore(Places.of(read_params()).store).metadata.digest
+    digest = ImageStore(DataPaths.of(read_params()).store).metadata.digest
     tags = {TRAINING_HASH: "trained", DATASET_DIGEST: digest}
     register(run, NAME, small_model(tmp_path / "weights.safetensors"), tags)
     return client
@@ -191,7 +191,7 @@ def test_versions_that_are_not_there_or_do_not_fit_are_one_sentence(
     write_params(dataset={**TREE["dataset"], "resolution": 16})
     assert refused(capsys, "--model", ADDRESS).startswith("--model: found a model of 8 px images, expected dataset.res")
     write_params(sampling={**TREE["sampling"], "lift": "data"})
-    assert refused(capsys, "--model", ADDRESS).startswith("sampling.lift: found 'data' and no band deviations")
+    assert refused(capsys, "--model", ADDRESS).startswith("sampling.lift: found 'data' and no band std")
     write_params()
     assert refused(capsys, "--model", ADDRESS, "--statistics", "x.npz").startswith(
         "--statistics: found no file 'x.npz'"

@@ -38,7 +38,7 @@ TREE: dict[str, Any] = {
         {"name": "early", "process": "dvdp", "turning_points": [130]},
         {"name": "other", "process": "subspace", "turning_points": [300, 600]},
     ],
-    "model": {"channels": 8, "multipliers": [1, 2], "attention": [], "head_channels": 8},
+    "model": {"model_channels": 8, "channel_mult": [1, 2], "attention_factors": [], "num_head_channels": 8},
     "training": {"images": 640, "batch": 16, "preview_steps": 5},
     "sampling": {"steps": 50, "count": 64},
     "evaluation": {"samples": 64, "kid_subset": 20},
@@ -61,19 +61,22 @@ def write_params(**changes: Any) -> Params:
     return read_params()
 
 
-def write_store(side: int = 16, blurred: bool = False, count: int = 40) -> None:
+def write_store(resolution: int = 16, blurred: bool = False, count: int = 40) -> None:
     source = np.random.default_rng(0)
     images = []
     for _ in range(count):
         image = sum(
-            (source.integers(0, 60, (3, side >> k, side >> k)).repeat(2**k, 1).repeat(2**k, 2) for k in range(3)),
-            np.zeros((3, side, side), int),
+            (
+                source.integers(0, 60, (3, resolution >> k, resolution >> k)).repeat(2**k, 1).repeat(2**k, 2)
+                for k in range(3)
+            ),
+            np.zeros((3, resolution, resolution), int),
         )
         if blurred:
             image = image[:, ::2, ::2].repeat(2, 1).repeat(2, 2)
         images.append(image.astype(np.uint8))
-    with StoreWriter(Path("data/stripes/store"), name="stripes", source="digits", form=Form(side)) as writer:
-        writer.add(encode(images, [-1] * count, Form(side)))
+    with StoreWriter(Path("data/stripes/store"), name="stripes", source="digits", form=Form(resolution)) as writer:
+        writer.add(encode(images, [-1] * count, Form(resolution)))
         writer.finish()
 
 
@@ -91,7 +94,7 @@ def test_the_command_prints_a_frontier_and_settings_and_draws_them(capsys: pytes
     text = capsys.readouterr().out
     assert "stripes, 16 px" in text
     assert "ddpm, 50 steps" in text
-    assert "A lower bound: it ranks neither trained settings nor rules." in text
+    assert "A lower bound: it ranks neither trained settings nor solvers." in text
     rows = {line.split("  ")[0]: line for line in text.splitlines() if re.search(r"\dx( |$)", line)}
     assert rows["none"].endswith("DDPM")
     assert "1.00x" in rows["none"]
@@ -112,7 +115,7 @@ def test_the_command_prints_a_frontier_and_settings_and_draws_them(capsys: pytes
 
 
 def test_the_question_changes_what_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--steps", "20", "--rule", "dpm++2m", "--levels", "2", "--seconds", "4", "2", "1"]) == 0
+    assert main(["plan", "--steps", "20", "--solver", "dpm++2m", "--levels", "2", "--seconds", "4", "2", "1"]) == 0
     text = capsys.readouterr().out
     assert "dpm++2m, 20 steps" in text
     assert "191 sets of up to 2 turning points" in text
@@ -135,7 +138,7 @@ def test_the_question_changes_what_is_planned(capsys: pytest.CaptureFixture[str]
         (["--steps", "1"], r"turning_points: found 1 steps and data of 5 bands"),
         (["--steps", "0"], r"--steps: found 0, expected at least 1"),
         (["--steps", "1001"], r"steps: found 1001, expected at least 1.* at most 1000"),
-        (["--rule", "ddmp"], r"--rule: found 'ddmp' \(did you mean 'ddpm'\?\)"),
+        (["--solver", "ddmp"], r"--solver: found 'ddmp' \(did you mean 'ddpm'\?\)"),
         (["--seconds", "1"], r"--seconds: found \[1\.0\], expected numbers above 0"),
         (["--seconds", "1", "0"], r"--seconds: found \[1\.0, 0\.0\]"),
         (["--seconds", "2", "1"], r"--seconds: found 2 numbers, expected at least 3, one for each level of other"),
@@ -149,7 +152,7 @@ def test_bad_questions_are_one_sentence(arguments: list[str], text: str, capsys:
 
 def test_data_that_cannot_be_planned_for_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     write_store(blurred=True)
-    assert "data set: found band deviations [0.0, " in refused(capsys), "images that were enlarged"
+    assert "data set: found band std [0.0, " in refused(capsys), "images that were enlarged"
     write_params(dataset={"name": "stripes", "resolution": 32})
     assert "dataset.resolution: found 32, expected 16" in refused(capsys)
     write_params(dataset={"name": "nothing", "resolution": 16})
@@ -169,7 +172,7 @@ def test_a_network_is_asked_for_its_divergences(capsys: pytest.CaptureFixture[st
     assert "dropped" not in rows["100"]
     assert rows["150"][0] == "dropped", "at T_1 = 130"
 
-    small = dataclasses.replace(run, side=8)
+    small = dataclasses.replace(run, resolution=8)
     save_model(Path("small.safetensors"), UNet(run.model, 1).state_dict(), {"run": small.describe()})
     assert "--fisher: found a network for 8 px" in refused(capsys, "--levels", "1", "--fisher", "small.safetensors")
 
@@ -184,10 +187,10 @@ SCORE = ScoreRecord(
     references=40,
     reference_digest="r",
     preprocessing="none",
-    side=16,
+    resolution=16,
     kid_subset=20,
     library="torch-fidelity",
-    sampling={"rule": "ddpm", "steps": 50, "seed": 0},
+    sampling={"solver": "ddpm", "steps": 50, "seed": 0},
 )
 
 
@@ -224,16 +227,16 @@ def test_only_settings_trained_alike_and_scored_on_the_same_terms_are_taken(proj
     train(client, (300,), [1.0], status="FAILED")
     train(client, (350,), [1.0], digest="of other data")
     train(client, (400,), [1.0], params={"training": {**TREE["training"], "images": 1280}})
-    train(client, (450,), [1.0], terms={"sampling": {"rule": "ddim", "steps": 50}})
-    train(client, (500,), [1.0], params={"model": {**TREE["model"], "classes": 2}})
+    train(client, (450,), [1.0], terms={"sampling": {"solver": "ddim", "steps": 50}})
+    train(client, (500,), [1.0], params={"model": {**TREE["model"], "num_classes": 2}})
     found = known()
-    assert [(entry.kind, entry.turning_points, entry.scores) for entry in found] == [
+    assert [(entry.process, entry.turning_points, entry.scores) for entry in found] == [
         ("ddpm", (), (7.0, 5.0)),
         ("dvdp", (300, 600), (8.0,)),
     ]
     assert (found[0].mean, found[1].spread) == (6, 0)
     assert found[0].spread == pytest.approx(2**0.5)
-    (other,) = known(dataclasses.replace(SCORE, sampling={"rule": "ddim", "steps": 50}))
+    (other,) = known(dataclasses.replace(SCORE, sampling={"solver": "ddim", "steps": 50}))
     assert other.turning_points == (450,)
 
 
@@ -267,8 +270,8 @@ def test_enough_trained_settings_say_what_to_expect_of_others(
 
 
 def plans(*sets: tuple[int, ...]) -> list[Plan]:
-    deviations = ImageStore("data/stripes/store").metadata.band_deviations(4)
-    planner = Planner(read_params().runs()[1], deviations, [t for points in sets for t in points])
+    std = ImageStore("data/stripes/store").metadata.band_std(4)
+    planner = Planner(read_params().runs()[1], std, [t for points in sets for t in points])
     return [planner.plan(points) for points in sets]
 
 

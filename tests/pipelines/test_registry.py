@@ -51,10 +51,10 @@ def record(fd: float, **changes: object) -> ScoreRecord:
         references=1797,
         reference_digest="d" * 64,
         preprocessing="none",
-        side=8,
+        resolution=8,
         kid_subset=100,
         library="torch-fidelity 0.4.0",
-        sampling={"rule": "ddpm", "steps": 250, "seed": 0},
+        sampling={"solver": "ddpm", "steps": 250, "seed": 0},
     )
     return dataclasses.replace(same, **changes)
 
@@ -107,7 +107,7 @@ def test_another_way_of_sampling_the_same_weights_is_another_version(client: Mlf
 
 
 class CutShort(MlflowClient):
-    """Goes away in the middle of registering: the given method fails once."""
+    """Goes unavailable in the middle of registering: the given method fails once."""
 
     fails = ""
 
@@ -172,20 +172,20 @@ def predict(model: mlflow.pyfunc.PyFuncModel, *rows: dict[str, object]) -> np.nd
 
 
 def test_it_draws_the_images_of_the_trained_model(loaded: mlflow.pyfunc.PyFuncModel, tmp_path: Path) -> None:
-    images = predict(loaded, {"count": 4, "seed": 0, "rule": "ddim", "steps": 10})
-    expected = load_model(small_model(tmp_path / "m.safetensors")).sample(4, seed=0, rule="ddim", steps=10)
+    images = predict(loaded, {"count": 4, "seed": 0, "solver": "ddim", "steps": 10})
+    expected = load_model(small_model(tmp_path / "m.safetensors")).sample(4, seed=0, solver="ddim", steps=10)
     assert images.dtype == np.uint8
     np.testing.assert_array_equal(images, expected.permute(0, 2, 3, 1).numpy())
 
 
 def test_what_is_left_out_is_as_the_run_says(loaded: mlflow.pyfunc.PyFuncModel) -> None:
-    short, full = {"count": 3}, {"count": 3, "seed": 3, "rule": "ddpm", "steps": 4}
+    short, full = {"count": 3}, {"count": 3, "seed": 3, "solver": "ddpm", "steps": 4}
     np.testing.assert_array_equal(predict(loaded, short), predict(loaded, full))
     np.testing.assert_array_equal(np.asarray(loaded.predict([short])), predict(loaded, full))
 
 
 def test_rows_are_answered_one_after_the_other(loaded: mlflow.pyfunc.PyFuncModel) -> None:
-    rows = [{"count": 2, "seed": 5, "rule": "ddpm"}, {"count": 1, "seed": 6, "rule": None}]
+    rows = [{"count": 2, "seed": 5, "solver": "ddpm"}, {"count": 1, "seed": 6, "solver": None}]
     apart = [predict(loaded, {"count": 2, "seed": 5}), predict(loaded, {"count": 1, "seed": 6})]
     np.testing.assert_array_equal(predict(loaded, *rows), np.concatenate(apart))
 
@@ -216,7 +216,7 @@ def test_the_command_draws_the_class_it_is_asked_for(tmp_path: Path, capsys: pyt
     ("row", "sentence"),
     [
         ({"count": 0}, "^count: found 0, expected a number of images, at least 1.$"),
-        ({"count": 1, "rule": "dim"}, r"^rule: found 'dim' \(did you mean 'ddim'\?\), expected one of"),
+        ({"count": 1, "solver": "dim"}, r"^solver: found 'dim' \(did you mean 'ddim'\?\), expected one of"),
         ({"count": 1, "steps": 1}, "^steps: found 1, expected at least 2"),
         ({"count": 1, "steps": 0}, "^steps: found 0, expected at least 2"),
         ({"count": 1, "label": "7"}, "^label: found '7', expected none, as this model is told no classes"),
@@ -247,13 +247,13 @@ def test_the_champion_is_the_best_and_moves_only_to_a_better_one(client: MlflowC
 def test_a_better_number_that_does_not_compare_moves_nothing(client: MlflowClient, tmp_path: Path) -> None:
     registered(client, tmp_path, 0, record(3.0))
     promote(client, NAME)
-    other = record(1.0, samples=64, sampling={"rule": "ddim", "steps": 250, "seed": 0})
+    other = record(1.0, samples=64, sampling={"solver": "ddim", "steps": 250, "seed": 0})
     registered(client, tmp_path, 1, other)
     promotion = promote(client, NAME)
     assert not promotion.moved
     assert promotion.text == (
         f"Version 1 of {NAME} stays champion (fd_labels 3); version 2 does not compare with it,"
-        " as they differ in samples, sampling.rule."
+        " as they differ in samples, sampling.solver."
     )
     # Scored alike, it compares.
     registered(client, tmp_path, 0, dataclasses.replace(other, metrics={"fd_labels": 2.0, "kd_labels": 0.1}))
@@ -312,7 +312,7 @@ import mlflow
 absent = ["dvdp", "pipelines", "ray", "prefect", "albumentations", "lmdb", "torch_fidelity", "dvc"]
 assert not [name for name in absent if importlib.util.find_spec(name)], "the environment is not clean"
 model = mlflow.pyfunc.load_model("models:/dvdp-digits@champion")
-images = model.predict(pd.DataFrame([{"count": 4, "seed": 0, "rule": "ddpm", "steps": 250}]))
+images = model.predict(pd.DataFrame([{"count": 4, "seed": 0, "solver": "ddpm", "steps": 250}]))
 print(json.dumps({"shape": images.shape, "dtype": str(images.dtype), "images": images.tolist()}))
 """
 
@@ -347,11 +347,11 @@ def test_the_champion_runs_where_only_the_slim_core_and_mlflow_are_installed(
 ) -> None:
     registered(client, tmp_path, 0, record(1.0))
     promote(client, NAME)
-    (tmp_path / "away").mkdir()
+    (tmp_path / "unavailable").mkdir()
     environment = _outside(clean_python.parent)
     done = subprocess.run(
         [str(clean_python), "-I", "-c", PROGRAM],
-        cwd=tmp_path / "away",
+        cwd=tmp_path / "unavailable",
         env=environment,
         capture_output=True,
         text=True,
@@ -359,7 +359,7 @@ def test_the_champion_runs_where_only_the_slim_core_and_mlflow_are_installed(
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
-    expected = load_model(tmp_path / "weights-0.safetensors").sample(4, seed=0, rule="ddpm", steps=250)
+    expected = load_model(tmp_path / "weights-0.safetensors").sample(4, seed=0, solver="ddpm", steps=250)
     assert (answer["shape"], answer["dtype"]) == ([4, 8, 8, 3], "uint8")
     difference = np.array(answer["images"]) - expected.permute(0, 2, 3, 1).numpy().astype(int)
     assert np.abs(difference).max() <= 1

@@ -30,7 +30,7 @@ def params(storage: Path = Path("runs")) -> Params:
         "cluster": {"storage": str(storage), "threads": 1},
         "dataset": {"resolution": 16},
         "settings": [{"name": "small", "process": "dvdp", "turning_points": [500]}],
-        "model": {"channels": 4, "multipliers": [1, 2], "attention": [2], "head_channels": 8},
+        "model": {"model_channels": 4, "channel_mult": [1, 2], "attention_factors": [2], "num_head_channels": 8},
         "sampling": {"count": 8, "steps": 4},
         "evaluation": {"samples": 4, "kid_subset": 2},
         "training": {"preview_steps": 2},
@@ -43,7 +43,7 @@ def trained(run: Run, weights: Path) -> Path:
     network = build_network(run.model, 1)
     torch.nn.init.normal_(network.head[-1].weight)  # type: ignore[union-attr]
     # The first as large as moves pixels of 8 bits where the lift has it.
-    about = {"run": run.describe(), "band_deviations": [3.0, 0.9], SETTING: run.setting}
+    about = {"run": run.describe(), "band_std": [3.0, 0.9], SETTING: run.setting}
     save_model(weights, network.state_dict(), about)
     return weights
 
@@ -54,9 +54,9 @@ def test_samples_are_drawn_as_the_params_say_now_not_as_they_said_when_the_model
     for name, changed in {
         "same": run.sampling,
         "steps": replace(run.sampling, steps=6),
-        "rule": replace(run.sampling, rule="ddim"),
+        "solver": replace(run.sampling, solver="ddim"),
         "lift": replace(run.sampling, lift="data"),
-        "spacing": replace(run.sampling, spacing="quadratic"),
+        "timestep_spacing": replace(run.sampling, timestep_spacing="quadratic"),
     }.items():
         sample_shard(str(weights), str(tmp_path / name), 2, 3, changed, params().cluster)
         found = np.load(tmp_path / name / "00000002.npy")
@@ -195,7 +195,7 @@ def test_a_registered_model_samples_by_default_as_its_own_setting_does(tmp_path:
     model = load_model(model_file(other))
     assert model.run.sampling.steps == 6
     assert model.description[SETTING] == "otherwise"
-    assert model.lift_deviations is None
+    assert model.lift_std is None
     np.testing.assert_array_equal(model.sample(2), load_model(one.weights).sample(2, steps=6))
 
 
@@ -218,9 +218,9 @@ def test_a_network_is_told_all_classes_of_the_data_or_none(
         writer.add(encode(list(pixels), [i % 2 if names else -1 for i in range(count)], form))
         writer.finish()
     asked = params()
-    asked = replace(asked, dataset=replace(asked.dataset, name="twos"), model=replace(asked.model, classes=classes))
+    asked = replace(asked, dataset=replace(asked.dataset, name="twos"), model=replace(asked.model, num_classes=classes))
     if sentence is None:
-        assert [job.run.model.classes for job in jobs(asked)] == [classes]
+        assert [job.run.model.num_classes for job in jobs(asked)] == [classes]
         return
     with pytest.raises(UserError, match=sentence):
         jobs(asked)

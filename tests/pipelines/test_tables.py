@@ -1,4 +1,4 @@
-"""The paper's tables and ours side by side, from a real MLflow store."""
+"""The paper's tables and ours resolution by resolution, from a real MLflow store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipelines.reports.paper import TABLES
 from pipelines.reports.paper_scores import fill_tables
 from pipelines.tracking.runs import DATASET, DATASET_DIGEST, SAMPLING_HASH, SETTING, TrackedRun, open_run
 
-SMALL = {"channels": 8, "multipliers": [1, 2], "attention": [], "head_channels": 8}
+SMALL = {"model_channels": 8, "channel_mult": [1, 2], "attention_factors": [], "num_head_channels": 8}
 SCORE = ScoreRecord({"fid": 1.0}, "inception", "e", 50_000, 50_000, "r", "none", 32, 1000, "torch-fidelity")
 
 
@@ -55,10 +55,10 @@ def ran(
     Args:
         speed: images a second in training, and seconds a sample.
     """
-    name, side = data
-    sampled = {"rule": "ddpm", "steps": 1000, "count": 50_000, **(sampling or {})}
+    name, resolution = data
+    sampled = {"solver": "ddpm", "steps": 1000, "count": 50_000, **(sampling or {})}
     tree = {
-        "dataset": {"name": name, "resolution": side},
+        "dataset": {"name": name, "resolution": resolution},
         "settings": [{"name": "s", "process": kind or ("dvdp" if points else "ddpm"), "turning_points": list(points)}],
         "seeds": list(range(len(scores))),
         "model": SMALL,
@@ -73,7 +73,7 @@ def ran(
         entry.log_params({**training_identity(run), "flip": False})
         entry.set_tags({DATASET: name, DATASET_DIGEST: f"digest of {name}", SETTING: "s"})
         told = {**run.sampling.options(), "lift": "noise"}
-        record = dataclasses.replace(SCORE, metrics={"fid": score}, side=side, sampling=told)
+        record = dataclasses.replace(SCORE, metrics={"fid": score}, resolution=resolution, sampling=told)
         record = dataclasses.replace(record, **(terms or {}))
         entry.set_metrics({next(iter(record.metrics)): score}, step=640)
         if speed:
@@ -92,7 +92,7 @@ def report() -> dict[tuple[str, str, str], dict[str, str]]:
     with Path("out/tables.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == sum(len(table.rows) for table in TABLES)
-    keyed = {(line["table"], f"{line['data_set']} {line['side']}", line["setting"]): line for line in lines}
+    keyed = {(line["table"], f"{line['data_set']} {line['resolution']}", line["setting"]): line for line in lines}
     assert len(keyed) == len(lines)
     return keyed
 
@@ -125,16 +125,16 @@ def test_runs_fill_the_cells_of_their_data_set_and_setting_and_no_others(project
     client = empty_store(project)
     ran(client, (), [3.0, 4.0], speed=(100.0, 0.5))
     ran(client, (600,), [3.5, 4.5, 5.5], speed=(125.0, 0.25))
-    # Of no row: other turning points, data sets and sides.
+    # Of no row: other turning points, data sets and resolutions.
     ran(client, (300,), [1.0])
     ran(client, (600,), [1.0], data=("digits", 32))
     ran(client, (600,), [1.0], data=("cifar100", 32))
     ran(client, (600,), [1.0], data=("cifar10", 16))
-    ran(client, (600,), [1.0], kind="subspace")
+    ran(client, (600,), [1.0], process="subspace")
     lines = report()
     ddpm, dvdp = ("Table 1", "CIFAR-10 32", "DDPM"), ("Table 1", "CIFAR-10 32", "DVDP {600}")
     assert filled(lines) == {ddpm: 3.5, dvdp: 4.5}
-    told = ("metric", "spread", "seeds", "samples", "extractor", "rule", "steps", "training_images", "differs")
+    told = ("metric", "spread", "seeds", "samples", "extractor", "solver", "steps", "training_images", "differs")
     assert [lines[dvdp][name] for name in told] == ["fid", "1.0", "3", "50000", "inception", "ddpm", "1000", "640", ""]
     assert [float(lines[dvdp][f"{what}_speedup"]) for what in ("training", "sampling")] == [1.25, 2]
     text = Path("out/tables.md").read_text()
@@ -165,11 +165,11 @@ def test_scores_on_other_terms_are_marked_and_the_footnote_says_what_differs(pro
 @pytest.mark.parametrize(
     ("change", "differs"),
     [
-        ({"sampling": {"rule": "ddim"}}, "ddim, not ddpm"),
-        ({"sampling": {"spacing": "quadratic"}}, "quadratic spacing"),
+        ({"sampling": {"solver": "ddim"}}, "ddim, not ddpm"),
+        ({"sampling": {"timestep_spacing": "quadratic"}}, "quadratic timestep_spacing"),
         ({"sampling": {"lift": "data"}}, "a lift with the variance of the data"),
         ({"model": {**SMALL, "networks": "per_level"}}, "one for each level, not one network for all levels"),
-        ({"model": {**SMALL, "classes": 10}}, "a network that is told classes"),
+        ({"model": {**SMALL, "num_classes": 10}}, "a network that is told classes"),
     ],
 )
 def test_true_fid_by_other_means_than_the_papers_is_marked_too(
@@ -202,10 +202,10 @@ def test_settings_on_equal_flops_are_trained_alike(project: Path) -> None:
 def test_one_training_sampled_in_two_ways_fills_two_rows(project: Path) -> None:
     client, points, ffhq = empty_store(project), (200, 400, 600, 800), ("ffhq1024", 1024)
     ran(client, points, [10.0], data=ffhq, terms={"samples": 10_000})
-    ran(client, points, [12.0], data=ffhq, sampling={"rule": "ddim", "steps": 675}, terms={"samples": 10_000})
-    ran(client, points, [15.0], data=ffhq, sampling={"rule": "ddim", "steps": 100}, terms={"samples": 10_000})
+    ran(client, points, [12.0], data=ffhq, sampling={"solver": "ddim", "steps": 675}, terms={"samples": 10_000})
+    ran(client, points, [15.0], data=ffhq, sampling={"solver": "ddim", "steps": 100}, terms={"samples": 10_000})
     lines = report()
-    assert {line["rule"]: (line["score"], line["differs"]) for line in lines.values() if line["score"]} == {
+    assert {line["solver"]: (line["score"], line["differs"]) for line in lines.values() if line["score"]} == {
         "ddim": ("12.0", ""),
         "ddpm": ("10.0", ""),
     }
@@ -230,8 +230,8 @@ def test_the_figure_is_drawn_when_both_processes_ran_and_the_page_needs_nothing_
         ran(client, (T,), [5.0, 6.0], data=celeba, model={**SMALL, "networks": "per_level"})
     report()
     assert not Path("out/figure4.png").exists()
-    ran(client, (100,), [9.0], kind="subspace", data=celeba, model={**SMALL, "networks": "per_level"})
-    ran(client, (200,), [9.0], kind="subspace", data=celeba)
+    ran(client, (100,), [9.0], process="subspace", data=celeba, model={**SMALL, "networks": "per_level"})
+    ran(client, (200,), [9.0], process="subspace", data=celeba)
     lines = report()
     assert lines["Fig. 4", "CelebA 64", "subspace {100}"]["score"] == "9.0"
     assert lines["Fig. 4", "CelebA 64", "subspace {200}"]["score"] == "", "of one network for both levels"

@@ -22,7 +22,7 @@ from tracking_store import empty_store, free_port, kill, mlflow_server, small_ru
 from dvdp.errors import UserError
 from dvdp.training import ledger
 from pipelines.provenance import DVC_HASH, GIT_COMMIT, provenance
-from pipelines.tracking.connection import TrackingAway, connect, reaching
+from pipelines.tracking.connection import TrackingUnavailable, connect, reaching
 from pipelines.tracking.runs import COMPARISON_HASH, TRAINING_HASH, TrackedRun, adopt, open_run
 from pipelines.tracking.sync import LedgerSync
 
@@ -170,10 +170,10 @@ def test_a_new_score_at_the_same_step_is_the_newest_value(client: MlflowClient) 
 
 def test_a_param_that_differs_stays_with_a_warning(client: MlflowClient, caplog: pytest.LogCaptureFixture) -> None:
     run = opened(client)
-    run.log_params({"model": {"channels": 8}})
-    run.log_params({"model": {"channels": 16, "blocks": 1}})
-    assert client.get_run(run.run_id).data.params == {"model.channels": "8", "model.blocks": "1"}
-    assert "model.channels stays '8'" in caplog.text
+    run.log_params({"model": {"model_channels": 8}})
+    run.log_params({"model": {"model_channels": 16, "num_res_blocks": 1}})
+    assert client.get_run(run.run_id).data.params == {"model.model_channels": "8", "model.num_res_blocks": "1"}
+    assert "model.model_channels stays '8'" in caplog.text
 
 
 def test_a_comparison_nests_its_runs_and_links_to_them(client: MlflowClient) -> None:
@@ -185,7 +185,7 @@ def test_a_comparison_nests_its_runs_and_links_to_them(client: MlflowClient) -> 
     assert {run.info.run_id for run in nested} == {child.run_id for child in children.values()}
     old = open_run(client, "digits", COMPARISON_HASH, "old", "old")
     note = client.get_run(old.run_id).data.tags["mlflow.note.content"]
-    assert note.startswith("Best: dvdp\n\n[Side by side](#/compare-runs?runs=%5B%22")
+    assert note.startswith("Best: dvdp\n\n[Side by resolution](#/compare-runs?runs=%5B%22")
     assert all(f"/runs/{child.run_id})" in note for child in children.values())
 
 
@@ -298,7 +298,9 @@ def test_a_server_that_is_away_is_told_at_the_end_and_everything_stays_on_disk(
     write_ledger(tmp_path, {100: 1.0})
     carrier = sync(client, tmp_path).start()
     began = time.monotonic()
-    with pytest.raises(TrackingAway, match=rf"it is all in {tmp_path}, and running the same command again replays it"):
+    with pytest.raises(
+        TrackingUnavailable, match=rf"it is all in {tmp_path}, and running the same command again replays it"
+    ):
         carrier.close(timeout=1)
     assert time.monotonic() - began < 15
     # Said once, however often it was tried.
@@ -314,7 +316,7 @@ def test_an_error_of_the_training_is_not_hidden_by_one_of_tracking(
 
 
 def test_only_a_server_that_is_away_becomes_tracking_away(client: MlflowClient, tmp_path: Path) -> None:
-    with pytest.raises(TrackingAway), reaching(client, tmp_path):
+    with pytest.raises(TrackingUnavailable), reaching(client, tmp_path):
         raise requests.ConnectionError("no route")
     with pytest.raises(ZeroDivisionError), reaching(client, tmp_path):
         raise ZeroDivisionError
@@ -323,7 +325,7 @@ def test_only_a_server_that_is_away_becomes_tracking_away(client: MlflowClient, 
 def test_no_message_holds_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port()}")
     client = connect(tmp_path)
-    with pytest.raises(TrackingAway, match=r"MLflow at http://127.0.0.1") as caught, reaching(client, tmp_path):
+    with pytest.raises(TrackingUnavailable, match=r"MLflow at http://127.0.0.1") as caught, reaching(client, tmp_path):
         opened(client)
     assert "secret" not in str(caught.value)
 

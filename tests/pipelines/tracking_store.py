@@ -67,7 +67,7 @@ def small_run(name: str = "dvdp-300", seed: int = 0) -> Run:
             "dataset": {"resolution": 8},
             "settings": [{"name": name, "process": "dvdp", "turning_points": [300]}],
             "seeds": [seed],
-            "model": {"channels": 8, "multipliers": [1], "attention": [], "head_channels": 8},
+            "model": {"model_channels": 8, "channel_mult": [1], "attention_factors": [], "num_head_channels": 8},
             "training": {"preview_steps": 4},
             "sampling": {"steps": 4, "count": 8, "seed": 3},
             "evaluation": {"samples": 8, "kid_subset": 4},
@@ -79,7 +79,7 @@ def small_run(name: str = "dvdp-300", seed: int = 0) -> Run:
 def small_model(path: Path, seed: int = 0, labels: Sequence[str] = ()) -> Path:
     """A model file of an untrained network, which is told these classes."""
     run = small_run(seed=seed)
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, classes=len(labels)))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, num_classes=len(labels)))
     torch.manual_seed(seed)
     network = UNet(run.model, len(run.turning_points))
     for parameter in network.parameters():

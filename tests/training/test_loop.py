@@ -24,7 +24,13 @@ def tiny_run(**training: object) -> Run:
     tree = {
         "dataset": {"resolution": 16},
         "settings": [{"name": "small", "process": "dvdp", "turning_points": [300, 600]}],
-        "model": {"channels": 4, "multipliers": [1, 2], "attention": [2], "head_channels": 8, "dropout": 0.1},
+        "model": {
+            "model_channels": 4,
+            "channel_mult": [1, 2],
+            "attention_factors": [2],
+            "num_head_channels": 8,
+            "dropout": 0.1,
+        },
         "training": {
             "images": 160,
             "budget": "images",
@@ -69,21 +75,21 @@ def stop_after(seen: int):
 
 
 @pytest.mark.parametrize(
-    ("predicts", "precision", "optimizer"),
+    ("prediction_type", "precision", "optimizer"),
     [
-        ("noise", "fp32", "adamw"),
-        ("noise", "bf16", "adamw"),
-        ("velocity", "fp32", "adamw"),
-        ("velocity", "fp32", "muon"),
-        ("clean", "fp32", "adamw"),
+        ("epsilon", "fp32", "adamw"),
+        ("epsilon", "bf16", "adamw"),
+        ("v_prediction", "fp32", "adamw"),
+        ("v_prediction", "fp32", "muon"),
+        ("sample", "fp32", "adamw"),
     ],
 )
 def test_training_lowers_the_loss_of_every_target(
-    tmp_path: Path, images: ArrayImages, predicts: str, precision: str, optimizer: str
+    tmp_path: Path, images: ArrayImages, prediction_type: str, precision: str, optimizer: str
 ) -> None:
     settings = {"precision": precision, "optimizer": optimizer}
     run = tiny_run(images=1600, learning_rate=5e-3, log_images=400, preview_images=0, **settings)
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, predicts=predicts))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, prediction_type=prediction_type))
     train(run, images, tmp_path, "abc", say=quiet)
     losses = [entry.metrics["loss"] for entry in ledger.read(tmp_path / "metrics.jsonl")]
     assert losses[-1] < 0.9 * losses[0]
@@ -258,9 +264,9 @@ def test_activations_computed_again_take_less_memory_and_give_the_same_weights(
     tmp_path: Path, images: ArrayImages, precision: str, networks: str
 ) -> None:
     weights, saved = [], []
-    for recompute in (False, True):
+    for activation_checkpointing in (False, True):
         # Its dropout draws, and must draw the same again.
-        run = tiny_run(recompute=recompute, precision=precision, levels="all")
+        run = tiny_run(activation_checkpointing=activation_checkpointing, precision=precision, levels="all")
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, networks=networks))  # type: ignore[arg-type]
         training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
         kept = 0
@@ -335,12 +341,12 @@ def test_a_lift_with_the_datas_variance_needs_its_deviations_with_the_model(
 ) -> None:
     run = tiny_run(images=16)
     run = dataclasses.replace(run, sampling=dataclasses.replace(run.sampling, lift="data"))
-    with pytest.raises(UserError, match=r"sampling\.lift: found 'data' and no band deviations"):
+    with pytest.raises(UserError, match=r"sampling\.lift: found 'data' and no band std"):
         train(run, images, tmp_path, "abc", say=quiet)
-    deviations = [3.0, 3.0, 0.9]
-    train(run, images, tmp_path, "abc", say=quiet, description={"band_deviations": deviations})
+    std = [3.0, 3.0, 0.9]
+    train(run, images, tmp_path, "abc", say=quiet, description={"band_std": std})
     model = load_model(tmp_path / "weights.safetensors")
-    assert model.lift_deviations == deviations
+    assert model.lift_std == std
     found = model.sample(2)
     plain = dataclasses.replace(model, run=tiny_run(images=16)).sample(2)
     assert not torch.equal(found, plain), "the lift adds more"

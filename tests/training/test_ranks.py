@@ -20,7 +20,13 @@ def small_run() -> Run:
     tree = {
         "dataset": {"resolution": 16},
         "settings": [{"name": "small", "process": "dvdp", "turning_points": [400]}],
-        "model": {"channels": 8, "multipliers": [1, 2], "blocks": 2, "attention": [2], "head_channels": 8},
+        "model": {
+            "model_channels": 8,
+            "channel_mult": [1, 2],
+            "num_res_blocks": 2,
+            "attention_factors": [2],
+            "num_head_channels": 8,
+        },
         "training": {"images": 360, "budget": "images", "batch": 12, "accumulation": 6, "warmup_images": 0},
     }
     tree["training"] |= {"checkpoint_images": 120, "keep_checkpoints": 9, "log_images": 84, "preview_images": 0}

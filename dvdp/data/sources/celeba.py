@@ -13,7 +13,7 @@ from dvdp.data.sources.files import counted, image_files
 CELEBA_COUNT = 202_599
 _SIZE = (178, 218)
 _CROP = 148
-_LEFT, _TOP = ((side - _CROP) // 2 for side in _SIZE)
+_LEFT, _TOP = ((resolution - _CROP) // 2 for resolution in _SIZE)
 
 
 class CelebA:
