@@ -47,6 +47,7 @@ from pipelines.tracking.connection import TrackingUnavailable, connect, reaching
 from pipelines.tracking.job_runs import description, model_file, model_name, tracked
 from pipelines.tracking.runs import COMPARISON_HASH, TrackedRun, adopt, open_run
 from pipelines.tracking.sync import LedgerSync
+from pipelines.turning_points import resolve
 
 
 class _OneSentence(logging.Filter):
@@ -83,7 +84,7 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
     results: list[Result] = []
     failures: dict[str, str] = {}
     with cluster(params.cluster) as slots:
-        futures, listed = {}, jobs(params)
+        futures, listed = {}, jobs(resolve(params))
         # The longest first, so that none runs on alone.
         for job in sorted(listed, key=_length, reverse=True):
             # As many at a time as there is slots for; after Ctrl-C, which is heard here, none begins any more.

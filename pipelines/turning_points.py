@@ -7,23 +7,26 @@ import hashlib
 import json
 
 from dvdp.config import Params, Run, SettingParams
-from dvdp.data.store import ImageStore, StoreMetadata
+from dvdp.data.store import StoreMetadata
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.planning.planner import Plan, Planner
 from dvdp.planning.search import candidate_points, cheapest, most_levels, search
-from pipelines.jobs.paths import DataPaths
+from pipelines.jobs.job import prepared_store
 from pipelines.tracking.history import trained_settings
 
 
-def choose_turning_points(params: Params, metadata: StoreMetadata) -> Params:
+def resolve(params: Params) -> Params:
     """The params with the planner's choice for every setting that says ``turning_points: auto``.
 
     A choice is made once and kept in ``<cluster.storage>/plans``: what is trained later must not move it.
 
     Raises:
-        UserError: nothing meets a tolerance, or MLflow does not answer.
+        UserError: the data set is not prepared, nothing meets a tolerance, or MLflow does not answer.
     """
+    if not any(isinstance(setting.turning_points, str) for setting in params.settings):
+        return params
+    metadata = prepared_store(params).metadata
     settings = []
     for setting in params.settings:
         if isinstance(setting.turning_points, str):
@@ -48,22 +51,12 @@ def band_std(metadata: StoreMetadata) -> tuple[float, ...]:
     return std
 
 
-def _store(params: Params) -> ImageStore:
-    store = ImageStore(DataPaths.of(params).store)
-    if store.metadata.resolution != params.dataset.resolution:
-        raise UserError(
-            f"dataset.resolution: found {params.dataset.resolution}, expected {store.metadata.resolution} as in"
-            f" {store.path}; prepare the data set again."
-        )
-    return store
-
-
 def _choice(params: Params, setting: SettingParams, metadata: StoreMetadata) -> tuple[int, ...]:
     """Turning points of a setting that says ``auto``: those chosen before, or chosen now."""
     run = params.run(setting, params.seeds[0])
     about = {
         # All that a plan depends on, and nothing else: drawing more samples must not choose anew.
-        **{name: run.describe()[name] for name in ("kind", "resolution", "process")},
+        **{name: run.describe()[name] for name in ("process", "resolution", "schedule")},
         **{
             name: {k: v for k, v in run.describe()[name].items() if k != "num_classes"}
             for name in ("model", "reference_model")

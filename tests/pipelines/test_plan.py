@@ -30,6 +30,7 @@ from pipelines.cli import main
 from pipelines.jobs.job import jobs
 from pipelines.tracking.history import Trained, trained_settings
 from pipelines.tracking.runs import DATASET_DIGEST, SAMPLING_HASH, Status, open_run
+from pipelines.turning_points import resolve
 
 TREE: dict[str, Any] = {
     "dataset": {"name": "stripes", "resolution": 16},
@@ -291,7 +292,7 @@ def test_a_fit_orders_settings_it_has_not_seen_and_finds_no_order_in_chance() ->
 
 
 def chosen_points(capsys: pytest.CaptureFixture[str]) -> tuple[tuple[int, ...], str]:
-    (job,) = jobs(read_params())
+    (job,) = jobs(resolve(read_params()))
     assert job.params.settings[0].turning_points == job.run.turning_points
     return job.run.turning_points, capsys.readouterr().out
 
@@ -325,14 +326,14 @@ def test_auto_stays_within_what_was_trained(project: Path, capsys: pytest.Captur
 def test_auto_that_nothing_meets_is_one_sentence() -> None:
     write_params(settings=[{**AUTO, "tolerance": 1e-12}], sampling={**TREE["sampling"], "steps": 250})
     with pytest.raises(UserError, match=r"tolerance: found 1e-12, expected at least"):
-        jobs(read_params())
+        jobs(resolve(read_params()))
 
 
 def test_auto_says_when_mlflow_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     write_params(settings=[AUTO])
     with pytest.raises(UserError, match=r"^settings\.chosen: MLFLOW_TRACKING_URI: found no answer from MLflow there"):
-        jobs(read_params())
+        jobs(resolve(read_params()))
 
 
 @pytest.mark.parametrize(
