@@ -63,7 +63,7 @@ def _choice(params: Params, setting: SettingParams, metadata: StoreMetadata) -> 
     run = params.run(setting, params.seeds[0])
     about = {
         # All that a plan depends on, and nothing else: drawing more samples must not choose anew.
-        **{name: run.describe()[name] for name in ("kind", "resolution", "process")},
+        **{name: run.describe()[name] for name in ("process", "resolution", "schedule")},
         **{
             name: {k: v for k, v in run.describe()[name].items() if k != "num_classes"}
             for name in ("model", "reference_model")

@@ -138,7 +138,7 @@ def _data_set(entry: Entry) -> str:
 def _rows(entry: Entry) -> list[Row]:
     """Those of the run's data set, resolution, process and turning points, however it was sampled."""
     name, logged = entry.data.tags.get(DATASET, ""), entry.data.params
-    keys = tuple(logged.get(key) for key in ("kind", "turning_points", "resolution"))
+    keys = tuple(logged.get(key) for key in ("process", "turning_points", "resolution"))
     return [
         row
         for table in TABLES

@@ -112,11 +112,11 @@ def _scored_runs(params: Params, run: Run, digest: str) -> Iterator[tuple[Run, S
 
 
 def _alike(run: Run, logged: dict[str, str]) -> Run | None:
-    """The run with the kind, turning points and seed of another, unless they do not fit it."""
+    """The run with the process, turning points and seed of another, unless they do not fit it."""
     try:
-        kind: Any = logged["kind"]
+        process: Any = logged["process"]
         alike = replace(
-            run, process=kind, turning_points=tuple(json.loads(logged["turning_points"])), seed=int(logged["seed"])
+            run, process=process, turning_points=tuple(json.loads(logged["turning_points"])), seed=int(logged["seed"])
         )
         alike.check()
     except (KeyError, ValueError):  # also a UserError
