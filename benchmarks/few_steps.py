@@ -4,7 +4,7 @@
         --settings ddpm dvdp-300-600 --out few_steps.json
 
 Reads the networks that benchmarks/study.py trained, in its ``--work`` folder. Samples are kept, so it may be stopped
-and started again. What is written holds, for every solver, the score at few steps over that of the study's own sampling.
+and started again. The result holds, for every solver, the score at few steps over that of the study's own sampling.
 """
 
 from __future__ import annotations
@@ -57,8 +57,12 @@ def main() -> None:
         rows.append(_row(run, run.sampling, many, many))
         for solver, timestep_spacing, lift in WAYS:
             way = replace(
-                run.sampling, steps=options.steps, solver=solver, timestep_spacing=timestep_spacing, lift=lift
-            )  # type: ignore[arg-type]
+                run.sampling,
+                steps=options.steps,
+                solver=solver,
+                timestep_spacing=timestep_spacing,  # type: ignore[arg-type]
+                lift=lift,  # type: ignore[arg-type]
+            )
             if lift == "data" and not run.turning_points:
                 continue
             few = sampled_metrics(params, replace(run, sampling=way), folder, options.work)[metric(params)]

@@ -35,7 +35,7 @@ def check_sentence(text: str, *parts: str) -> None:
 #: What is wrong, the tree, and what the answer must contain.
 MISTAKES: dict[str, tuple[Any, list[str]]] = {
     "unknown section": ({"trainng": {}}, ["trainng: unknown key", "did you mean 'training'?"]),
-    "unknown key": ({"model": {"chanels": 3}}, ["model.chanels: unknown key", "did you mean 'channels'?"]),
+    "unknown key": ({"model": {"chanels": 3}}, ["model.chanels: unknown key", "did you mean 'model_channels'?"]),
     "unknown key, no hint": ({"model": {"zzz": 3}}, ["model.zzz: unknown key, expected one of prediction_type,"]),
     "unknown key of a setting": (
         setting(turningpoints=[3]),
@@ -43,34 +43,34 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
     ),
     "key missing": ({"settings": [{"process": "ddpm"}]}, ["settings.0.name", "found nothing"]),
     "no mapping": ([1, 2], ["found [1, 2]"]),
-    "a section that is no mapping": ({"process": None}, ["process", "found None"]),
-    "word for a number": ({"process": {"timesteps": "many"}}, ["process.timesteps: found 'many'", "integer"]),
+    "a section that is no mapping": ({"schedule": None}, ["schedule", "found None"]),
+    "word for a number": ({"schedule": {"timesteps": "many"}}, ["schedule.timesteps: found 'many'", "integer"]),
     "fraction for a whole number": ({"sampling": {"steps": 10.5}}, ["sampling.steps: found 10.5", "integer"]),
     "number for a list": (setting(turning_points=600), ["settings.0.turning_points: found 600"]),
     "fraction for a turning point": (setting(turning_points=[600.5]), ["settings.0.turning_points.0", "600.5"]),
     "word for a seed": ({"seeds": ["x"]}, ["seeds.0: found 'x'"]),
     "list for a name": ({"dataset": {"name": [1]}}, ["dataset.name: found [1]"]),
     "unknown process": (setting(process="dvpd"), ["settings.0.process: found 'dvpd'", "'dvdp'"]),
-    "unknown base": ({"process": {"base": "liner"}}, ["process.base: found 'liner'", "'linear'"]),
-    "unknown attenuation": ({"process": {"attenuation": "cosin"}}, ["process.attenuation", "did you mean 'cosine'?"]),
+    "unknown base": ({"schedule": {"base": "liner"}}, ["schedule.base: found 'liner'", "'linear'"]),
+    "unknown attenuation": ({"schedule": {"attenuation": "cosin"}}, ["schedule.attenuation", "did you mean 'cosine'?"]),
     "unknown solver": ({"sampling": {"solver": "ddmp"}}, ["sampling.solver", "did you mean 'ddpm'?"]),
-    "unknown target": ({"model": {"prediction_type": "nose"}}, ["model.prediction_type: found 'nose'", "'noise'"]),
+    "unknown target": ({"model": {"prediction_type": "nose"}}, ["model.prediction_type: found 'nose'", "'epsilon'"]),
     "eta above 1": ({"sampling": {"eta": 3}}, ["sampling.eta: found 3.0"]),
     "negative learning rate": ({"training": {"learning_rate": -1}}, ["training.learning_rate: found -1.0"]),
     "no images": ({"training": {"images": 0}}, ["training.images: found 0"]),
     "tiny images": ({"dataset": {"resolution": 2}}, ["dataset.resolution: found 2"]),
     "unknown encoding": ({"dataset": {"encoding": "jpg"}}, ["dataset.encoding: found 'jpg'", "'jpeg'"]),
     "no such quality": ({"dataset": {"jpeg_quality": 101}}, ["dataset.jpeg_quality: found 101", "from 1 to 100"]),
-    "no slots in a file": ({"dataset": {"shard_gib": 0}}, ["dataset.shard_gib: found 0.0", "above 0"]),
+    "no space in a file": ({"dataset": {"shard_gib": 0}}, ["dataset.shard_gib: found 0.0", "above 0"]),
     "fewer than no processes": ({"dataset": {"workers": -1}}, ["dataset.workers: found -1", "at least 0"]),
     "odd name": ({"dataset": {"name": "a/b"}}, ["dataset.name: found 'a/b'"]),
     "folder missing": ({"dataset": {"source": "image_folder"}}, ["dataset.path: found nothing"]),
     "zip missing": ({"dataset": {"source": "celeba"}}, ["dataset.path: found nothing", "img_align_celeba.zip"]),
     "unknown source": ({"dataset": {"source": "celebs"}}, ["dataset.source: found 'celebs'", "did you mean 'celeba'?"]),
-    "no timesteps": ({"process": {"timesteps": 0}}, ["process.timesteps: found 0"]),
-    "floor of 0": ({"process": {"floor": 0}} | setting(), ["floor: found 0.0"]),
+    "no timesteps": ({"schedule": {"timesteps": 0}}, ["schedule.timesteps: found 0"]),
+    "floor of 0": ({"schedule": {"floor": 0}} | setting(), ["floor: found 0.0"]),
     "dropout above 1": ({"model": {"dropout": 2}}, ["model.dropout: found 2.0"]),
-    "odd channels": ({"model": {"model_channels": 30}}, ["model.model_channels: found 30", "multiple of 4"]),
+    "odd model_channels": ({"model": {"model_channels": 30}}, ["model.model_channels: found 30", "multiple of 4"]),
     "no stages": ({"model": {"channel_mult": []}}, ["model.channel_mult: found []"]),
     "attention nowhere": ({"model": {"attention_factors": [64]}}, ["model.attention_factors: found factor 64"]),
     "odd heads": ({"model": {"num_head_channels": 48}}, ["model.num_head_channels: found 48"]),
@@ -116,7 +116,7 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
     ),
     "override of an unknown key": (
         setting(overrides={"model": {"chanels": 8}}),
-        ["settings.a.overrides.model.chanels", "did you mean 'channels'?"],
+        ["settings.a.overrides.model.chanels", "did you mean 'model_channels'?"],
     ),
     "override of the wrong type": (
         setting(overrides={"model": {"model_channels": "wide"}}),
@@ -196,7 +196,7 @@ def test_file_says_everything_and_numbers_may_be_written_as_yaml_writes_them(tmp
     path.write_text(
         """
         dataset: {name: my-faces, source: image_folder, path: faces, resolution: 64}
-        process: {floor: 0.2, shift: -1}
+        schedule: {floor: 0.2, shift: -1}
         settings:
           - {name: plain, process: ddpm}
           - {name: "600", process: dvdp, turning_points: [600]}
@@ -221,7 +221,7 @@ def test_overrides_apply_to_their_setting_alone() -> None:
                 {
                     **DVDP,
                     "overrides": {
-                        "process": {"floor": 0.3},
+                        "schedule": {"floor": 0.3},
                         "model": {"prediction_type": "sample", "attention_factors": []},
                         "training": {"batch": 8},
                         "sampling": {"steps": 30},
@@ -232,7 +232,7 @@ def test_overrides_apply_to_their_setting_alone() -> None:
         }
     )
     plain, changed, other = params.runs()
-    assert (plain.process, plain.model, plain.training, plain.sampling) == (
+    assert (plain.schedule, plain.model, plain.training, plain.sampling) == (
         params.schedule,
         params.model,
         params.training,
@@ -244,7 +244,7 @@ def test_overrides_apply_to_their_setting_alone() -> None:
     assert changed.sampling == dataclasses.replace(params.sampling, steps=30)
     assert dataclasses.replace(other, setting="a") == dataclasses.replace(
         changed,
-        process=params.schedule,
+        schedule=params.schedule,
         model=params.model,
         training=params.training,
         sampling=params.sampling,
@@ -255,7 +255,7 @@ def test_overrides_apply_to_their_setting_alone() -> None:
 def test_a_setting_gives_its_schedule() -> None:
     params = parse_params(
         {
-            "process": {"timesteps": 500, "base": "cosine", "shift": -0.5, "attenuation": "linear"},
+            "schedule": {"timesteps": 500, "base": "cosine", "shift": -0.5, "attenuation": "linear"},
             "settings": [
                 {"name": "d", "process": "ddpm"},
                 {"name": "s", "process": "subspace", "turning_points": [200]},

@@ -188,7 +188,7 @@ def test_places_that_cannot_be_written_are_one_sentence_and_cost_nothing(tmp_pat
     params, out = parameters(make_images(tmp_path / "pets", 2)), tmp_path / "out" / "store"
     (tmp_path / "file").touch()
     for store, report in ((tmp_path / "file" / "store", None), (out, tmp_path / "file" / "prepare.json")):
-        with pytest.raises(UserError, match=r"^data set: cannot write '.*/file/.*' \(.*\), expected slots"):
+        with pytest.raises(UserError, match=r"^data set: cannot write '.*/file/.*' \(.*\), expected free space"):
             prepare(params, store, report)
     assert names(out.parent) == [".store.lock", ".store.part"]
     assert prepare(params, out, tmp_path / "prepare.json").count == 4

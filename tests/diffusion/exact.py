@@ -17,7 +17,7 @@ from dvdp import Process
 
 
 def down_matrix(resolution: int) -> Tensor:
-    """D for images of this resolution as a matrix, (resolution^2 / 4, resolution^2): 1/2 for each pixel of a 2x2 block."""
+    """D as a matrix, (resolution^2 / 4, resolution^2): 1/2 for each pixel of a 2x2 block."""
     pairs = torch.eye(resolution // 2, dtype=torch.float64).repeat_interleave(2, dim=1) / 2**0.5
     return torch.kron(pairs, pairs)
 

@@ -217,7 +217,7 @@ def test_comparable_names_the_fields_that_matter(record: ScoreRecord) -> None:
     assert score_differences(record, dataclasses.replace(record, metrics=earlier, counts=[])) == []
     # Of a release whose networks were told nothing.
     told = [dataclasses.replace(record, sampling={**SAMPLING, "num_classes": classes}) for classes in (0, 10)]
-    assert [score_differences(record, other) for other in told] == [[], ["sampling.classes"]]
+    assert [score_differences(record, other) for other in told] == [[], ["sampling.num_classes"]]
     fewer_steps = dataclasses.replace(record, sampling={**SAMPLING, "steps": 50, "ema": None})
     assert score_differences(record, fewer_steps) == ["sampling.ema", "sampling.steps"]
 
