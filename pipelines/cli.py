@@ -168,9 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         " beside the runs",
     )
 
-    report = add(
-        "report", _report, "Write the paper's tables with its numbers and ours side by side, from MLflow."
-    )
+    report = add("report", _report, "Write the paper's tables with its numbers and ours side by side, from MLflow.")
     report.add_argument("--out", default="reports/paper", metavar="FOLDER", help="default: reports/paper")
 
     draw = commands.add_parser("draw", help="Draw images from a weights file as one picture.", allow_abbrev=False)

@@ -206,9 +206,6 @@ def train(
         key = re.sub("[^a-z0-9]+", "-", f"{name}/{run.seed}/{how}")
         entry = open_run(client, params.tracking.experiment, SAMPLING_HASH, key, name)
         logged = {**training_identity(run), "flip": False}
-        if how.get("earlier"):  # Of a release that knew neither key.
-            logged["model"] = {k: v for k, v in logged["model"].items() if k != "classes"}
-            logged["training"] = {k: v for k, v in logged["training"].items() if k != "compile"}
         entry.log_params(logged)
         entry.set_tags({DATASET_DIGEST: how.get("digest", digest)})
         record = dataclasses.replace(SCORE, metrics={**SCORE.metrics, "fd_labels": score}, **how.get("terms", {}))
@@ -224,7 +221,7 @@ def known(terms: ScoreRecord | None = None) -> list[Trained]:
 def test_only_settings_trained_alike_and_scored_on_the_same_terms_are_taken(project: Path) -> None:
     client = empty_store(project)
     train(client, (), [5.0, 7.0])
-    train(client, (300, 600), [8.0], earlier=True)
+    train(client, (300, 600), [8.0])
     train(client, (300,), [1.0], status="FAILED")
     train(client, (350,), [1.0], digest="of other data")
     train(client, (400,), [1.0], params={"training": {**TREE["training"], "images": 1280}})
