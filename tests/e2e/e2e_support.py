@@ -28,7 +28,7 @@ from pipelines.tracking.runs import TRAINING_HASH
 SOURCES = Path(__file__).parents[2]
 COPIED = (
     "dvdp", "pipelines", "infra", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", ".gitignore",
-    "dvc.yaml", "prefect.yaml",
+    "data/.gitignore", "dvc.yaml", "prefect.yaml",
 )  # fmt: skip
 
 #: Seconds for whatever a test waits for, on a busy machine.
