@@ -35,26 +35,28 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 # ---- The library, all of it: adapters, so that a renaming touches nothing below them. --------------------------------
-from dvdp import Process, Schedule, bands
+from dvdp import Process, Schedule
 from dvdp.config import Run, parse_params
 from dvdp.data.loading import ArrayImages
 from dvdp.data.moments import Moments
-from dvdp.frontier import candidate_points, frontier, search
-from dvdp.grids import step_grid
+from dvdp.diffusion import bands
+from dvdp.diffusion.randomness import ImageNoise, derive_seed, image_labels
+from dvdp.diffusion.sampling import sample
+from dvdp.diffusion.timesteps import step_grid
 from dvdp.models.denoiser import NetworkDenoiser, example
 from dvdp.models.export import load_model
+from dvdp.models.flops import mean_flops, relative_flops, training_images
 from dvdp.models.unet import build_network
-from dvdp.planning import Planner, generated_deviations, lift_losses
-from dvdp.randomness import ImageNoise, derive_seed, image_labels
-from dvdp.sampling import sample
+from dvdp.planning import planner as planning
+from dvdp.planning.planner import Planner, lift_losses
+from dvdp.planning.search import candidate_points, frontier, search
 from dvdp.training import ledger
-from dvdp.training.budget import mean_flops, relative_flops, training_images
 from dvdp.training.levels import level_counts
 from dvdp.training.loop import train
 
 # What the cases call things -> what the library calls them.
-PREDICTIONS = {"epsilon": "noise", "v": "velocity", "sample": "clean"}
-VARIANCES = {"small": "lower", "large": "upper"}
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
+VARIANCES = {"small": "fixed_small", "large": "fixed_large"}
 
 
 def make_run(
@@ -73,20 +75,26 @@ def make_run(
     options = {"batch": 8, "warmup_images": 16, "log_images": 16, "checkpoint_images": 24, "preview_images": 0}
     tree = {
         "dataset": {"resolution": SIZE},
-        "process": {},
+        "schedule": {},
         "settings": [{"name": "recorded", "process": process, "turning_points": list(turning_points)}],
         "model": {
-            "predicts": PREDICTIONS[prediction],
-            "channels": 8,
-            "multipliers": [1, 2],
-            "blocks": 1,
-            "attention": [2],
-            "head_channels": 8,
+            "prediction_type": PREDICTIONS[prediction],
+            "model_channels": 8,
+            "channel_mult": [1, 2],
+            "num_res_blocks": 1,
+            "attention_factors": [2],
+            "num_head_channels": 8,
             "dropout": dropout,
             "networks": networks,
-            "classes": classes,
+            "num_classes": classes,
         },
-        "training": {"images": images, "budget": "images", "recompute": checkpointing, **options, **training},
+        "training": {
+            "images": images,
+            "budget": "images",
+            "activation_checkpointing": checkpointing,
+            **options,
+            **training,
+        },
         "sampling": _sampling({"steps": 6, **(sampling or {})}),
     }
     return parse_params(tree).runs()[0]
@@ -94,8 +102,7 @@ def make_run(
 
 def _sampling(options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the library's sampler from those of the cases."""
-    names = {"solver": "rule", "timestep_spacing": "spacing", "lift_std": "lift_deviations"}
-    found = {names.get(name, name): value for name, value in options.items()}
+    found = dict(options)
     if "variance" in found:
         found["variance"] = VARIANCES[found["variance"]]
     return found
@@ -155,7 +162,7 @@ def make_images(pixels: np.ndarray, labels: np.ndarray | None = None) -> ArrayIm
 
 
 def train_run(run: Run, images: ArrayImages, folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
-    told = {"label_counts": [8, 9, 7, 6], "band_deviations": [*DATA_STD[: len(run.turning_points)], 0.7]}
+    told = {"label_counts": [8, 9, 7, 6], "band_std": [*DATA_STD[: len(run.turning_points)], 0.7]}
     train(run, images, folder, "recorded", description=told, say=say)
 
 
@@ -181,7 +188,7 @@ def model_samples(folder: Path, count: int, **options: Any) -> Tensor:
 
 
 def generated_std(schedule: Schedule, std: Sequence[float], steps: int, **options: Any) -> list[float]:
-    return generated_deviations(schedule, std, steps, **_sampling(options))
+    return planning.generated_std(schedule, std, steps, **_sampling(options))
 
 
 def plans(run: Run, data_std: Sequence[float], sets: Sequence[Sequence[int]]) -> list[float]:
@@ -207,7 +214,7 @@ def nats_lost(schedule: Schedule, data_std: Sequence[float]) -> list[float]:
 
 
 def fisher(process: Process, denoiser: Callable[..., Tensor], images: Tensor) -> list[list[float | None]]:
-    from dvdp.evaluation.fisher import orthogonal_divergences
+    from dvdp.planning.fisher import orthogonal_divergences
 
     return orthogonal_divergences(process, denoiser, images, [50, 250, 700], 2)
 
@@ -242,7 +249,7 @@ def scaled_bands(x: Tensor, factors: Tensor) -> Tensor:
 
 def data_std_of(pixels: np.ndarray) -> list[float]:
     moments = Moments.of(list(pixels), SIZE)
-    return [*moments.means(), *(number for numbers in moments.deviations() for number in numbers)]
+    return [*moments.means(), *(number for numbers in moments.std() for number in numbers)]
 
 
 def fidelity(generated: Tensor, real: Tensor) -> list[float]:
@@ -257,7 +264,8 @@ def fidelity(generated: Tensor, real: Tensor) -> list[float]:
 def score_samples(real: ArrayImages, samples: np.ndarray, folder: Path) -> dict[str, float]:
     """All metrics of a tiny extractor that is trained for it; and what the anchors of its reference say."""
     from dvdp.evaluation.extractors import load_extractor, train_extractor
-    from dvdp.evaluation.scores import make_reference, score
+    from dvdp.evaluation.reference import make_reference
+    from dvdp.evaluation.scores import score
 
     train_extractor(real, "labels", 2, "recorded", folder / "extractor")
     extractor = load_extractor(folder / "extractor")
@@ -271,7 +279,7 @@ def score_samples(real: ArrayImages, samples: np.ndarray, folder: Path) -> dict[
 
 def audited(process: Process, denoiser: Callable[..., Tensor], images: ArrayImages) -> list[float]:
     """Costs of all parts, scores and states of an audit, whose score is a mean and a deviation."""
-    from dvdp.evaluation.audit import audit
+    from dvdp.audit.run import audit
 
     def score(samples: Any) -> float:
         pixels = torch.stack([samples[i] for i in range(len(samples))]).double()
