@@ -202,8 +202,8 @@ def test_a_registered_model_samples_by_default_as_its_own_setting_does(tmp_path:
 @pytest.mark.parametrize(
     ("names", "classes", "sentence"),
     [
-        (["a", "b"], 3, r"^model\.classes: found 3 for small, expected 0, or 2 as in data/twos/store; change it\.$"),
-        ([], 3, r"^model\.classes: found 3 for small, expected 0, as there are no labels in data/twos/store; change"),
+        (["a", "b"], 3, r"^model\.num_classes: found 3 for small, expected 0, or 2 as in data/twos/store; change it\.$"),
+        ([], 3, r"^model\.num_classes: found 3 for small, expected 0, as there are no labels in data/twos/store; change"),
         (["a", "b"], 2, None),
         (["a", "b"], 0, None),
     ],
