@@ -80,8 +80,8 @@ def registered_model(params: Params, address: str) -> RegisteredModel:
         address: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
 
     Raises:
-        UserError: there is no such version, it is none of ours, its images have another resolution than the data set, MLflow
-            does not answer, or the sampling of the params does not fit it.
+        UserError: there is no such version, it is none of ours, its images have another resolution than the data
+            set, MLflow does not answer, or the sampling of the params does not fit it.
     """
     parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", address)
     if parts is None:
@@ -106,7 +106,7 @@ def evaluate(subject: Job | RegisteredModel, statistics: Path | None = None) -> 
         statistics: an ``.npz`` file to score against in place of the reference.
 
     Raises:
-        UserError: something that scoring needs is missing; told before images are drawn.
+        UserError: something that scoring needs is missing; raised before images are drawn.
     """
     if isinstance(subject, Job):
         return score_job(subject, statistics)

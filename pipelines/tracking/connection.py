@@ -66,8 +66,8 @@ def reading(what: str) -> Iterator[MlflowClient]:
 def connect(project: Path | str = ".") -> MlflowClient:
     """A client of the store at ``MLFLOW_TRACKING_URI``, else of ``mlflow.db`` in the project folder.
 
-    A server is not asked for anything yet, so that it may be unavailable. A sqlite file is created where it is missing, by
-    one process at a time: MLflow cannot do that in several at once.
+    A server is not asked for anything yet, so it may be unavailable. A sqlite file is created where it is missing, by
+    one process at a time, as MLflow cannot do that in several at once.
 
     Raises:
         UserError: MLFLOW_TRACKING_URI is of a kind that MLflow refuses.

@@ -129,7 +129,7 @@ class Measured:
 
 
 def read_measured(client: MlflowClient, entry: Entry) -> Measured | None:
-    """A scored run from its entry; None for one without its params or score record, or with those of another release."""
+    """A scored run from its entry; None without its params or score record, or with those of another release."""
     run_id, tags = entry.info.run_id, entry.data.tags
     params_text, score_text = (read_text(client, run_id, name) for name in ("params.json", "score.json"))
     if params_text is None or score_text is None:

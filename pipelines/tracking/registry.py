@@ -1,8 +1,8 @@
 """Trained runs as versions of a registered model, and which of them is the champion.
 
 A version holds what sampling needs and nothing else: the weights with their configuration (one safetensors file), the
-few lines of :mod:`pipelines.tracking.model_code`, and the source of ``dvdp`` (``code_paths``), so that it loads where the slim
-core's dependencies and mlflow are installed and ``dvdp`` is not. Where ``dvdp`` is imported already, that one runs.
+few lines of ``model_code.py``, and the source of ``dvdp`` (``code_paths``), so that it loads where the core's
+dependencies and mlflow are installed and ``dvdp`` is not. Where ``dvdp`` is imported already, that one runs.
 
 Its tags lead back to everything: see ``tags`` of :func:`register`.
 """
