@@ -81,7 +81,7 @@ from dvdp.data.store import ImageStore
 from dvdp.evaluation.figures import grid, save_png
 from dvdp.training.loop import train
 from pipelines.jobs.paths import DataPaths
-from pipelines.stages import jobs
+from pipelines.jobs.job import jobs
 
 torch.set_num_threads(1)
 params = read_params()
