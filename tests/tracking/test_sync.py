@@ -387,7 +387,9 @@ def test_a_server_killed_and_started_again_in_between_holds_everything_once(
 DRIVER = """
 import sys, time
 from pathlib import Path
-from pipelines.tracking import TRAINING_HASH, LedgerSync, connect, open_run
+from pipelines.tracking.connection import connect
+from pipelines.tracking.runs import TRAINING_HASH, open_run
+from pipelines.tracking.sync import LedgerSync
 folder = Path(sys.argv[1])
 client = connect(folder)
 find = lambda: open_run(client, "digits", TRAINING_HASH, "abc", "run abc")
