@@ -49,7 +49,14 @@ def measure(resolution: int, turns: int) -> dict[str, Any]:
     images, device = torch.from_numpy(pixels), torch.device("cpu")
     ways = [
         start(
-            make_run((), resolution, model, TrainingParams(batch=batch, activation_checkpointing=again)), pixels, device
+            make_run(
+                (),
+                resolution,
+                model,
+                TrainingParams(batch=batch, activation_checkpointing=again, optimizer="adamw", precision="fp32"),
+            ),
+            pixels,
+            device,
         )
         for again in (False, True)
     ]

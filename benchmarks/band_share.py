@@ -78,7 +78,7 @@ def measure(resolution: int, turns: int) -> dict[str, Any]:
     found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     works: list[Callable[[], None]] = []
     for setting, points in (("DDPM", ()), ("DVDP", TURNING_POINTS)):
-        run = make_run(points, resolution, model, TrainingParams(batch=batch))
+        run = make_run(points, resolution, model, TrainingParams(batch=batch, optimizer="adamw", precision="fp32"))
         whole, bare = (start(run, pixels, CPU) for _ in range(2))
         remove_network(bare)
         levels = range(len(points) + 1)

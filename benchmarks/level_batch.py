@@ -66,7 +66,12 @@ def measure(resolution: int, precision: str, turns: int) -> tuple[dict[str, Any]
         batch = at_once * accumulation
         pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, resolution, resolution), dtype=np.uint8)
         images = torch.from_numpy(pixels)
-        settings = TrainingParams(batch=batch, accumulation=accumulation, precision=precision)  # type: ignore[arg-type]
+        settings = TrainingParams(
+            batch=batch,
+            accumulation=accumulation,
+            optimizer="adamw",
+            precision=precision,  # type: ignore[arg-type]
+        )
         ddpm, dvdp = (
             start(make_run(points, resolution, model, settings), pixels, CPU) for points in ((), TURNING_POINTS)
         )

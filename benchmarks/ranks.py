@@ -158,7 +158,7 @@ def _rank(rank: int, ranks: int, resolution: int, turns: int, folder: str) -> No
     batch, (_, model) = BATCHES[resolution], {**SIZES, **TOY}[resolution]
     pixels = np.random.default_rng(rank).integers(0, 256, (batch, 3, resolution, resolution), dtype=np.uint8)
     images, device = torch.from_numpy(pixels), torch.device("cpu")
-    settings = TrainingParams(batch=batch * ranks)
+    settings = TrainingParams(batch=batch * ranks, optimizer="adamw", precision="fp32")
     ddpm, dvdp = (
         start(make_run(points, resolution, model, settings), pixels, device) for points in ((), TURNING_POINTS)
     )

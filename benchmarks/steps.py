@@ -49,13 +49,13 @@ PRECISIONS = ("fp32", "bf16")
 #: Side -> images a step and network: sized so that arithmetic, not calls, fills a step on a CPU. Ten images, or a
 #: multiple, give each level its exact share. Noise is predicted, as by diffusers' step and in the paper.
 SIZES = {
-    32: (20, ModelParams("epsilon", 64, (1, 2, 2), attention_factors=(4,))),
-    64: (20, ModelParams("epsilon", 64, (1, 2, 2), attention_factors=(4,))),
-    128: (10, ModelParams("epsilon", 32, (1, 1, 2, 2), attention_factors=(8,))),
-    256: (10, ModelParams("epsilon", 16, (1, 1, 2, 4, 4), attention_factors=(16,))),
+    32: (20, ModelParams("epsilon", 64, (1, 2, 2), attention_factors=(4,), num_classes=0)),
+    64: (20, ModelParams("epsilon", 64, (1, 2, 2), attention_factors=(4,), num_classes=0)),
+    128: (10, ModelParams("epsilon", 32, (1, 1, 2, 2), attention_factors=(8,), num_classes=0)),
+    256: (10, ModelParams("epsilon", 16, (1, 1, 2, 4, 4), attention_factors=(16,), num_classes=0)),
 }
 #: For tests: seconds in all.
-TOY = {16: (10, ModelParams("epsilon", 8, (1, 2), attention_factors=(2,), num_head_channels=8))}
+TOY = {16: (10, ModelParams("epsilon", 8, (1, 2), attention_factors=(2,), num_classes=0, num_head_channels=8))}
 #: Of sampling: few, but with the levels' shares exact.
 STEPS = 10
 
@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def make_run(turning_points: tuple[int, ...], resolution: int, model: ModelParams, training: TrainingParams) -> Run:
-    """DVDP, or DDPM without turning points: a run without a params file, which would need pydantic."""
+    """DVDP, or DDPM without turning points: a run without a params file."""
     kind: ProcessName = "dvdp" if turning_points else "ddpm"
     return Run(kind, 0, kind, turning_points, resolution, ScheduleParams(), model, training, SamplingParams(), model)
 
@@ -140,7 +140,7 @@ def measure(
     samples: dict[str, Callable[[], None]] = {}
     level_seconds: dict[str, list[list[float]]] = {}
     for precision in precisions:
-        training = TrainingParams(batch=batch, precision=precision)  # type: ignore[arg-type]
+        training = TrainingParams(batch=batch, optimizer="adamw", precision=precision)  # type: ignore[arg-type]
         runs = [
             make_run((), resolution, model, training),
             make_run(TURNING_POINTS, resolution, model, training),
@@ -206,7 +206,8 @@ def convolution(resolution: int, batch: int, model: ModelParams, precision: str)
 
 def exact(resolution: int, batch: int, model: ModelParams) -> dict[str, Any]:
     """What of one size is counted and not measured: the same on every machine."""
-    ddpm, dvdp = (make_run(points, resolution, model, TrainingParams(batch=batch)) for points in ((), TURNING_POINTS))
+    training = TrainingParams(batch=batch)
+    ddpm, dvdp = (make_run(points, resolution, model, training) for points in ((), TURNING_POINTS))
     schedule, flops = dvdp.build_schedule(), level_flops(dvdp)
     case: dict[str, Any] = {
         "resolution": resolution,

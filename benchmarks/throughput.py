@@ -82,7 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     resolution, (train_batch, sample_batch, turning_points, model) = options.resolution, PAPER[options.resolution]
     if options.toy:
         (resolution, (train_batch, model)), sample_batch = next(iter(TOY.items())), 2
-    settings = TrainingParams(batch=train_batch, precision=options.precision, levels=options.levels)
+    settings = TrainingParams(batch=train_batch, optimizer="adamw", precision=options.precision, levels=options.levels)
     runs = {name: make_run(at, resolution, model, settings) for name, at in (("ddpm", ()), ("dvdp", turning_points))}
     pixels = np.random.default_rng(0).integers(0, 256, (train_batch, 3, resolution, resolution), dtype=np.uint8)
     trainings = [start(run, pixels, device) for run in runs.values()]

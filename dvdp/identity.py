@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 from dvdp.config import EvaluationParams, Run
 from dvdp.models.flops import training_images
 
-#: Sources whose change changes trained weights; comments count too, which only costs a retraining.
+#: Sources whose change changes trained weights; see :func:`syntax_digest` for what counts as a change.
 TRAINING_SOURCES = (
-    "diffusion/bands.py", "diffusion/schedule.py", "diffusion/process.py", "diffusion/randomness.py", "models/pixels.py",
-    "models/ops.py", "models/unet.py", "models/denoiser.py", "training/levels.py", "training/optimizer.py",
-    "training/compilation.py", "training/ema.py", "training/loop.py", "data/transforms.py", "data/loading.py",
+    "diffusion/bands.py", "diffusion/schedule.py", "diffusion/process.py", "diffusion/randomness.py",
+    "models/pixels.py", "models/ops.py", "models/unet.py", "models/denoiser.py",
+    "training/levels.py", "training/optimizer.py", "training/compilation.py", "training/ema.py", "training/loop.py",
+    "data/transforms.py", "data/loading.py",
 )  # fmt: skip
 SAMPLING_SOURCES = (
     "diffusion/timesteps.py", "diffusion/solvers.py", "diffusion/sampling.py", "models/export.py",
@@ -97,4 +99,25 @@ def _digest(content: dict[str, Any]) -> str:
 @lru_cache(maxsize=8)
 def _sources(names: tuple[str, ...]) -> str:
     package = Path(__file__).parent
-    return hashlib.sha256(b"".join((package / name).read_bytes() for name in names)).hexdigest()
+    return syntax_digest([(package / name).read_text() for name in names])
+
+
+def syntax_digest(sources: Iterable[str]) -> str:
+    """SHA-256 over the syntax trees of Python sources, without comments, docstrings and formatting.
+
+    So a corrected word or a reformatted line changes no hash, and an operator, a number or a name does.
+    """
+    digest = hashlib.sha256()
+    for source in sources:
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            for body in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
+                if isinstance(body, list):
+                    # A docstring, also one below an attribute, is an expression that is nothing but a string.
+                    body[:] = [part for part in body if not _is_docstring(part)]
+        digest.update(ast.dump(tree).encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

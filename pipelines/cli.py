@@ -168,9 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         " beside the runs",
     )
 
-    report = add(
-        "report", _report, "Write the paper's tables with its numbers and ours resolution by resolution, from MLflow."
-    )
+    report = add("report", _report, "Write the paper's tables with its numbers and ours side by side, from MLflow.")
     report.add_argument("--out", default="reports/paper", metavar="FOLDER", help="default: reports/paper")
 
     draw = commands.add_parser("draw", help="Draw images from a weights file as one picture.", allow_abbrev=False)
@@ -331,11 +329,12 @@ def _unavailability_reported_once() -> Iterator[Callable[[Callable[[], None]], N
 
 def _chosen(options: argparse.Namespace) -> tuple[Params, list]:
     from pipelines.jobs.job import jobs
+    from pipelines.turning_points import resolve
 
     params = read_params(options.params)
     chosen = [
         job
-        for job in jobs(params)
+        for job in jobs(resolve(params))
         if options.setting in (None, job.run.setting) and options.seed in (None, job.run.seed)
     ]
     if not chosen:
@@ -364,10 +363,11 @@ def _experiment(options: argparse.Namespace) -> int:
     from pipelines.jobs.paths import DataPaths
     from pipelines.jobs.score import check_scorable
     from pipelines.provenance import check_data_is_locked
+    from pipelines.turning_points import resolve
 
     # Mistakes are found before a Prefect server is started for the flow, which checks again.
     params = read_params(options.params)
-    jobs(params)
+    jobs(resolve(params))
     check_scorable(params)
     if options.reports is None:
         check_data_is_locked(DataPaths.of(params).store)

@@ -47,6 +47,7 @@ from pipelines.tracking.connection import TrackingUnavailable, connect, reaching
 from pipelines.tracking.job_runs import description, model_file, model_name, tracked
 from pipelines.tracking.runs import COMPARISON_HASH, TrackedRun, adopt, open_run
 from pipelines.tracking.sync import LedgerSync
+from pipelines.turning_points import resolve
 
 
 class _OneSentence(logging.Filter):
@@ -83,7 +84,7 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
     results: list[Result] = []
     failures: dict[str, str] = {}
     with cluster(params.cluster) as slots:
-        futures, listed = {}, jobs(params)
+        futures, listed = {}, jobs(resolve(params))
         # The longest first, so that none runs on alone.
         for job in sorted(listed, key=_length, reverse=True):
             # As many at a time as there is slots for; after Ctrl-C, which is heard here, none begins any more.
@@ -100,7 +101,7 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
     if results:
         folder = Path(reports) if reports else params.cluster.storage / "reports" / _comparison_hash(results)
         unavailable.append(compare_settings(results, failures, folder))
-    # All that MLflow has not got is told once.
+    # What MLflow is missing is reported once.
     problems = [f"{name} failed: {failure}" for name, failure in failures.items()] + [*filter(None, unavailable)][-1:]
     return Failed(message="; ".join(problems)) if problems else None
 

@@ -7,23 +7,25 @@ import hashlib
 import json
 
 from dvdp.config import Params, Run, SettingParams
-from dvdp.data.store import ImageStore, StoreMetadata
+from dvdp.data.store import StoreMetadata
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.planning.planner import Plan, Planner
 from dvdp.planning.search import candidate_points, cheapest, most_levels, search
-from pipelines.jobs.paths import DataPaths
-from pipelines.tracking.history import trained_settings
+from pipelines.jobs.job import prepared_store
 
 
-def choose_turning_points(params: Params, metadata: StoreMetadata) -> Params:
+def resolve(params: Params) -> Params:
     """The params with the planner's choice for every setting that says ``turning_points: auto``.
 
     A choice is made once and kept in ``<cluster.storage>/plans``: what is trained later must not move it.
 
     Raises:
-        UserError: nothing meets a tolerance, or MLflow does not answer.
+        UserError: the data set is not prepared, nothing meets a tolerance, or MLflow does not answer.
     """
+    if not any(isinstance(setting.turning_points, str) for setting in params.settings):
+        return params
+    metadata = prepared_store(params).metadata
     settings = []
     for setting in params.settings:
         if isinstance(setting.turning_points, str):
@@ -46,16 +48,6 @@ def band_std(metadata: StoreMetadata) -> tuple[float, ...]:
             " 0; prepare it again at a resolution that can be halved, and no larger than its images are."
         )
     return std
-
-
-def _store(params: Params) -> ImageStore:
-    store = ImageStore(DataPaths.of(params).store)
-    if store.metadata.resolution != params.dataset.resolution:
-        raise UserError(
-            f"dataset.resolution: found {params.dataset.resolution}, expected {store.metadata.resolution} as in"
-            f" {store.path}; prepare the data set again."
-        )
-    return store
 
 
 def _choice(params: Params, setting: SettingParams, metadata: StoreMetadata) -> tuple[int, ...]:
@@ -89,6 +81,9 @@ def _choice(params: Params, setting: SettingParams, metadata: StoreMetadata) -> 
 
 
 def _choose(params: Params, setting: SettingParams, run: Run, metadata: StoreMetadata) -> tuple[Plan, str]:
+    # Imports MLflow, which takes seconds.
+    from pipelines.tracking.history import trained_settings
+
     std = band_std(metadata)
     trained = trained_settings(params, run, metadata.digest)
     covered = [entry.turning_points[0] for entry in trained if entry.process == run.process and entry.turning_points]

@@ -71,6 +71,7 @@ MODEL = ModelParams(
     num_res_blocks=2,
     attention_factors=(2, 4),
     num_head_channels=32,
+    num_classes=0,
 )
 #: As params.yaml: with Muon and all levels in a step the demo scores best for its FLOPs (docs/study.md), and there are
 #: few images here, too. Weights stay in torch's own layout, as Muon takes them for matrices.
@@ -85,6 +86,7 @@ TRAINING = TrainingParams(
     learning_rate=1e-3,
     warmup_images=25_000,
     cooldown=0.7,
+    ema_halflife_images=20_000,
 )
 TOY_MODEL = replace(
     MODEL, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_factors=(2,), num_head_channels=8

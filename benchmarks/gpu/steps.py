@@ -56,6 +56,7 @@ PAPER = {
             attention_factors=(2, 4),
             num_head_channels=64,
             dropout=0.3,
+            num_classes=0,
         ),
     ),
     256: (
@@ -69,6 +70,7 @@ PAPER = {
             num_res_blocks=2,
             attention_factors=(8, 16, 32),
             num_head_channels=64,
+            num_classes=0,
         ),
     ),
 }
@@ -123,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
     if options.toy:
         (resolution, (train_batch, model)), repeats, sample_batch = next(iter(TOY.items())), 1, 2
     torch.backends.cudnn.benchmark = True
-    settings = TrainingParams(batch=train_batch, precision="bf16")
+    settings = TrainingParams(batch=train_batch, optimizer="adamw", precision="bf16")
     runs = [make_run(points, resolution, model, settings) for points in ((), turning_points)]
     schedule, flops = runs[1].build_schedule(), level_flops(runs[1])
     result: dict[str, Any] = {

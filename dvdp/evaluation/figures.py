@@ -1,4 +1,4 @@
-"""Pictures of images, of settings resolution by resolution, of the process, and of curves.
+"""Pictures of images, of settings side by side, of the process, and of curves.
 
 Images are uint8 (n, 3, h, w), or float in [-1, 1]. Pillow draws everything but curves, for which matplotlib is
 imported when the first one is drawn.

@@ -24,7 +24,7 @@ from dvdp.evaluation.extractors import Extractor, Images, file_sha256
 from dvdp.evaluation.published import write_statistics
 from dvdp.files import write_atomically
 
-#: Real images on either resolution of an anchor, at most: each costs another pass through the extractor.
+#: Real images on either side of an anchor, at most: each costs another pass through the extractor.
 ANCHOR_IMAGES = 5_000
 #: Precision and recall look at the third neighbour beside the image itself.
 FEWEST = 4

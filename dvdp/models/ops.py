@@ -26,6 +26,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # In this precision the CPU's fused kernel takes two to three times as long, most of it backward.
         weights = ((q * q.shape[-2] ** -0.5).mT @ k).softmax(dim=-1)
         return v @ weights.mT
-    # Fused kernels want the channels of a head resolution by resolution.
+    # Fused kernels want the channels of a head side by side.
     q, k, v = (part.mT.contiguous() for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).mT

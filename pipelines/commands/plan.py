@@ -19,9 +19,10 @@ from dvdp.planning.figure import draw_plan
 from dvdp.planning.fisher import orthogonal_divergences
 from dvdp.planning.planner import Plan, Planner
 from dvdp.planning.search import PAPER_CHOICES, candidate_points, cheapest, frontier, most_levels, search
+from pipelines.jobs.job import prepared_store
 from pipelines.reports.text_tables import as_text
 from pipelines.tracking.history import Trained, trained_settings
-from pipelines.turning_points import _store, band_std
+from pipelines.turning_points import band_std
 
 LOWER_BOUND = "A lower bound: it ranks neither trained settings nor solvers."
 #: Rows of the frontier that are printed.
@@ -69,7 +70,7 @@ def plan(params: Params, question: Question, out: Path) -> None:
     Raises:
         UserError: the data set is not prepared, or something in the question does not fit.
     """
-    metadata = _store(params).metadata
+    metadata = prepared_store(params).metadata
     std = band_std(metadata)
     run = question.sampling_of(_plain_run(params))
     levels = _levels(run, question, len(std))
@@ -118,12 +119,12 @@ def settings_block(chosen: Plan) -> str:
 
 def print_divergences(params: Params, weights: Path) -> None:
     """Print the orthogonal Fisher divergence of a trained network for every candidate of a turning point."""
-    store = _store(params)
+    store = prepared_store(params)
     model = load_model(weights)
     if model.resolution != store.metadata.resolution:
         raise UserError(
-            f"--fisher: found a network for {model.resolution} px in '{weights}', expected {store.metadata.resolution} px as"
-            f" in '{store.path}'; give another file or other params."
+            f"--fisher: found a network for {model.resolution} px in '{weights}', expected"
+            f" {store.metadata.resolution} px as in '{store.path}'; give another file or other params."
         )
     halvings = len(store.metadata.detail_std)
     count = min(_IMAGES, len(store))

@@ -235,11 +235,11 @@ def _score(audit: AuditJob, start: str, extractor: Extractor, metric: str) -> Sc
 
 
 def _subject(audit: AuditJob) -> Subject:
-    """For true states: nothing is sampled with it, but its options are told."""
+    """For true states: nothing is sampled with it, and its options are kept for the record."""
     job = audit.job
     model = load_model(job.weights)
-    told = {**job.run.sampling.options(), "lift": job.run.sampling.lift}
-    return Subject(model.process, model.denoiser, ImageStore(DataPaths.of(job.params).store), told)
+    options = {**job.run.sampling.options(), "lift": job.run.sampling.lift}
+    return Subject(model.process, model.denoiser, ImageStore(DataPaths.of(job.params).store), options)
 
 
 def _states(audit: AuditJob) -> dict[int, States]:

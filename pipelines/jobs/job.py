@@ -84,26 +84,33 @@ class Job(Sampled):
         return self.params.cluster.storage / self.training_hash
 
 
-def jobs(params: Params) -> list[Job]:
-    """Every setting with every seed, on the prepared data set.
-
-    Turning points that are ``auto`` are chosen here, for the jobs and their params.
+def prepared_store(params: Params) -> ImageStore:
+    """The prepared data set of the params.
 
     Raises:
-        UserError: the data set is not prepared, or was prepared with another resolution; a batch does not divide
-            over the ranks; turning points cannot be chosen.
+        UserError: it is not prepared, or was prepared with another resolution.
     """
     store = ImageStore(DataPaths.of(params).store)
     if store.metadata.resolution != params.dataset.resolution:
         raise UserError(
             f"dataset.resolution: found {params.dataset.resolution}, expected {store.metadata.resolution} as in"
-            f" {DataPaths.of(params).store}; prepare the data set again."
+            f" {store.path}; prepare the data set again."
         )
-    if any(isinstance(setting.turning_points, str) for setting in params.settings):
-        # Looks into MLflow, unlike everything else here, and is not needed otherwise.
-        from pipelines.turning_points import choose_turning_points
+    return store
 
-        params = choose_turning_points(params, store.metadata)
+
+def jobs(params: Params) -> list[Job]:
+    """Every setting with every seed, on the prepared data set.
+
+    Args:
+        params: their turning points are numbers; :func:`pipelines.turning_points.resolve` chooses those that are
+            ``auto``.
+
+    Raises:
+        UserError: the data set is not prepared, or was prepared with another resolution; a batch does not divide
+            over the ranks.
+    """
+    store = prepared_store(params)
     runs, ranks, classes = params.runs(), params.cluster.num_workers, len(store.metadata.labels)
     for run in runs:
         if run.model.num_classes not in (0, classes):

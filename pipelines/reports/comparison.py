@@ -1,4 +1,4 @@
-"""Settings resolution by resolution: the table that everything else shows."""
+"""Settings side by side: the table that everything else shows."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Comparisons: a trained setting is a run of its own, at the top of its experiment, and belongs to as many comparisons
 as one likes. A comparison is a run too, found by the hash of what it compares; it holds the table and the contact
 sheet. :func:`adopt` nests the trained runs under the newest comparison they are in (``mlflow.parentRunId``, which
-MLflow keeps one of) and writes links to all of them, and to MLflow's own page that lays them resolution by resolution, into the
+MLflow keeps one of) and writes links to all of them, and to MLflow's own page that lays them side by side, into the
 comparison's description, which older comparisons keep.
 """
 

@@ -26,7 +26,7 @@ from dvdp.training.levels import level_counts
 
 PROJECT = Path(__file__).parents[2]
 HEAVY = {
-    "ray", "prefect", "mlflow", "dvc", "lmdb", "albumentations", "cv2", "sklearn", "scipy", "pydantic", "matplotlib",
+    "ray", "prefect", "mlflow", "dvc", "lmdb", "albumentations", "cv2", "sklearn", "scipy", "matplotlib",
     "torch_fidelity", "torchvision", "diffusers", "jinja2",
 }  # fmt: skip
 WORKS = [

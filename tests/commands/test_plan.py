@@ -29,6 +29,7 @@ from pipelines.cli import main
 from pipelines.jobs.job import jobs
 from pipelines.tracking.history import Trained, trained_settings
 from pipelines.tracking.runs import DATASET_DIGEST, SAMPLING_HASH, Status, open_run
+from pipelines.turning_points import resolve
 from tests.tracking.support import empty_store
 
 TREE: dict[str, Any] = {
@@ -205,9 +206,6 @@ def train(
         key = re.sub("[^a-z0-9]+", "-", f"{name}/{run.seed}/{how}")
         entry = open_run(client, params.tracking.experiment, SAMPLING_HASH, key, name)
         logged = {**training_identity(run), "flip": False}
-        if how.get("earlier"):  # Of a release that knew neither key.
-            logged["model"] = {k: v for k, v in logged["model"].items() if k != "classes"}
-            logged["training"] = {k: v for k, v in logged["training"].items() if k != "compile"}
         entry.log_params(logged)
         entry.set_tags({DATASET_DIGEST: how.get("digest", digest)})
         record = dataclasses.replace(SCORE, metrics={**SCORE.metrics, "fd_labels": score}, **how.get("terms", {}))
@@ -223,7 +221,7 @@ def known(terms: ScoreRecord | None = None) -> list[Trained]:
 def test_only_settings_trained_alike_and_scored_on_the_same_terms_are_taken(project: Path) -> None:
     client = empty_store(project)
     train(client, (), [5.0, 7.0])
-    train(client, (300, 600), [8.0], earlier=True)
+    train(client, (300, 600), [8.0])
     train(client, (300,), [1.0], status="FAILED")
     train(client, (350,), [1.0], digest="of other data")
     train(client, (400,), [1.0], params={"training": {**TREE["training"], "images": 1280}})
@@ -291,7 +289,7 @@ def test_a_fit_orders_settings_it_has_not_seen_and_finds_no_order_in_chance() ->
 
 
 def chosen_points(capsys: pytest.CaptureFixture[str]) -> tuple[tuple[int, ...], str]:
-    (job,) = jobs(read_params())
+    (job,) = jobs(resolve(read_params()))
     assert job.params.settings[0].turning_points == job.run.turning_points
     return job.run.turning_points, capsys.readouterr().out
 
@@ -325,14 +323,14 @@ def test_auto_stays_within_what_was_trained(project: Path, capsys: pytest.Captur
 def test_auto_that_nothing_meets_is_one_sentence() -> None:
     write_params(settings=[{**AUTO, "tolerance": 1e-12}], sampling={**TREE["sampling"], "steps": 250})
     with pytest.raises(UserError, match=r"tolerance: found 1e-12, expected at least"):
-        jobs(read_params())
+        jobs(resolve(read_params()))
 
 
 def test_auto_says_when_mlflow_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     write_params(settings=[AUTO])
     with pytest.raises(UserError, match=r"^settings\.chosen: MLFLOW_TRACKING_URI: found no answer from MLflow there"):
-        jobs(read_params())
+        jobs(resolve(read_params()))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from pipelines.tracking.runs import TRAINING_HASH
 SOURCES = Path(__file__).parents[2]
 COPIED = (
     "dvdp", "pipelines", "infra", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", ".gitignore",
-    "dvc.yaml", "prefect.yaml",
+    "data/.gitignore", "dvc.yaml", "prefect.yaml",
 )  # fmt: skip
 
 #: Seconds for whatever a test waits for, on a busy machine.
@@ -81,7 +81,7 @@ from dvdp.data.store import ImageStore
 from dvdp.evaluation.figures import grid, save_png
 from dvdp.training.loop import train
 from pipelines.jobs.paths import DataPaths
-from pipelines.stages import jobs
+from pipelines.jobs.job import jobs
 
 torch.set_num_threads(1)
 params = read_params()

@@ -176,7 +176,7 @@ def test_evaluation_imports_nothing_optional_and_no_pyplot(tmp_path: Path) -> No
     program = f"""
 import sys
 import dvdp.evaluation.extractors, dvdp.evaluation.scores, dvdp.evaluation.figures as figures
-optional = {{"torch_fidelity", "torchvision", "matplotlib", "lmdb", "albumentations", "sklearn", "pydantic"}}
+optional = {{"torch_fidelity", "torchvision", "matplotlib", "lmdb", "albumentations", "sklearn"}}
 assert not optional & sys.modules.keys(), optional & sys.modules.keys()
 from pathlib import Path
 figures.curves(Path({str(tmp_path)!r}) / "a.png", {{"a": [(0, 1), (1, 2)]}}, "t", "x", "y")

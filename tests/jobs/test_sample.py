@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import threading
 import time
 from dataclasses import replace
@@ -202,16 +203,8 @@ def test_a_registered_model_samples_by_default_as_its_own_setting_does(tmp_path:
 @pytest.mark.parametrize(
     ("names", "classes", "sentence"),
     [
-        (
-            ["a", "b"],
-            3,
-            r"^model\.num_classes: found 3 for small, expected 0, or 2 as in data/twos/store; change it\.$",
-        ),
-        (
-            [],
-            3,
-            r"^model\.num_classes: found 3 for small, expected 0, as there are no labels in data/twos/store; change",
-        ),
+        (["a", "b"], 3, "found 3 for small, expected 0, or 2 as in data/twos/store; change it."),
+        ([], 3, "found 3 for small, expected 0, as there are no labels in data/twos/store; change it."),
         (["a", "b"], 2, None),
         (["a", "b"], 0, None),
     ],
@@ -230,5 +223,5 @@ def test_a_network_is_conditional_on_all_classes_of_the_data_or_unconditional(
     if sentence is None:
         assert [job.run.model.num_classes for job in jobs(asked)] == [classes]
         return
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
         jobs(asked)

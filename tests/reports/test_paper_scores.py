@@ -1,4 +1,4 @@
-"""The paper's tables and ours resolution by resolution, from a real MLflow store."""
+"""The paper's tables and ours side by side, from a real MLflow store."""
 
 from __future__ import annotations
 

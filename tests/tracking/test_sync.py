@@ -209,6 +209,9 @@ def test_provenance_names_commit_and_lock_as_far_as_there_are_any(tmp_path: Path
         subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
 
     git("init")
+    (tmp_path / "reports").mkdir()
+    for name in ("params.yaml", "reports/metrics.json"):
+        (tmp_path / name).write_text("{}\n")
     git("add", ".")
     git("commit", "-m", "first")
     clean = provenance(tmp_path, store)
@@ -216,9 +219,12 @@ def test_provenance_names_commit_and_lock_as_far_as_there_are_any(tmp_path: Path
     assert clean[DVC_HASH] == "abc.dir"
     assert DVC_HASH not in provenance(tmp_path, Path("data/other/store"))
     (tmp_path / "dvc.lock").write_text(lock % "def")
-    changed = provenance(tmp_path, store)
-    assert changed[GIT_COMMIT] == clean[GIT_COMMIT] + "-dirty"
-    assert changed[DVC_HASH] == "def.dir"
+    (tmp_path / "reports" / "metrics.json").unlink()
+    repeated = provenance(tmp_path, store)
+    assert repeated[GIT_COMMIT] == clean[GIT_COMMIT], "as DVC does while a stage runs"
+    assert repeated[DVC_HASH] == "def.dir"
+    (tmp_path / "params.yaml").write_text("seeds: [1]\n")
+    assert provenance(tmp_path, store)[GIT_COMMIT] == clean[GIT_COMMIT] + "-dirty"
 
 
 # --- from the ledger to MLflow
@@ -381,7 +387,9 @@ def test_a_server_killed_and_started_again_in_between_holds_everything_once(
 DRIVER = """
 import sys, time
 from pathlib import Path
-from pipelines.tracking import TRAINING_HASH, LedgerSync, connect, open_run
+from pipelines.tracking.connection import connect
+from pipelines.tracking.runs import TRAINING_HASH, open_run
+from pipelines.tracking.sync import LedgerSync
 folder = Path(sys.argv[1])
 client = connect(folder)
 find = lambda: open_run(client, "digits", TRAINING_HASH, "abc", "run abc")

@@ -6,7 +6,7 @@ import sys
 PROGRAM = """
 import sys
 import dvdp.training.loop, dvdp.models.export, dvdp.identity
-heavy = {"ray", "prefect", "mlflow", "dvc", "lmdb", "albumentations", "cv2", "sklearn", "pydantic", "matplotlib"}
+heavy = {"ray", "prefect", "mlflow", "dvc", "lmdb", "albumentations", "cv2", "sklearn", "matplotlib"}
 print(*sorted(heavy & set(sys.modules)))
 """
 

@@ -1,0 +1,141 @@
+"""Who may import whom, read from the imports themselves; and what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+#: What each room may import of ours, at any depth of a function, beside itself. Small modules count as rooms.
+MAY_IMPORT = {
+    "dvdp": {"dvdp.errors", "dvdp.diffusion"},
+    "dvdp.errors": set(),
+    "dvdp.files": {"dvdp.errors"},
+    "dvdp.tensors": {"dvdp.errors"},
+    "dvdp.diffusion": {"dvdp.errors"},
+    "dvdp.config": {"dvdp.errors", "dvdp.diffusion", "dvdp.data"},
+    "dvdp.data": {"dvdp.errors", "dvdp.files", "dvdp.config", "dvdp.diffusion"},
+    "dvdp.models": {"dvdp.errors", "dvdp.files", "dvdp.tensors", "dvdp.config", "dvdp.diffusion"},
+    "dvdp.training": {
+        "dvdp.errors", "dvdp.files", "dvdp.tensors", "dvdp.config", "dvdp.diffusion", "dvdp.models", "dvdp.data",
+    },
+    "dvdp.evaluation": {
+        "dvdp.errors", "dvdp.files", "dvdp.tensors", "dvdp.config", "dvdp.diffusion", "dvdp.models", "dvdp.data",
+    },
+    "dvdp.planning": {"dvdp.errors", "dvdp.config", "dvdp.diffusion", "dvdp.models", "dvdp.evaluation"},
+    "dvdp.audit": {"dvdp.errors", "dvdp.diffusion", "dvdp.models", "dvdp.data", "dvdp.evaluation"},
+    "dvdp.identity": {"dvdp.config", "dvdp.models"},
+    "pipelines": set(),
+    "pipelines.addresses": set(),
+    "pipelines.provenance": {"dvdp"},
+    "pipelines.stages": {"dvdp", "pipelines.jobs"},
+    "pipelines.jobs": {"dvdp"},
+    "pipelines.tracking": {"dvdp", "pipelines.jobs", "pipelines.provenance"},
+    "pipelines.turning_points": {"dvdp", "pipelines.jobs", "pipelines.tracking"},
+    "pipelines.reports": {"dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.provenance"},
+    "pipelines.commands": {
+        "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
+    },
+    "pipelines.experiment": {
+        "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
+        "pipelines.provenance",
+    },
+    "pipelines.cli": {"dvdp", "pipelines"},
+    "infra": {"dvdp", "pipelines"},
+}  # fmt: skip
+SERVERS = {"ray", "prefect", "mlflow", "dvc"}
+
+
+def sources() -> list[Path]:
+    return [path for folder in ("dvdp", "pipelines", "infra") for path in sorted((PROJECT / folder).rglob("*.py"))]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    """The longest known beginning of a module's name."""
+    parts = module.split(".")
+    return next(name for i in range(len(parts), 0, -1) if (name := ".".join(parts[:i])) in MAY_IMPORT)
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, at any depth; those for type checkers alone are left out."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            there = {name for name in names if (PROJECT / name.replace(".", "/")).with_suffix(".py").exists()}
+            found |= there or {str(node.module)}
+    return found
+
+
+def edges() -> set[tuple[str, str]]:
+    """Imports of ours, (module, module)."""
+    ours = ("dvdp", "pipelines", "infra")
+    return {(module_of(path), name) for path in sources() for name in imported(path) if name.split(".")[0] in ours}
+
+
+def test_no_room_imports_another_that_it_must_not() -> None:
+    wrong = []
+    for module, name in sorted(edges()):
+        room, other = room_of(module), room_of(name)
+        allowed = MAY_IMPORT[room] | {room}
+        if not any(other == a or other.startswith(f"{a}.") for a in allowed):
+            wrong.append(f"{module} imports {name}")
+    assert not wrong, wrong
+
+
+def test_rooms_import_each_other_in_no_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for module, name in edges():
+        if room_of(module) != room_of(name):
+            graph.setdefault(room_of(module), set()).add(room_of(name))
+
+    def circle(room: str, way: tuple[str, ...]) -> tuple[str, ...] | None:
+        if room in way:
+            return (*way[way.index(room) :], room)
+        return next((c for other in sorted(graph.get(room, ())) if (c := circle(other, (*way, room)))), None)
+
+    # dvdp.config names the sources, and preparing reads its section of the params: one module of each.
+    known = ("dvdp.config", "dvdp.data", "dvdp.config")
+    found = [c for room in graph if (c := circle(room, ())) and set(c) != set(known)]
+    assert not found, found
+
+
+def test_only_the_pipeline_knows_the_servers() -> None:
+    wrong = [
+        f"{module_of(path)} imports {name}"
+        for path in sources()
+        if path.relative_to(PROJECT).parts[0] == "dvdp"
+        for name in imported(path)
+        if name.split(".")[0] in SERVERS
+    ]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("folder", ["diffusion"])
+def test_the_method_imports_nothing_but_torch(folder: str) -> None:
+    outside = {
+        name.split(".")[0] for path in sources() if f"dvdp/{folder}/" in path.as_posix() for name in imported(path)
+    }
+    assert outside - set(sys.stdlib_module_names) <= {"dvdp", "torch"}
+
+
+def test_importing_dvdp_imports_nothing_beside_torch() -> None:
+    code = "import torch, sys; before = set(sys.modules); import dvdp; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
+    new = {name.split(".")[0] for name in done.stdout.split()}
+    assert new - set(sys.stdlib_module_names) <= {"dvdp", "torch", "_distutils_hack"}, new
