@@ -1,6 +1,6 @@
 """The paper's tables with ours beside them, from what MLflow holds and nothing else.
 
-A score stands in a row's cell if its run is of the row's data set (by name), resolution, process and turning points. All our
+A row's cell shows the score of a run with the row's data set (by name), resolution, process and turning points. All our
 cells of one data set in one table are of runs that were trained alike and scored on the same terms. Where MLflow has
 several such groups, it is the one that differs least from the paper, then the one that fills most cells.
 """
