@@ -64,8 +64,8 @@ def main() -> None:
         for kind in ("training", "sampling"):
             for name, found in cases[-1][kind].items():
                 print(
-                    f"{resolution} px, {kind}, {name}: {found['outside'] * 1e3:.2f} of {found['whole'] * 1e3:.1f} ms outside"
-                    f" the network, {found['share']:.2%}; normal numbers {found['noise'] * 1e3:.2f} ms"
+                    f"{resolution} px, {kind}, {name}: {found['outside'] * 1e3:.2f} of {found['whole'] * 1e3:.1f} ms"
+                    f" outside the network, {found['share']:.2%}; normal numbers {found['noise'] * 1e3:.2f} ms"
                 )
 
 

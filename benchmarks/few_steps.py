@@ -4,7 +4,7 @@
         --settings ddpm dvdp-300-600 --out few_steps.json
 
 Reads the networks that benchmarks/study.py trained, in its ``--work`` folder. Samples are kept, so it may be stopped
-and started again. What is written holds, for every solver, the score at few steps over that of the study's own sampling.
+and started again. The result holds, for every solver, the score at few steps over that of the study's own sampling.
 """
 
 from __future__ import annotations

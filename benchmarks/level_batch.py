@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def measure(resolution: int, precision: str, turns: int) -> tuple[dict[str, Any], dict[str, float]]:
-    """One resolution and precision: seconds and memory of the steps, by what they train; and the spreads of the ratios."""
+    """Seconds and memory of steps at one resolution and precision, by what they train; the spreads of the ratios."""
     at_once, model = {**SIZES, **TOY}[resolution]
     works: dict[str, Callable[[], None]] = {}
     for accumulation in PARTS:

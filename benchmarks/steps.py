@@ -121,9 +121,7 @@ def run(options: argparse.Namespace) -> None:
 def make_run(turning_points: tuple[int, ...], resolution: int, model: ModelParams, training: TrainingParams) -> Run:
     """DVDP, or DDPM without turning points: a run without a params file."""
     kind: ProcessName = "dvdp" if turning_points else "ddpm"
-    return Run(
-        kind, 0, kind, turning_points, resolution, ScheduleParams(), model, training, SamplingParams(), model
-    )
+    return Run(kind, 0, kind, turning_points, resolution, ScheduleParams(), model, training, SamplingParams(), model)
 
 
 def start(run: Run, pixels: NDArray[np.uint8], device: torch.device) -> Training:

@@ -183,8 +183,8 @@ def matched(result: dict[str, Any]) -> str:
             flops = case["forward_flops"]
             written = flops["levels, every convolution as written"][0]
             parts.append(
-                f"{case['resolution']} px: {case['parameters']['ours']:,} and {case['parameters']['diffusers']:,} parameters,"
-                f" {written / 2e9:.3f} and {flops['diffusers'] / 2e9:.3f} GMAC an image, of which ours does"
+                f"{case['resolution']} px: {case['parameters']['ours']:,} and {case['parameters']['diffusers']:,}"
+                f" parameters, {written / 2e9:.3f} and {flops['diffusers'] / 2e9:.3f} GMAC an image, of which ours does"
                 f" {flops['levels'][0] / 2e9:.3f}"
             )
     return f"Ours and diffusers' network: {'; '.join(parts)} (what an enlargement repeats is computed once)."

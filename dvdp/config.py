@@ -228,7 +228,7 @@ class TrainingParams(Section):
     cooldown: Share = 0.7
     """Share of the images, the last ones, over which the learning rate falls linearly to 0."""
     clip_norm: Annotated[float, Field(gt=0, le=10**9)] = 1.0
-    precision: Precision = "bf16"
+    precision: Precision = "fp32"
     ema_halflife_images: Images = 5_000
     ema_ramp: Annotated[float, Field(gt=0, le=10**6)] = 0.1
     """The half-life is at most this share of the images seen so far."""

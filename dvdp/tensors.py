@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,18 @@ def read(path: Path, kind: str, what: str, remedy: str) -> tuple[dict[str, Any],
     Raises:
         UserError: the file is damaged, or of another kind or version.
     """
+    with _opened(path, kind, what, remedy) as (about, file):
+        return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def read_about(path: Path, kind: str, what: str, remedy: str) -> dict[str, Any]:
+    """As :func:`read`, without the tensors, which stay on disk."""
+    with _opened(path, kind, what, remedy) as (about, _):
+        return about
+
+
+@contextlib.contextmanager
+def _opened(path: Path, kind: str, what: str, remedy: str) -> Iterator[tuple[dict[str, Any], Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(kind)
@@ -43,6 +56,6 @@ def read(path: Path, kind: str, what: str, remedy: str) -> tuple[dict[str, Any],
                 raise UserError(
                     f"{what}: '{path}' is a safetensors file of another kind or version, expected '{kind}'; {remedy}."
                 )
-            return json.loads(header), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield json.loads(header), file
     except SafetensorError as error:
         raise UserError(f"{what}: '{path}' is no whole safetensors file ({error}); {remedy}.") from None

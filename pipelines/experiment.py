@@ -104,7 +104,7 @@ def experiment(
     if results:
         folder = Path(reports) if reports else params.cluster.storage / "reports" / _comparison_hash(results)
         unavailable.append(compare_settings(results, failures, folder))
-    # All that MLflow has not got is told once.
+    # What MLflow is missing is reported once.
     problems = [f"{name} failed: {failure}" for name, failure in failures.items()] + [*filter(None, unavailable)][-1:]
     return Failed(message="; ".join(problems)) if problems else None
 

@@ -14,9 +14,14 @@ from dvdp.errors import UserError
 GIT_COMMIT = "dvdp.git_commit"
 DVC_HASH = "dvdp.dvc_hash"
 
+#: What DVC itself writes, or removes while a stage runs, among the files of git. A changed one is no changed code.
+_WRITTEN_BY_DVC = ("dvc.lock", "data", "reports")
+
 
 def provenance(project: Path | str = ".", store: Path | None = None) -> dict[str, str]:
     """Tags of the code and data that a run is made with, as far as there are any: git commit and DVC's hash.
+
+    The commit ends in ``-dirty`` if code or params differ from it.
 
     Args:
         store: the prepared data set; ``dvc.lock`` names its hash.
@@ -30,7 +35,8 @@ def provenance(project: Path | str = ".", store: Path | None = None) -> dict[str
                 tags[DVC_HASH] = out["md5"]
     commit = _git(project, "rev-parse", "HEAD")
     if commit:
-        dirty = _git(project, "status", "--porcelain", "--untracked-files=no")
+        others = [f":(exclude){path}" for path in _WRITTEN_BY_DVC]
+        dirty = _git(project, "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
         tags[GIT_COMMIT] = commit + ("-dirty" if dirty else "")
         # The one that MLflow's page shows.
         tags["mlflow.source.git.commit"] = commit

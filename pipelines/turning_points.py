@@ -13,7 +13,6 @@ from dvdp.files import write_atomically
 from dvdp.planning.planner import Plan, Planner
 from dvdp.planning.search import candidate_points, cheapest, most_levels, search
 from pipelines.jobs.job import prepared_store
-from pipelines.tracking.history import trained_settings
 
 
 def resolve(params: Params) -> Params:
@@ -82,6 +81,9 @@ def _choice(params: Params, setting: SettingParams, metadata: StoreMetadata) -> 
 
 
 def _choose(params: Params, setting: SettingParams, run: Run, metadata: StoreMetadata) -> tuple[Plan, str]:
+    # Imports MLflow, which takes seconds.
+    from pipelines.tracking.history import trained_settings
+
     std = band_std(metadata)
     trained = trained_settings(params, run, metadata.digest)
     covered = [entry.turning_points[0] for entry in trained if entry.process == run.process and entry.turning_points]

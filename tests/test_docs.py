@@ -44,6 +44,15 @@ def test_every_params_file_of_the_project_is_valid(path: str) -> None:
     assert read_params(file).runs()
 
 
+def test_presets_of_the_papers_size_add_the_noise_of_its_equation_2() -> None:
+    presets = {path.stem: read_params(path) for path in (PROJECT / "presets").glob("*.yaml")}
+    runs = [(name, run) for name, params in presets.items() if params.cluster.gpu for run in params.runs()]
+    ancestral = [(name, run) for name, run in runs if run.sampling.solver == "ddpm" and run.sampling.steps >= 1000]
+    names = {"cifar10-32", "fig4-celeba64", "folder-256", "table2-ffhq1024", "table3-celeba128"}
+    assert {name for name, _ in ancestral} == names
+    assert {run.sampling.variance for _, run in ancestral} == {"fixed_large"}
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for document in [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md"), *(PROJECT / "presets").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):

@@ -252,6 +252,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"data set: cannot write '{path}' ({error.strerror}), expected slots on its disk and the right to write;"
-            " mend that and run the same command, which goes on from here."
+            f"data set: cannot write '{path}' ({error.strerror}), expected free space on its disk and the right to"
+            " write; mend that and run the same command, which goes on from here."
         ) from None

@@ -288,6 +288,6 @@ class StoreWriter:
             reason = (error.strerror if isinstance(error, OSError) else str(error).split(": ")[-1]) or str(error)
             free = shutil.disk_usage(next(folder for folder in self._part.absolute().parents if folder.exists())).free
             raise UserError(
-                f"data set: cannot write '{self._part}' ({reason}, {free:,} bytes free), expected slots on its disk and"
-                " the right to write; mend that and run the same command, which goes on from here."
+                f"data set: cannot write '{self._part}' ({reason}, {free:,} bytes free), expected free space on its"
+                " disk and the right to write; mend that and run the same command, which goes on from here."
             ) from None

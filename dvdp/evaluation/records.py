@@ -9,9 +9,7 @@ from typing import Any
 
 from dvdp.errors import UserError
 
-#: What records from before these could be chosen were made with.
-_EARLIER = {"timestep_spacing": "uniform", "share": "length", "lift": "noise", "num_classes": 0}
-#: What a sampling mapping says that two score_differences scores may differ in.
+#: What a sampling mapping says that two comparable scores may differ in.
 _INCIDENTAL = ("seed", "batch", "count", "first")
 
 
@@ -80,5 +78,4 @@ def score_differences(a: ScoreRecord, b: ScoreRecord) -> list[str]:
     if a.headline != b.headline:
         different.append("metrics")
     keys = sorted((a.sampling.keys() | b.sampling.keys()) - set(_INCIDENTAL))
-    first, second = ({**_EARLIER, **record.sampling} if record.sampling else {} for record in (a, b))
-    return different + [f"sampling.{key}" for key in keys if first.get(key) != second.get(key)]
+    return different + [f"sampling.{key}" for key in keys if a.sampling.get(key) != b.sampling.get(key)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 import re
 import tempfile
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import missing_shards, sample_job
 from pipelines.jobs.score import check_scorable, extractor_of, score_job
 from pipelines.tracking import registry
-from pipelines.tracking.connection import TrackingUnavailable, connect, reaching
+from pipelines.tracking.connection import connect, reaching, reading, there_is_a_store
 from pipelines.tracking.job_runs import tracked
 from pipelines.tracking.runs import DATASET_DIGEST, EVALUATION_HASH, EVALUATION_OF, TrackedRun, open_run, read_text
 
@@ -81,8 +80,8 @@ def registered_model(params: Params, address: str) -> RegisteredModel:
         address: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
 
     Raises:
-        UserError: there is no such version, it is none of ours, its images have another resolution than the data set, MLflow
-            does not answer, or the sampling of the params does not fit it.
+        UserError: there is no such version, it is none of ours, its images have another resolution than the data
+            set, MLflow does not answer, or the sampling of the params does not fit it.
     """
     parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", address)
     if parts is None:
@@ -90,22 +89,14 @@ def registered_model(params: Params, address: str) -> RegisteredModel:
             f"--model: found '{address}', expected models:/<name>@<alias> or models:/<name>/<version>, such as"
             f" models:/{params.tracking.model}-{params.dataset.name}@{registry.CHAMPION}."
         )
-    # Without an address it is a file here, which only reading need not create.
-    if not (os.environ.get("MLFLOW_TRACKING_URI") or Path("mlflow.db").is_file()):
+    if not there_is_a_store():
         raise UserError(
             f"--model: found '{address}' and no MLflow here, expected mlflow.db or a server at MLFLOW_TRACKING_URI;"
             " run `dvdp experiment` first, or name the server."
         )
-    client = connect()
-    try:
-        with reaching(client, params.cluster.storage):
-            name, alias, number = parts.groups(default="")
-            return _fetched(client, params, _version(client, name, alias, number), address)
-    except TrackingUnavailable:
-        raise UserError(
-            "MLFLOW_TRACKING_URI: found no answer from MLflow there, which holds the registered models, expected a"
-            " server that runs; start it, or unset the variable to use mlflow.db here."
-        ) from None
+    name, alias, number = parts.groups(default="")
+    with reading("holds the registered models") as client:
+        return _fetched(client, params, _version(client, name, alias, number), address)
 
 
 def evaluate(subject: Job | RegisteredModel, statistics: Path | None = None) -> ScoreRecord:
@@ -115,7 +106,7 @@ def evaluate(subject: Job | RegisteredModel, statistics: Path | None = None) -> 
         statistics: an ``.npz`` file to score against in place of the reference.
 
     Raises:
-        UserError: something that scoring needs is missing; told before images are drawn.
+        UserError: something that scoring needs is missing; raised before images are drawn.
     """
     if isinstance(subject, Job):
         return score_job(subject, statistics)
@@ -209,7 +200,7 @@ def _fetched(client: MlflowClient, params: Params, version: ModelVersion, addres
                     f"--model: found no {weights.name} of '{address}' where MLflow keeps it, {version.source}, expected"
                     " the weights that were registered; put them back, or name another version."
                 ) from None
-            if registry.weights_digest(Path(copy)) != digest:
+            if registry.weights_digest(*registry.read_weights(Path(copy))) != digest:
                 raise UserError(
                     f"--model: found other weights in '{address}' than its tag {registry.WEIGHTS_DIGEST} says, expected"
                     " those that were registered; name another version."

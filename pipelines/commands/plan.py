@@ -123,8 +123,8 @@ def print_divergences(params: Params, weights: Path) -> None:
     model = load_model(weights)
     if model.resolution != store.metadata.resolution:
         raise UserError(
-            f"--fisher: found a network for {model.resolution} px in '{weights}', expected {store.metadata.resolution} px as"
-            f" in '{store.path}'; give another file or other params."
+            f"--fisher: found a network for {model.resolution} px in '{weights}', expected"
+            f" {store.metadata.resolution} px as in '{store.path}'; give another file or other params."
         )
     halvings = len(store.metadata.detail_std)
     count = min(_IMAGES, len(store))

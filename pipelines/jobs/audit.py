@@ -30,7 +30,7 @@ from dvdp.data.store import ImageStore
 from dvdp.diffusion.timesteps import share_steps
 from dvdp.errors import UserError
 from dvdp.evaluation.extractors import Extractor
-from dvdp.evaluation.reference import Reference, read_reference
+from dvdp.evaluation.reference import Reference, measure, read_features, read_reference
 from dvdp.evaluation.samples import SampleShards, write_shard
 from dvdp.files import write_atomically
 from dvdp.identity import audit_draws_hash, audit_hash
@@ -64,7 +64,7 @@ class AuditJob:
     @cached_property
     def result(self) -> Path:
         """The audit."""
-        name = audit_hash(self.draws.name, self.images, self.solver, self.reference.cache_name)
+        name = audit_hash(self.draws.name, self.images, self.solver, self.reference.sha256)
         return self.job.folder / "audits" / f"{name}.json"
 
     @property
@@ -213,19 +213,17 @@ def _finish(audit: AuditJob) -> Audit:
 
 def _score(audit: AuditJob, start: str, extractor: Extractor, metric: str) -> Score:
     """Of the images from a start, unless that is done."""
-    from dvdp.evaluation.fidelity import measure
-
     path = audit.result.with_suffix("") / f"{audit.folder(start).name}.json"
     if not path.exists():
         params = audit.job.params
-        cache = (DataPaths.of(params).reference, audit.reference.cache_name)
+        real = read_features(DataPaths.of(params).reference, audit.reference)
         gpu = params.cluster.gpu and torch.cuda.is_available()
         # The other metrics are measured along and not used; a half must hold their subsets.
         subset = min(params.evaluation.kid_subset, audit.images // 2)
 
         def headline(images: Dataset) -> float:
             title = f"score {audit.job.name} {start}"
-            return measure(images, cache, extractor, subset, gpu, title)[metric]
+            return measure(images, real, extractor, subset, gpu, title)[metric]
 
         shards = [audit.folder(start) / f"{first:08d}.npy" for first in range(0, audit.images, SHARD_IMAGES)]
         found = score_images(SampleShards(shards), audit.images, headline)
@@ -235,11 +233,11 @@ def _score(audit: AuditJob, start: str, extractor: Extractor, metric: str) -> Sc
 
 
 def _subject(audit: AuditJob) -> Subject:
-    """For true states: nothing is sampled with it, but its options are told."""
+    """For true states: nothing is sampled with it, and its options are kept for the record."""
     job = audit.job
     model = load_model(job.weights)
-    told = {**job.run.sampling.options(), "lift": job.run.sampling.lift}
-    return Subject(model.process, model.denoiser, ImageStore(DataPaths.of(job.params).store), told)
+    options = {**job.run.sampling.options(), "lift": job.run.sampling.lift}
+    return Subject(model.process, model.denoiser, ImageStore(DataPaths.of(job.params).store), options)
 
 
 def _states(audit: AuditJob) -> dict[int, States]:
@@ -260,7 +258,7 @@ def _notes(audit: AuditJob) -> dict[str, str]:
         "seed": str(audit.job.run.seed),
         "training_hash": audit.job.training_hash,
         "sampling_hash": audit.job.sampling_hash,
-        "reference": audit.reference.cache_name,
+        "reference": audit.reference.sha256,
         "extractor_sha256": audit.reference.extractor_sha256,
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -28,24 +29,34 @@ WORKER_ENVIRONMENT = {
     "RAY_ENABLE_AUTO_CONNECT": "0",
     # A process for each run, which tells training of a node that is about to go; ours goes on from its checkpoints.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
 }
+
+#: What a user may set about Ray's authentication; any of it is obeyed.
+AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+#: Of all clusters that this process starts, since Ray keeps the first that it reads.
+TOKEN = secrets.token_hex(32)
 
 
 @contextlib.contextmanager
 def cluster(params: ClusterParams) -> Iterator[threading.Semaphore]:
     """Join the cluster at ``RAY_ADDRESS``, or start one on this machine for as long as the block lasts.
 
-    Yields its slots: each training run holds one of it, and there is as much as runs fit at a time.
+    Nobody else can use the one on this machine (see :func:`close_to_others`). How to authenticate at ``RAY_ADDRESS``
+    is the environment's to say.
+
+    Yields its slots: each training run holds one, and there are as many as runs fit at a time.
 
     Raises:
         UserError: the cluster does not answer, or has not the CPUs and GPUs that a run asks for.
     """
     check_address()
+    address = os.environ.get("RAY_ADDRESS")
     os.environ.update(WORKER_ENVIRONMENT)
+    if not address:
+        close_to_others()
     import ray
 
-    address = os.environ.get("RAY_ADDRESS")
     environment = {"env_vars": {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(params.threads)}}
     sizes: dict[str, Any] = {}
     if not address:
@@ -72,6 +83,22 @@ def cluster(params: ClusterParams) -> Iterator[threading.Semaphore]:
             yield threading.Semaphore(_slots(params, ray.cluster_resources()))
         finally:
             ray.shutdown()
+
+
+def close_to_others() -> None:
+    """Let a cluster of this process listen on loopback alone, and refuse a call without its token.
+
+    Ray reads these variables when it is imported, and the cluster's processes inherit them. They are no part of the
+    runtime environment, which Ray writes to its logs.
+    """
+    # Without support for several nodes Ray takes 127.0.0.1 for this one's address; init(_node_ip_address="127.0.0.1")
+    # would be replaced by an address that other machines can reach.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    loopback = socket.if_indextoname(1)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, loopback)
+    if not any(name in os.environ for name in AUTHENTICATION):
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
 
 
 def check_address() -> None:

@@ -1,57 +1,31 @@
 """The paper's tables with ours beside them, from what MLflow holds and nothing else.
 
-A score stands in a row's cell if its run is of the row's data set (by name), resolution, process and turning points. All our
+A row's cell shows the score of a run with the row's data set (by name), resolution, process and turning points. All our
 cells of one data set in one table are of runs that were trained alike and scored on the same terms. Where MLflow has
 several such groups, it is the one that differs least from the paper, then the one that fills most cells.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from dvdp.config import Params, Run, parse_params
+from dvdp.config import Params
 from dvdp.evaluation.records import ScoreRecord, score_differences
-from dvdp.identity import training_identity
 from dvdp.models.flops import training_images
 from pipelines.reports.paper import TABLES, TIMESTEPS, Row, Table
-from pipelines.tracking.connection import connect, reaching
-from pipelines.tracking.runs import DATASET, DATASET_DIGEST, EVALUATION_OF, SETTING, read_text
+from pipelines.tracking.connection import connect, reaching, there_is_a_store
+from pipelines.tracking.history import Measured, read_measured, scored_entries
+from pipelines.tracking.runs import DATASET
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Run as Entry
-
-#: Runs that are looked at, the newest first.
-_MOST = 5000
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A scored run, as MLflow knows it."""
-
-    run_id: str
-    run: Run
-    record: ScoreRecord
-    alike: str
-    """The same for runs that differ in nothing but process, turning points, seed and sampling."""
-    seconds_per_image: float | None
-    """Of training, median over the logs."""
-    seconds_per_sample: float | None
-
-    @property
-    def score(self) -> float:
-        """Of the headline metric."""
-        return self.record.metrics[self.record.headline]
 
 
 @dataclass(frozen=True)
@@ -101,14 +75,13 @@ def fill_tables(params: Params) -> Filled:
     """
     entries: list[Entry] = []
     found: list[tuple[Row, Measured]] = []
-    # Without an address it is a file here, which only reading need not create.
-    if os.environ.get("MLFLOW_TRACKING_URI") or Path("mlflow.db").is_file():
+    if there_is_a_store():
         client = connect()
         with reaching(client, params.cluster.storage):
-            entries = _scored_runs(client, params.tracking.experiment)
+            entries = scored_entries(client, params.tracking.experiment)
             candidates = [(entry, rows) for entry in entries if (rows := _rows(entry))]
             for entry, rows in tqdm(candidates, desc="scores in MLflow", unit="run", disable=None, leave=False):
-                measured = _read(client, entry)
+                measured = read_measured(client, entry)
                 if measured is not None:
                     how = measured.run.sampling.solver, measured.run.sampling.steps
                     found += [(row, measured) for row in rows if row.sampling in (None, how)]
@@ -116,19 +89,6 @@ def fill_tables(params: Params) -> Filled:
     shown = {seed.run_id for table in lines.values() for line in table for seed in line.seeds}
     left_out = Counter(_data_set(entry) for entry in entries if entry.info.run_id not in shown)
     return Filled(lines, params.tracking.experiment, dict(left_out))
-
-
-def _scored_runs(client: MlflowClient, experiment: str) -> list[Entry]:
-    """Finished runs that have a score, the newest first, without evaluations of them under other terms."""
-    place = client.get_experiment_by_name(experiment)
-    if place is None:
-        return []
-    entries = client.search_runs([place.experiment_id], "attributes.status = 'FINISHED'", max_results=_MOST)
-    return [
-        entry
-        for entry in entries
-        if any(name.startswith(("fid", "fd_")) for name in entry.data.metrics) and EVALUATION_OF not in entry.data.tags
-    ]
 
 
 def _data_set(entry: Entry) -> str:
@@ -145,26 +105,6 @@ def _rows(entry: Entry) -> list[Row]:
         for row in table.rows
         if keys == (row.process, json.dumps(row.turning_points), str(row.resolution)) and row.is_on(name)
     ]
-
-
-def _read(client: MlflowClient, entry: Entry) -> Measured | None:
-    """None for a run without its params or score record, or with those of another release."""
-    run_id, tags = entry.info.run_id, entry.data.tags
-    params_text, score_text = (read_text(client, run_id, name) for name in ("params.json", "score.json"))
-    if params_text is None or score_text is None:
-        return None
-    with contextlib.suppress(KeyError, ValueError):  # also a UserError
-        params, record = parse_params(json.loads(params_text)), ScoreRecord.from_json(score_text)
-        settings = {setting.name: setting for setting in params.settings}
-        run = params.run(settings[tags[SETTING]], int(entry.data.params["seed"]))
-        # As DDPM, which sees equal images whatever a setting costs.
-        ddpm = replace(run, process="ddpm", turning_points=(), seed=0)
-        alike = [tags[DATASET_DIGEST], params.dataset.flip, run.training.budget, training_identity(ddpm)]
-        rates = [metric.value for metric in client.get_metric_history(run_id, "images_per_second")]
-        image = 1 / statistics.median(rates) if rates else None
-        sample = entry.data.metrics.get("seconds_per_sample")
-        return Measured(run_id, run, record, json.dumps(alike), image, sample)
-    return None
 
 
 def _fill(table: Table, found: Iterable[tuple[Row, Measured]]) -> list[Line]:

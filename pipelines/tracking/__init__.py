@@ -1,9 +1,9 @@
 """MLflow: the connection, runs, history, the registry, and the code of a registered model.
 
 The disk is the first place for everything: a run's metrics and previews are files in its folder, written whether or
-not MLflow answers. :class:`pipelines.tracking.sync.LedgerSync` carries them over from a thread of the driver. Everything
-else here is idempotent: a run is found by its hash, and writing the same thing again changes nothing. So running the
-same command again makes up for what an outage or a kill has kept from MLflow.
+not MLflow answers. :class:`pipelines.tracking.sync.LedgerSync` carries them over from a thread of the driver. The rest
+is idempotent: a run is found by its hash, and writing the same thing again changes nothing. So running the same command
+again makes up for what an outage or a kill has kept from MLflow.
 """
 
 import os

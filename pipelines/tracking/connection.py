@@ -37,11 +37,37 @@ def reaching(client: MlflowClient, folder: Path) -> Iterator[None]:
         raise _unavailable(client, folder, error) from error
 
 
+def there_is_a_store() -> bool:
+    """Whether there is an MLflow to read: an address, or ``mlflow.db`` here, which a reader must not create."""
+    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or Path("mlflow.db").is_file()
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[MlflowClient]:
+    """A client for a command that cannot do without MLflow's answer.
+
+    Args:
+        what: MLflow has that is read, e.g. "holds our scores".
+
+    Raises:
+        UserError: MLflow does not answer.
+    """
+    client = connect()
+    try:
+        with reaching(client, Path()):
+            yield client
+    except TrackingUnavailable:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI: found no answer from MLflow there, which {what}, expected a server that runs; start"
+            " it, or unset the variable to use mlflow.db here."
+        ) from None
+
+
 def connect(project: Path | str = ".") -> MlflowClient:
     """A client of the store at ``MLFLOW_TRACKING_URI``, else of ``mlflow.db`` in the project folder.
 
-    A server is not asked for anything yet, so that it may be unavailable. A sqlite file is created where it is missing, by
-    one process at a time: MLflow cannot do that in several at once.
+    A server is not asked for anything yet, so it may be unavailable. A sqlite file is created where it is missing, by
+    one process at a time, as MLflow cannot do that in several at once.
 
     Raises:
         UserError: MLFLOW_TRACKING_URI is of a kind that MLflow refuses.

@@ -1,25 +1,23 @@
-"""What MLflow knows of settings that were trained."""
+"""Everything that is asked of MLflow: settings that were trained and scored, for the planner and for the tables."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from dvdp.config import Params, ProcessName, Run
-from dvdp.errors import UserError
+from mlflow import MlflowClient
+from mlflow.entities import Run as Entry
+
+from dvdp.config import Params, ProcessName, Run, parse_params
 from dvdp.evaluation.records import ScoreRecord, score_differences
 from dvdp.identity import training_identity
-from pipelines.tracking.connection import TrackingUnavailable, connect, reaching
-from pipelines.tracking.runs import DATASET_DIGEST, flatten, read_text
+from pipelines.tracking.connection import reading, there_is_a_store
+from pipelines.tracking.runs import DATASET_DIGEST, EVALUATION_OF, SETTING, flatten, read_text
 
-#: Of runs from before there were these keys.
-_EARLIER = {"model.num_classes": "0", "training.compile": "false"}
 #: Runs of a data set that are looked at, the newest first.
 _MOST = 5000
 
@@ -47,7 +45,7 @@ class Trained:
 
 
 def trained_settings(params: Params, run: Run, digest: str, terms: ScoreRecord | None = None) -> list[Trained]:
-    """Settings in MLflow that were trained like ``run`` but for kind, turning points and seed.
+    """Settings in MLflow that were trained like ``run`` but for process, turning points and seed.
 
     Args:
         digest: of the data set.
@@ -57,8 +55,7 @@ def trained_settings(params: Params, run: Run, digest: str, terms: ScoreRecord |
     Raises:
         UserError: MLflow does not answer.
     """
-    # Without an address it is a file here, which only looking for trained settings need not create.
-    if not (os.environ.get("MLFLOW_TRACKING_URI") or Path("mlflow.db").is_file()):
+    if not there_is_a_store():
         return []
     groups: list[list[tuple[Run, ScoreRecord]]] = []
     for alike, record in _scored_runs(params, run, digest):
@@ -84,39 +81,79 @@ def _count_settings(group: Sequence[tuple[Run, ScoreRecord]]) -> int:
 
 def _scored_runs(params: Params, run: Run, digest: str) -> Iterator[tuple[Run, ScoreRecord]]:
     """Finished runs like ``run`` on the data set, with their scores, the newest first."""
-    # Seconds to import.
+    with reading("knows the trained settings") as client:
+        for entry in _finished(client, params.tracking.experiment, f"tags.`{DATASET_DIGEST}` = '{digest}'"):
+            alike = _alike(run, entry.data.params)
+            if alike is None:
+                continue
+            if flatten({**training_identity(alike), "flip": params.dataset.flip}) != entry.data.params:
+                continue
+            text = read_text(client, entry.info.run_id, "score.json")
+            if text is not None:
+                yield alike, ScoreRecord.from_json(text)
 
-    try:
-        client = connect()
-        with reaching(client, params.cluster.storage):
-            experiment = client.get_experiment_by_name(params.tracking.experiment)
-            places = [experiment.experiment_id] if experiment else []
-            wanted = f"tags.`{DATASET_DIGEST}` = '{digest}' and attributes.status = 'FINISHED'"
-            for entry in client.search_runs(places, wanted, max_results=_MOST) if places else []:
-                alike = _alike(run, entry.data.params)
-                if alike is None:
-                    continue
-                identity = {**training_identity(alike), "flip": params.dataset.flip}
-                if flatten(identity) != {**_EARLIER, **entry.data.params}:
-                    continue
-                text = read_text(client, entry.info.run_id, "score.json")
-                if text is None:
-                    continue
-                with contextlib.suppress(UserError):  # of another release
-                    yield alike, ScoreRecord.from_json(text)
-    except TrackingUnavailable:
-        raise UserError(
-            "MLFLOW_TRACKING_URI: found no answer from MLflow there, which knows the trained settings, expected a"
-            " server that runs; start it, or unset the variable to plan without."
-        ) from None
+
+def _finished(client: MlflowClient, experiment: str, *wanted: str) -> list[Entry]:
+    """Finished runs of an experiment that meet all conditions, the newest first."""
+    place = client.get_experiment_by_name(experiment)
+    query = " and ".join([*wanted, "attributes.status = 'FINISHED'"])
+    return list(client.search_runs([place.experiment_id], query, max_results=_MOST)) if place else []
+
+
+def scored_entries(client: MlflowClient, experiment: str) -> list[Entry]:
+    """Finished runs that have a score, the newest first, without evaluations of them under other terms."""
+    return [
+        entry
+        for entry in _finished(client, experiment)
+        if any(name.startswith(("fid", "fd_")) for name in entry.data.metrics) and EVALUATION_OF not in entry.data.tags
+    ]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A scored run, as MLflow knows it."""
+
+    run_id: str
+    run: Run
+    record: ScoreRecord
+    alike: str
+    """The same for runs that differ in nothing but process, turning points, seed and sampling."""
+    seconds_per_image: float | None
+    """Of training, median over the logs."""
+    seconds_per_sample: float | None
+
+    @property
+    def score(self) -> float:
+        """Of the headline metric."""
+        return self.record.metrics[self.record.headline]
+
+
+def read_measured(client: MlflowClient, entry: Entry) -> Measured | None:
+    """A scored run from its entry; None without its params or score record, or with those of another release."""
+    run_id, tags = entry.info.run_id, entry.data.tags
+    params_text, score_text = (read_text(client, run_id, name) for name in ("params.json", "score.json"))
+    if params_text is None or score_text is None:
+        return None
+    with contextlib.suppress(KeyError, ValueError):  # also a UserError
+        params, record = parse_params(json.loads(params_text)), ScoreRecord.from_json(score_text)
+        settings = {setting.name: setting for setting in params.settings}
+        run = params.run(settings[tags[SETTING]], int(entry.data.params["seed"]))
+        # As DDPM, which sees equal images whatever a setting costs.
+        ddpm = replace(run, process="ddpm", turning_points=(), seed=0)
+        alike = [tags[DATASET_DIGEST], params.dataset.flip, run.training.budget, training_identity(ddpm)]
+        rates = [metric.value for metric in client.get_metric_history(run_id, "images_per_second")]
+        image = 1 / statistics.median(rates) if rates else None
+        sample = entry.data.metrics.get("seconds_per_sample")
+        return Measured(run_id, run, record, json.dumps(alike), image, sample)
+    return None
 
 
 def _alike(run: Run, logged: dict[str, str]) -> Run | None:
-    """The run with the kind, turning points and seed of another, unless they do not fit it."""
+    """The run with the process, turning points and seed of another, unless they do not fit it."""
     try:
-        kind: Any = logged["process"]
+        process: Any = logged["process"]
         alike = replace(
-            run, process=kind, turning_points=tuple(json.loads(logged["turning_points"])), seed=int(logged["seed"])
+            run, process=process, turning_points=tuple(json.loads(logged["turning_points"])), seed=int(logged["seed"])
         )
         alike.check()
     except (KeyError, ValueError):  # also a UserError

@@ -6,16 +6,19 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from dvdp.config import Params
+from dvdp import tensors
+from dvdp.config import Params, Run
 from dvdp.data.store import ImageStore
 from dvdp.identity import training_identity
-from dvdp.models.export import load_model, save_model
+from dvdp.models.export import KIND, save_model
 from dvdp.training.loop import is_finished
 from pipelines.jobs.job import Job
 from pipelines.jobs.paths import DataPaths
 from pipelines.provenance import provenance
 from pipelines.tracking.connection import connect
+from pipelines.tracking.registry import read_weights
 from pipelines.tracking.runs import (
     DATASET,
     DATASET_DIGEST,
@@ -48,10 +51,10 @@ def description(job: Job) -> dict[str, str]:
     """What leads back from a trained run to where it comes from: as it was when the run was trained."""
     digest = hashlib.sha256(json.dumps(job.run.describe(), sort_keys=True).encode()).hexdigest()
     if is_finished(job.folder):
-        known = load_model(job.weights).description
-        told = {name: value for name, value in known.items() if name.startswith("dvdp.")}
+        known = _about(job)
+        kept = {name: value for name, value in known.items() if name.startswith("dvdp.")}
         # Another setting may have trained what this one samples in its own way.
-        return {**told, SETTING: job.run.setting, PARAMS_DIGEST: digest}
+        return {**kept, SETTING: job.run.setting, PARAMS_DIGEST: digest}
     return {
         TRAINING_HASH: job.training_hash,
         DATASET_DIGEST: job.dataset_digest,
@@ -66,13 +69,19 @@ def description(job: Job) -> dict[str, str]:
 
 def model_file(job: Job) -> Path:
     """The trained model with the job's own way of sampling as its default."""
-    model = load_model(job.weights)
-    if model.run.sampling == job.run.sampling:
+    trained = Run.from_description(_about(job)["run"])
+    if trained.sampling == job.run.sampling:
         return job.weights
     path = job.folder / "models" / job.sampling_hash / job.weights.name
-    about = {**model.description, **description(job), "run": replace(model.run, sampling=job.run.sampling).describe()}
-    save_model(path, model.denoiser.network.state_dict(), about)
+    about, weights = read_weights(job.weights)
+    run = replace(trained, sampling=job.run.sampling)
+    save_model(path, weights, {**about, **description(job), "run": run.describe()})
     return path
+
+
+def _about(job: Job) -> dict[str, Any]:
+    """What is stored with a job's weights, which stay on disk."""
+    return tensors.read_about(job.weights, KIND, "model", "delete it and train again")
 
 
 def model_name(params: Params) -> str:

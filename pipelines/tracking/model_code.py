@@ -5,7 +5,7 @@ runs where ``dvdp`` is not installed; what it needs is what ``dvdp`` needs witho
 
     model = mlflow.pyfunc.load_model("models:/dvdp-digits@champion")
     model.predict(pd.DataFrame([{"count": 4, "seed": 0, "solver": "ddpm", "steps": 250}]))  # uint8 (4, H, W, 3)
-    model.predict(pd.DataFrame([{"count": 4, "label": "7"}]))  # of one class, where the model is told classes
+    model.predict(pd.DataFrame([{"count": 4, "label": "7"}]))  # of one class, of a class-conditional model
 """
 
 from __future__ import annotations

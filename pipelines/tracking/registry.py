@@ -1,8 +1,8 @@
 """Trained runs as versions of a registered model, and which of them is the champion.
 
 A version holds what sampling needs and nothing else: the weights with their configuration (one safetensors file), the
-few lines of :mod:`pipelines.tracking.model_code`, and the source of ``dvdp`` (``code_paths``), so that it loads where the slim
-core's dependencies and mlflow are installed and ``dvdp`` is not. Where ``dvdp`` is imported already, that one runs.
+few lines of ``model_code.py``, and the source of ``dvdp`` (``code_paths``), so that it loads where the core's
+dependencies and mlflow are installed and ``dvdp`` is not. Where ``dvdp`` is imported already, that one runs.
 
 Its tags lead back to everything: see ``tags`` of :func:`register`.
 """
@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import mlflow.pyfunc
@@ -31,11 +32,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+from torch import Tensor
 
 import dvdp
+from dvdp import tensors
+from dvdp.config import Run, SamplingParams
 from dvdp.errors import UserError
 from dvdp.evaluation.records import ScoreRecord, score_differences
-from dvdp.models.export import load_model
+from dvdp.models.export import KIND
 from pipelines.tracking.runs import TRAINING_HASH, TrackedRun
 
 CHAMPION = "champion"
@@ -79,13 +83,14 @@ def register(
         UserError: the weights are missing, or are none of ours.
     """
     client = run.client
-    digest = weights_digest(weights)
+    about, state = read_weights(weights)
+    digest = weights_digest(about, state)
     tags = {**tags, WEIGHTS_DIGEST: digest}
     if record is not None:
         tags |= _score_tags(record)
     found = _find_version(client, name, tags[TRAINING_HASH], digest)
     if found is None:
-        model = _logged_model(run, weights, tags, step)
+        model = _logged_model(run, weights, Run.from_description(about["run"]).sampling, tags, step)
         found = _create_version(run, name, model, tags)
     for key, value in tags.items():
         if found.tags.get(key) != value:
@@ -191,7 +196,9 @@ def _find_version(client: MlflowClient, name: str, training_hash: str, digest: s
     return None
 
 
-def _logged_model(run: TrackedRun, weights: Path, tags: Mapping[str, str], step: int) -> LoggedModel:
+def _logged_model(
+    run: TrackedRun, weights: Path, defaults: SamplingParams, tags: Mapping[str, str], step: int
+) -> LoggedModel:
     """The run's model in MLflow: found, completed where uploading was cut short, or created."""
     client = run.client
     query = f"source_run_id = '{run.run_id}' AND tags.`{WEIGHTS_DIGEST}` = '{tags[WEIGHTS_DIGEST]}'"
@@ -207,7 +214,6 @@ def _logged_model(run: TrackedRun, weights: Path, tags: Mapping[str, str], step:
         client.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, step)])
     if model.status == LoggedModelStatus.READY:
         return model
-    defaults = load_model(weights).run.sampling
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         mlflow.pyfunc.save_model(
@@ -246,12 +252,21 @@ def _create_version(run: TrackedRun, name: str, model: LoggedModel, tags: Mappin
     return version
 
 
-def weights_digest(weights: Path) -> str:
+def read_weights(weights: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is stored with the weights of a run, and the weights; no network is built.
+
+    Raises:
+        UserError: the file is missing, damaged or none of ours.
+    """
+    if not weights.is_file():
+        raise UserError(f"model: found no file '{weights}', expected the weights.safetensors of a finished run.")
+    return tensors.read(weights, KIND, "model", "give the weights.safetensors of a finished run")
+
+
+def weights_digest(about: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
     """Of the tensors, and of the default way of sampling: what is trained once may be sampled in several."""
-    model = load_model(weights)
-    state = model.denoiser.network.state_dict()
-    told = {**model.run.sampling.options(), "lift": model.run.sampling.lift}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    sampling = Run.from_description(about["run"]).sampling
+    digest = hashlib.sha256(json.dumps({**sampling.options(), "lift": sampling.lift}, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().tobytes())

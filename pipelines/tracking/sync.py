@@ -29,7 +29,7 @@ class LedgerSync:
 
     For each metric and step MLflow gets one value, the first that was carried over, whatever happens to the driver,
     the workers, the ledger (which a resumed training shortens) or the server: what MLflow has is read at the start
-    and after every call that failed, as that may have half happened. A server that is unavailable is tried again for ever.
+    and after every call that failed, as that may have half happened. An unavailable server is tried again for ever.
 
     As a context manager it starts, and closes at the end of the block; if the block raised, that is the error raised.
 

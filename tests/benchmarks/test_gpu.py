@@ -177,7 +177,7 @@ def test_goals_say_what_was_found_and_whether_it_is_met() -> None:
     assert steps.goals({}) == {}
 
 
-def test_the_commit_can_be_told_where_git_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_can_be_given_where_git_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVDP_COMMIT", "abc")
     assert machine()["commit"] == "abc"
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from e2e_support import Project
 
 from benchmarks.orchestration import Line, Span, covered, measure, run, uncovered
 from dvdp.errors import UserError
+from tests.e2e.support import Project
 
 SOURCES = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ import yaml
 PROJECT = Path(__file__).parents[2]
 PARAMS = {
     "dataset": {"name": "digits", "source": "digits", "resolution": 16, "encoding": "raw"},
-    "process": {"timesteps": 1000},
+    "schedule": {"timesteps": 1000},
     "settings": [
         {"name": "ddpm", "process": "ddpm"},
         {"name": "dvdp-500", "process": "dvdp", "turning_points": [500]},
@@ -92,7 +92,7 @@ def test_lifts_with_the_datas_variance_change_subspace_diffusion_alone(study: Pa
     found = measured(study, "lifts")
     for row in found["runs"]:
         (nats,) = row["nats"]
-        if row["kind"] == "subspace":
+        if row["process"] == "subspace":
             assert nats > 0
             assert row["noise"] != row["data"]
         else:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e_support import Project
+
+from tests.e2e.support import Project
 
 
 @pytest.fixture(scope="session")

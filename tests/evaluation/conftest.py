@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from evaluation_support import Arrays, Room
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from dvdp.evaluation.extractors import Extractor, load_extractor, train_extractor
 from dvdp.evaluation.reference import make_reference
+from tests.evaluation.support import Arrays, Scoring
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +29,9 @@ def extractor(digits: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Extra
 
 
 @pytest.fixture(scope="session")
-def slots(digits: Arrays, extractor: Extractor, tmp_path_factory: pytest.TempPathFactory) -> Room:
+def scoring(digits: Arrays, extractor: Extractor, tmp_path_factory: pytest.TempPathFactory) -> Scoring:
     """The even digits are the references, so that the odd ones can play the samples."""
     images = digits.part(slice(0, None, 2))
     folder = tmp_path_factory.mktemp("reference")
     make_reference(images, "digest-of-even-digits", extractor, folder)
-    return Room(images, extractor, folder)
+    return Scoring(images, extractor, folder)

@@ -31,7 +31,7 @@ def drawn(count: int) -> NDArray[np.int64]:
     return labels.numpy()
 
 
-def told_run(**model: object) -> Run:
+def conditional_run(**model: object) -> Run:
     tree = {
         "dataset": {"resolution": 8},
         "settings": [{"name": "told", "process": "dvdp", "turning_points": [500]}],
@@ -71,7 +71,13 @@ def images() -> ArrayImages:
 def model(images: ArrayImages, tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     folder, shown = tmp_path_factory.mktemp("told"), []
     train(
-        told_run(), images, folder, "abc", say=lambda _: None, description=ABOUT, preview=lambda *x: shown.append(x[1])
+        conditional_run(),
+        images,
+        folder,
+        "abc",
+        say=lambda _: None,
+        description=ABOUT,
+        preview=lambda *x: shown.append(x[1]),
     )
     (preview,) = shown
     assert ((preview.double().mean(dim=(1, 2, 3)) > 125).numpy() == (drawn(8) == 1)).all(), "each has its class"
@@ -90,7 +96,7 @@ def test_the_output_depends_on_the_class_of_each_image(networks: str) -> None:
     torch.testing.assert_close(again, outputs.flip(0))
 
 
-def test_a_network_without_classes_is_the_same_whatever_it_is_told() -> None:
+def test_an_unconditional_network_ignores_labels() -> None:
     torch.manual_seed(0)
     network = build_network(dataclasses.replace(SMALL, num_classes=0), 0)
     assert not any("classes" in name for name in network.state_dict())
@@ -99,7 +105,7 @@ def test_a_network_without_classes_is_the_same_whatever_it_is_told() -> None:
     assert torch.equal(network(x, t, 0), network(x, t, 0, torch.tensor([1, 2])))
 
 
-def test_a_network_with_classes_is_not_called_without_them() -> None:
+def test_a_class_conditional_network_is_not_called_without_labels() -> None:
     network = build_network(SMALL, 0)
     with pytest.raises(UserError, match="labels: found none, expected one for each image, as this network is told 3"):
         network(torch.randn(2, 3, 8, 8), torch.tensor([5, 9]), 0)
@@ -130,7 +136,7 @@ def test_sampling_tells_the_denoiser_the_class_of_every_image_at_every_level() -
 
 
 def test_a_step_tells_the_network_the_class_of_each_of_its_images(images: ArrayImages, tmp_path: Path) -> None:
-    run = told_run()
+    run = conditional_run()
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, accumulation=2))
     training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, lambda _: None, ABOUT)
     seen: list[tuple[int, int]] = []
@@ -194,13 +200,13 @@ def test_a_class_there_is_not_is_named(model: TrainedModel) -> None:
     unnamed = dataclasses.replace(model, description={**model.description, "labels": []})
     with pytest.raises(UserError, match=r"^label: found 'dark', expected none, as the model does not name its classes"):
         unnamed.sample(1, label="dark")
-    plain = dataclasses.replace(model, run=told_run(num_classes=0))
+    plain = dataclasses.replace(model, run=conditional_run(num_classes=0))
     with pytest.raises(UserError, match=r"^label: found 'dark', expected none, as this model is told no classes"):
         plain.sample(1, label="dark")
 
 
-def test_weights_of_a_release_without_classes_are_told_none(tmp_path: Path) -> None:
-    run = told_run(num_classes=0)
+def test_weights_of_a_release_without_classes_are_unconditional(tmp_path: Path) -> None:
+    run = conditional_run(num_classes=0)
     about = {"run": run.describe()}
     for section in ("model", "reference_model"):
         del about["run"][section]["num_classes"]
@@ -213,4 +219,4 @@ def test_training_with_classes_needs_to_know_how_often_each_comes(
     images: ArrayImages, tmp_path: Path, about: dict[str, object]
 ) -> None:
     with pytest.raises(UserError, match=r"^model\.num_classes: found 2 and label counts \[.*\] with the model"):
-        train(told_run(), images, tmp_path, "abc", say=lambda _: None, description=about)
+        train(conditional_run(), images, tmp_path, "abc", say=lambda _: None, description=about)

@@ -87,7 +87,7 @@ def test_the_presets_have_the_stated_size(params: ModelParams, resolution: int, 
     assert network_flops(params, resolution) / 2e9 == pytest.approx(gmacs, rel=0.01)
 
 
-def test_half_the_side_costs_at_most_a_quarter() -> None:
+def test_half_the_resolution_costs_at_most_a_quarter() -> None:
     # Convolutions cost exactly a quarter, self-attention a sixteenth.
     for resolution in (32, 16):
         assert 4 < network_flops(SMALL, resolution) / network_flops(SMALL, resolution // 2) < 16

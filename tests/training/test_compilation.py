@@ -64,18 +64,18 @@ def test_a_compiled_network_trains_as_the_other_does_and_resumes_to_the_bit(tmp_
 def test_without_a_compiler_one_sentence_says_what_to_do(tmp_path: Path) -> None:
     """In a process of its own, as torch finds its compiler once."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sys\n"
         "from pathlib import Path\n"
-        "from test_compilation import IMAGES, quiet, tiny_run\n"
+        "from tests.training.test_compilation import IMAGES, quiet, tiny_run\n"
         "from dvdp.errors import UserError\n"
         "from dvdp.training.loop import train\n"
-        "try: train(tiny_run(compiled=True), IMAGES, Path(sys.argv[2]), 'abc', say=quiet)\n"
+        "try: train(tiny_run(compiled=True), IMAGES, Path(sys.argv[1]), 'abc', say=quiet)\n"
         "except UserError as error: print(error)\n"
     )
     environment = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     sentence = done.stdout.splitlines()[-1]

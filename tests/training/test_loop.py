@@ -336,9 +336,7 @@ def test_one_network_a_level_trains_the_one_of_its_level_alone_and_resumes_to_th
     assert load_model(tmp_path / "whole" / "weights.safetensors").sample(2, steps=3).shape == (2, 3, 16, 16)
 
 
-def test_a_lift_with_the_datas_variance_needs_its_deviations_with_the_model(
-    tmp_path: Path, images: ArrayImages
-) -> None:
+def test_a_lift_with_the_datas_variance_needs_its_std_with_the_model(tmp_path: Path, images: ArrayImages) -> None:
     run = tiny_run(images=16)
     run = dataclasses.replace(run, sampling=dataclasses.replace(run.sampling, lift="data"))
     with pytest.raises(UserError, match=r"sampling\.lift: found 'data' and no band std"):

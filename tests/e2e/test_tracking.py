@@ -1,0 +1,87 @@
+"""A real MLflow server that goes down: training goes on, nothing is lost, nothing is done twice."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from dvdp.training import ledger
+from pipelines.addresses import healthy
+from tests.e2e.support import Project, end, free_port, sentence, tracked_once, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+
+ONE = {"settings": [{"name": "dvdp-600", "process": "dvdp", "turning_points": [600]}]}
+COMMAND = ("dvdp", "experiment", "--reports", "reports")
+
+
+@contextlib.contextmanager
+def mlflow_server(project: Project, port: int) -> Iterator[None]:
+    """A server over sqlite in the project's folder, killed at the end of the block."""
+    store = ["--backend-store-uri", f"sqlite:///{project.folder / 'server.db'}"]
+    artifacts = ["--artifacts-destination", (project.folder / "server").as_uri()]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    process = project.start(*command, *store, *artifacts, log="server.log", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+    try:
+        wait_until(lambda: healthy(f"http://127.0.0.1:{port}/health", 2), process)
+        yield
+    finally:
+        end(process)
+
+
+def test_training_goes_on_while_the_server_is_unavailable_and_nothing_is_lost(project: Callable[..., Project]) -> None:
+    here, port = project(**ONE, training={"images": 9600}), free_port()
+    address = f"http://127.0.0.1:{port}"
+
+    def logged() -> int:
+        return sum(len(ledger.read(path)) for path in here.folder.glob("runs/*/metrics.jsonl"))
+
+    with mlflow_server(here, port):
+        process = here.start(*COMMAND, MLFLOW_TRACKING_URI=address)
+        wait_until(here.checkpoints, process)
+    before = logged()
+    wait_until(lambda: logged() >= before + 5, process)
+    with mlflow_server(here, port):
+        here.finish(process)
+        tracked_once(here, "dvdp-600", address)
+        assert len(models(address)) == 1
+    assert not (here.folder / "mlflow.db").exists()
+
+
+def test_an_experiment_without_its_server_is_replayed_later_and_not_trained_again(
+    project: Callable[..., Project],
+) -> None:
+    here, port = project(**ONE, training={"images": 1600}), free_port()
+    address = f"http://127.0.0.1:{port}"
+    done = here.run(*COMMAND, status=1, MLFLOW_TRACKING_URI=address)
+    said = sentence(done.stderr)
+    assert said.startswith(f"tracking: MLflow at {address} did not take everything")
+    assert said.endswith("it is all in runs, and running the same command again replays it.")
+    assert (here.folder / "reports" / "index.html").is_file()
+    before = files(here)
+
+    with mlflow_server(here, port):
+        here.run(*COMMAND, MLFLOW_TRACKING_URI=address)
+        tracked_once(here, "dvdp-600", address)
+        assert len(models(address)) == 1
+    assert files(here) == before
+
+
+def models(address: str) -> list[str]:
+    """The registered versions, the champion among them."""
+    client = MlflowClient(address)
+    assert client.get_model_version_by_alias("dvdp-digits", "champion").version
+    return [str(version.version) for version in client.search_model_versions("name = 'dvdp-digits'")]
+
+
+def files(project: Project) -> dict[Path, int]:
+    """When weights, samples and scores were written."""
+    patterns = ("weights.safetensors", "samples/*/*.npy", "scores/*.json", "metrics.jsonl")
+    paths = [path for pattern in patterns for path in project.folder.glob(f"runs/*/{pattern}")]
+    assert len(paths) == 4
+    return {path: path.stat().st_mtime_ns for path in paths}

@@ -1,0 +1,254 @@
+"""The paper's tables and ours side by side, from a real MLflow store."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from PIL import Image
+
+from dvdp.config import parse_params, read_params
+from dvdp.evaluation.records import ScoreRecord
+from dvdp.identity import training_identity
+from pipelines.cli import main
+from pipelines.commands.evaluate import add_evaluation
+from pipelines.reports.paper import TABLES
+from pipelines.reports.paper_scores import fill_tables
+from pipelines.tracking.runs import DATASET, DATASET_DIGEST, SAMPLING_HASH, SETTING, TrackedRun, open_run
+from tests.tracking.support import empty_store
+
+SMALL = {"model_channels": 8, "channel_mult": [1, 2], "attention_factors": [], "num_head_channels": 8}
+SCORE = ScoreRecord({"fid": 1.0}, "inception", "e", 50_000, 50_000, "r", "none", 32, 1000, "torch-fidelity")
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with params, and no MLflow yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    Path("params.yaml").write_text(yaml.safe_dump({"tracking": {"experiment": "mine"}}))
+    return tmp_path
+
+
+def ran(
+    client: MlflowClient,
+    points: tuple[int, ...],
+    scores: list[float],
+    kind: str = "",
+    data: tuple[str, int] = ("cifar10", 32),
+    speed: tuple[float, float] | None = None,
+    sampling: dict[str, Any] | None = None,
+    terms: dict[str, Any] | None = None,
+    **sections: Any,
+) -> None:
+    """Put into MLflow what the experiment does of a trained setting, one score a seed.
+
+    Args:
+        speed: images a second in training, and seconds a sample.
+    """
+    name, resolution = data
+    sampled = {"solver": "ddpm", "steps": 1000, "count": 50_000, **(sampling or {})}
+    tree = {
+        "dataset": {"name": name, "resolution": resolution},
+        "settings": [{"name": "s", "process": kind or ("dvdp" if points else "ddpm"), "turning_points": list(points)}],
+        "seeds": list(range(len(scores))),
+        "model": SMALL,
+        "training": {"images": 640, "batch": 16, "budget": "images"},
+        "sampling": sampled,
+        **sections,
+    }
+    params = parse_params(tree)
+    for run, score in zip(params.runs(), scores, strict=True):
+        key = hashlib.sha256(f"{run.seed} {tree} {terms}".encode()).hexdigest()
+        entry = open_run(client, "mine", SAMPLING_HASH, key, "s")
+        entry.log_params({**training_identity(run), "flip": False})
+        entry.set_tags({DATASET: name, DATASET_DIGEST: f"digest of {name}", SETTING: "s"})
+        told = {**run.sampling.options(), "lift": "noise"}
+        record = dataclasses.replace(SCORE, metrics={"fid": score}, resolution=resolution, sampling=told)
+        record = dataclasses.replace(record, **(terms or {}))
+        entry.set_metrics({next(iter(record.metrics)): score}, step=640)
+        if speed:
+            # The first log of a run is slow; the median is not.
+            rates = [Metric("images_per_second", rate, step, step) for step, rate in enumerate((1.0, *speed[:1] * 2))]
+            client.log_batch(entry.run_id, metrics=rates)
+            entry.set_metrics({"seconds_per_sample": speed[1]}, step=640)
+        entry.log_json("score.json", json.loads(record.to_json()))
+        entry.log_json("params.json", json.loads(json.dumps(dataclasses.asdict(params), default=str)))
+        entry.set_status("FINISHED")
+
+
+def report() -> dict[tuple[str, str, str], dict[str, str]]:
+    """The lines of the CSV file, by table, data set and setting."""
+    assert main(["report", "--out", "out"]) == 0
+    with Path("out/tables.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == sum(len(table.rows) for table in TABLES)
+    keyed = {(line["table"], f"{line['data_set']} {line['resolution']}", line["setting"]): line for line in lines}
+    assert len(keyed) == len(lines)
+    return keyed
+
+
+def filled(lines: dict[tuple[str, str, str], dict[str, str]]) -> dict[tuple[str, str, str], float]:
+    return {key: float(line["score"]) for key, line in lines.items() if line["score"]}
+
+
+def test_without_any_run_the_papers_numbers_stand_beside_empty_cells(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = report()
+    assert "Scored runs in the tables: 0, from MLflow's experiment 'mine'." in capsys.readouterr().out
+    assert not Path("mlflow.db").exists(), "reading creates nothing"
+    assert filled(lines) == {}
+    ours = list(next(iter(lines.values())))[9:]
+    assert ours[0] == "metric"
+    assert {line[name] for line in lines.values() for name in ours} == {""}
+
+    church = lines["Table 1", "LSUN Church 256", "DVDP {300, 600}"]
+    assert [church[name] for name in list(church)[4:9]] == ["7.03", "0.45", "2.2", "5.01", "2.4"]
+    assert lines["Table 1", "CIFAR-10 32", "DDPM"]["paper_seconds_per_sample"] == "0.34"
+    assert lines["Table 2", "FFHQ 1024", "DVDP {200, 400, 600, 800}, DDIM"]["paper_fid"] == "12.43"
+    assert lines["Table 3", "CelebA 128", "K = 2, {250, 500}"]["paper_training_speedup"] == "2.24"
+    text = Path("out/tables.md").read_text()
+    assert "| CIFAR-10, 32 px | DVDP {600} | 3.24 |  | 0.15 s, 1.2x |  | 0.26 s, 1.3x |  |  |" in text
+    assert "†" not in text
+    assert sorted(path.name for path in Path("out").iterdir()) == ["tables.csv", "tables.html", "tables.md"]
+
+
+def test_runs_fill_the_cells_of_their_data_set_and_setting_and_no_others(project: Path) -> None:
+    client = empty_store(project)
+    ran(client, (), [3.0, 4.0], speed=(100.0, 0.5))
+    ran(client, (600,), [3.5, 4.5, 5.5], speed=(125.0, 0.25))
+    # Of no row: other turning points, data sets and resolutions.
+    ran(client, (300,), [1.0])
+    ran(client, (600,), [1.0], data=("digits", 32))
+    ran(client, (600,), [1.0], data=("cifar100", 32))
+    ran(client, (600,), [1.0], data=("cifar10", 16))
+    ran(client, (600,), [1.0], process="subspace")
+    lines = report()
+    ddpm, dvdp = ("Table 1", "CIFAR-10 32", "DDPM"), ("Table 1", "CIFAR-10 32", "DVDP {600}")
+    assert filled(lines) == {ddpm: 3.5, dvdp: 4.5}
+    told = ("metric", "spread", "seeds", "samples", "extractor", "solver", "steps", "training_images", "differs")
+    assert [lines[dvdp][name] for name in told] == ["fid", "1.0", "3", "50000", "inception", "ddpm", "1000", "640", ""]
+    assert [float(lines[dvdp][f"{what}_speedup"]) for what in ("training", "sampling")] == [1.25, 2]
+    text = Path("out/tables.md").read_text()
+    assert (
+        "| 3.24 | 4.50 ± 1.00 | 0.15 s, 1.2x | 1.25x | 0.26 s, 1.3x | 2.00x | fid (inception), 50,000 samples" in text
+    )
+    assert "†" not in text
+    left_out = "1 of cifar10 (16 px), 2 of cifar10 (32 px), 1 of cifar100 (32 px), 1 of digits (32 px)."
+    assert left_out in text
+
+
+def test_scores_on_other_terms_are_marked_and_the_footnote_says_what_differs(project: Path) -> None:
+    client = empty_store(project)
+    few = {"metrics": {"fd_labels": 9.0}, "extractor": "labels", "samples": 256}
+    ran(client, (600,), [9.0], data=("cifar10-images", 32), sampling={"steps": 50}, terms=few)
+    ran(client, (300, 600), [7.0], data=("lsun-church", 256))
+    lines = report()
+    differs = "fd_labels, which is not FID; 256 samples, not 50,000; 50 steps, not 1000"
+    assert lines["Table 1", "CIFAR-10 32", "DVDP {600}"]["differs"] == differs
+    for name in ("tables.md", "tables.html"):
+        text = Path("out", name).read_text().replace("&#39;", "'")
+        assert "9.00 †" in text
+        assert f"† CIFAR-10, 32 px: does not compare with the paper's ({differs})." in text
+        assert len(re.findall("†", text)) == 2, "the church is on the paper's terms"
+        assert "7.00" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"sampling": {"solver": "ddim"}}, "ddim, not ddpm"),
+        ({"sampling": {"timestep_spacing": "quadratic"}}, "quadratic timestep_spacing"),
+        ({"sampling": {"lift": "data"}}, "a lift with the variance of the data"),
+        ({"model": {**SMALL, "networks": "per_level"}}, "one for each level, not one network for all levels"),
+        ({"model": {**SMALL, "num_classes": 10}}, "a network that is told classes"),
+    ],
+)
+def test_true_fid_by_other_means_than_the_papers_is_marked_too(
+    project: Path, change: dict[str, Any], differs: str
+) -> None:
+    ran(empty_store(project), (600,), [3.0], **change)
+    assert report()["Table 1", "CIFAR-10 32", "DVDP {600}"]["differs"] == differs
+
+
+def test_of_several_groups_of_runs_the_one_nearest_to_the_paper_is_shown_whole(project: Path) -> None:
+    client = empty_store(project)
+    ran(client, (), [3.0])
+    ran(client, (), [20.0], sampling={"steps": 50})
+    ran(client, (600,), [21.0], sampling={"steps": 50})
+    ran(client, (600,), [30.0], training={"images": 1280, "batch": 16, "budget": "images"}, sampling={"steps": 20})
+    assert list(filled(report()).values()) == [3.0], "no DDPM of 1000 steps beside DVDP of 50"
+    ran(client, (600,), [4.0])
+    assert list(filled(report()).values()) == [3.0, 4.0]
+
+
+def test_settings_on_equal_flops_are_trained_alike(project: Path) -> None:
+    client = empty_store(project)
+    for points in ((), (600,)):
+        ran(client, points, [5.0], training={"images": 640, "batch": 16, "budget": "flops"})
+    lines = [line for line in report().values() if line["score"]]
+    assert len(lines) == 2
+    assert len({line["training_images"] for line in lines}) == 2
+
+
+def test_one_training_sampled_in_two_ways_fills_two_rows(project: Path) -> None:
+    client, points, ffhq = empty_store(project), (200, 400, 600, 800), ("ffhq1024", 1024)
+    ran(client, points, [10.0], data=ffhq, terms={"samples": 10_000})
+    ran(client, points, [12.0], data=ffhq, sampling={"solver": "ddim", "steps": 675}, terms={"samples": 10_000})
+    ran(client, points, [15.0], data=ffhq, sampling={"solver": "ddim", "steps": 100}, terms={"samples": 10_000})
+    lines = report()
+    assert {line["solver"]: (line["score"], line["differs"]) for line in lines.values() if line["score"]} == {
+        "ddim": ("12.0", ""),
+        "ddpm": ("10.0", ""),
+    }
+
+
+def test_an_evaluation_on_other_terms_fills_no_cell_and_is_not_counted(project: Path) -> None:
+    client = empty_store(project)
+    ran(client, (), [3.0])
+    before = report()
+    told = fill_tables(read_params()).left_out
+    (entry,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    run = TrackedRun(client, entry.info.run_id, entry.info.experiment_id)
+    add_evaluation(run, dataclasses.replace(SCORE, metrics={"fid": 1.0}, samples=10), step=640)
+    assert len(client.search_runs([entry.info.experiment_id])) == 2
+    assert report() == before
+    assert fill_tables(read_params()).left_out == told
+
+
+def test_the_figure_is_drawn_when_both_processes_ran_and_the_page_needs_nothing_else(project: Path) -> None:
+    client, celeba = empty_store(project), ("celeba64", 64)
+    for T in (100, 200):
+        ran(client, (T,), [5.0, 6.0], data=celeba, model={**SMALL, "networks": "per_level"})
+    report()
+    assert not Path("out/figure4.png").exists()
+    ran(client, (100,), [9.0], process="subspace", data=celeba, model={**SMALL, "networks": "per_level"})
+    ran(client, (200,), [9.0], process="subspace", data=celeba)
+    lines = report()
+    assert lines["Fig. 4", "CelebA 64", "subspace {100}"]["score"] == "9.0"
+    assert lines["Fig. 4", "CelebA 64", "subspace {200}"]["score"] == "", "of one network for both levels"
+    Image.open("out/figure4.png").verify()
+    assert "(figure4.png)" in Path("out/tables.md").read_text()
+    page = Path("out/tables.html").read_text()
+    assert "{%" not in page
+    assert re.findall(r"""(?:src|href)=["']?(.{10})""", page) == ["data:image"]
+    assert not re.search(r"https?:|//|url\(|@import", re.sub(r"base64,[^\"]*", "", page))
+
+
+def test_an_unavailable_server_and_a_file_in_the_way_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", "--out", "params.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("dvdp: --out: found the file 'params.yaml', expected a folder")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert main(["report", "--out", "out"]) == 2
+    assert capsys.readouterr().err.startswith("dvdp: MLFLOW_TRACKING_URI: found no answer from MLflow there")
+    assert not Path("out").exists()

@@ -1,0 +1,390 @@
+"""params.yaml: what is accepted, and one sentence for each kind of mistake, before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import yaml
+
+from dvdp import UserError, config
+from dvdp.config import Params, parse_params, read_params
+from dvdp.diffusion.schedule import ATTENUATIONS
+from dvdp.diffusion.solvers import SOLVERS
+from dvdp.diffusion.timesteps import TIMESTEP_SPACINGS
+
+PROJECT = next(folder for folder in Path(__file__).parents if (folder / "params.yaml").exists())
+
+DVDP = {"name": "a", "process": "dvdp", "turning_points": [300, 600]}
+
+
+def setting(**changes: Any) -> dict[str, Any]:
+    return {"settings": [{**DVDP, **changes}]}
+
+
+def check_sentence(text: str, *parts: str) -> None:
+    for part in parts:
+        assert part in text, text
+    assert text.endswith("."), text
+    assert "\n" not in text, text
+    assert ". " not in text, text
+    assert ": :" not in text, text
+    assert "pydantic" not in text, text
+
+
+#: What is wrong, the tree, and what the answer must contain.
+MISTAKES: dict[str, tuple[Any, list[str]]] = {
+    "unknown section": ({"trainng": {}}, ["trainng: unknown key", "did you mean 'training'?"]),
+    "unknown key": (
+        {"model": {"modle_channels": 3}},
+        ["model.modle_channels: unknown key", "did you mean 'model_channels'?"],
+    ),
+    "unknown key, no hint": ({"model": {"zzz": 3}}, ["model.zzz: unknown key, expected one of prediction_type,"]),
+    "unknown key of a setting": (
+        setting(turningpoints=[3]),
+        ["settings.0.turningpoints", "did you mean 'turning_points'?"],
+    ),
+    "key missing": ({"settings": [{"process": "ddpm"}]}, ["settings.0.name", "found nothing"]),
+    "no mapping": ([1, 2], ["found [1, 2]"]),
+    "a section that is no mapping": ({"schedule": None}, ["schedule: found None"]),
+    "word for a number": ({"schedule": {"timesteps": "many"}}, ["schedule.timesteps: found 'many'", "a whole number"]),
+    "fraction for a whole number": ({"sampling": {"steps": 10.5}}, ["sampling.steps: found 10.5", "a whole number"]),
+    "number for a list": (setting(turning_points=600), ["settings.0.turning_points: found 600"]),
+    "fraction for a turning point": (setting(turning_points=[600.5]), ["settings.0.turning_points.0", "600.5"]),
+    "word for a seed": ({"seeds": ["x"]}, ["seeds.0: found 'x'"]),
+    "list for a name": ({"dataset": {"name": [1]}}, ["dataset.name: found [1]"]),
+    "unknown process": (setting(process="dvpd"), ["settings.0.process: found 'dvpd'", "'dvdp'"]),
+    "unknown base": ({"schedule": {"base": "liner"}}, ["schedule.base: found 'liner'", "'linear'"]),
+    "unknown attenuation": ({"schedule": {"attenuation": "cosin"}}, ["schedule.attenuation", "did you mean 'cosine'?"]),
+    "unknown solver": ({"sampling": {"solver": "ddmp"}}, ["sampling.solver", "did you mean 'ddpm'?"]),
+    "unknown target": (
+        {"model": {"prediction_type": "epsilom"}},
+        ["model.prediction_type: found 'epsilom' (did you mean 'epsilon'?)", "'sample'"],
+    ),
+    "eta above 1": ({"sampling": {"eta": 3}}, ["sampling.eta: found 3, expected at most 1"]),
+    "negative learning rate": (
+        {"training": {"learning_rate": -1}},
+        ["training.learning_rate: found -1, expected a number above 0"],
+    ),
+    "no images": ({"training": {"images": 0}}, ["training.images: found 0"]),
+    "tiny images": ({"dataset": {"resolution": 2}}, ["dataset.resolution: found 2"]),
+    "unknown encoding": ({"dataset": {"encoding": "jpg"}}, ["dataset.encoding: found 'jpg'", "'jpeg'"]),
+    "no such quality": ({"dataset": {"jpeg_quality": 101}}, ["dataset.jpeg_quality: found 101", "at most 100"]),
+    "no space in a file": ({"dataset": {"shard_gib": 0}}, ["dataset.shard_gib: found 0", "above 0"]),
+    "fewer than no processes": ({"dataset": {"workers": -1}}, ["dataset.workers: found -1", "at least 0"]),
+    "odd name": ({"dataset": {"name": "a/b"}}, ["dataset.name: found 'a/b'"]),
+    "folder missing": ({"dataset": {"source": "image_folder"}}, ["dataset.path: found nothing"]),
+    "zip missing": ({"dataset": {"source": "celeba"}}, ["dataset.path: found nothing", "img_align_celeba.zip"]),
+    "unknown source": ({"dataset": {"source": "celebs"}}, ["dataset.source: found 'celebs'", "did you mean 'celeba'?"]),
+    "no timesteps": ({"schedule": {"timesteps": 0}}, ["schedule.timesteps: found 0"]),
+    "floor of 0": ({"schedule": {"floor": 0}} | setting(), ["schedule.floor: found 0, expected a number above 0"]),
+    "dropout above 1": ({"model": {"dropout": 2}}, ["model.dropout: found 2, expected at most 1"]),
+    "odd channels": ({"model": {"model_channels": 30}}, ["model.model_channels: found 30", "multiple of 4"]),
+    "no stages": ({"model": {"channel_mult": []}}, ["model.channel_mult: found []"]),
+    "attention nowhere": ({"model": {"attention_factors": [64]}}, ["model.attention_factors: found factor 64"]),
+    "odd heads": ({"model": {"num_head_channels": 48}}, ["model.num_head_channels: found 48"]),
+    "no ranks": ({"cluster": {"num_workers": 0}}, ["cluster.num_workers: found 0"]),
+    "turning points out of order": (setting(turning_points=[600, 300]), ["settings.0.turning_points", "[600, 300]"]),
+    "turning point twice": (setting(turning_points=[300, 300]), ["settings.0.turning_points", "[300, 300]"]),
+    "turning point at 0": (setting(turning_points=[0]), ["settings.0.turning_points", "[0]"]),
+    "turning point at T": (setting(turning_points=[1000]), ["settings.0.turning_points", "between 1 and 999"]),
+    "turning points of ddpm": (setting(process="ddpm"), ["settings.0.turning_points", "expected none"]),
+    "resolution not divisible": (
+        setting() | {"dataset": {"resolution": 30}},
+        ["dataset.resolution: found 30", "in setting 'a'", "30"],
+    ),
+    "too many stages": (
+        setting() | {"model": {"channel_mult": [1] * 5}},
+        ["model.channel_mult: found ", "5 stages", "8 px"],
+    ),
+    "fewer steps than levels": (
+        setting() | {"sampling": {"steps": 2}},
+        ["sampling.steps: found 2, expected at least 3"],
+    ),
+    "fewer preview steps than levels": (
+        setting() | {"training": {"preview_steps": 2}},
+        ["training.preview_steps: found 2, expected at least 3"],
+    ),
+    "more steps than timesteps": ({"sampling": {"steps": 1001}}, ["sampling.steps", "1001", "at most 1000"]),
+    "more scored than drawn": ({"sampling": {"count": 10}}, ["evaluation.samples: found 256", "sampling.count, 10"]),
+    "more scored than drawn by an override": (
+        setting(overrides={"sampling": {"count": 10}}),
+        ["evaluation.samples: found 256", "sampling.count, 10"],
+    ),
+    "subset larger than the sample": (
+        {"evaluation": {"samples": 50, "kid_subset": 60}},
+        ["evaluation.kid_subset: found 60"],
+    ),
+    "override of an unknown section": (
+        setting(overrides={"modle": {"model_channels": 8}}),
+        ["settings.0.overrides.modle: unknown key", "did you mean 'model'?"],
+    ),
+    "override of a section that all share": (
+        setting(overrides={"dataset": {"resolution": 8}}),
+        ["settings.0.overrides.dataset: unknown key", "expected one of schedule"],
+    ),
+    "override of an unknown key": (
+        setting(overrides={"model": {"modle_channels": 8}}),
+        ["settings.0.overrides.model.modle_channels", "did you mean 'model_channels'?"],
+    ),
+    "override of the wrong type": (
+        setting(overrides={"model": {"model_channels": "wide"}}),
+        ["settings.0.overrides.model.model_channels: found 'wide'"],
+    ),
+    "override out of range": (
+        setting(overrides={"model": {"model_channels": 30}}),
+        ["settings.0.overrides.model.model_channels: found 30"],
+    ),
+    "override that is no mapping": (setting(overrides={"model": 3}), ["settings.0.overrides.model: found 3"]),
+    "override that does not fit the setting": (
+        setting(overrides={"sampling": {"steps": 2}}),
+        ["sampling.steps: found 2, expected at least 3"],
+    ),
+    "not finite": ({"training": {"learning_rate": float("inf")}}, ["training.learning_rate: found inf", "finite"]),
+    "not a number": ({"training": {"clip_norm": float("nan")}}, ["training.clip_norm: found nan", "finite"]),
+    "more timesteps than a machine bears": ({"schedule": {"timesteps": 10**6}}, ["found 1000000, expected at most"]),
+    "images too large": ({"dataset": {"resolution": 8192}}, ["dataset.resolution: found 8192, expected at most 4096"]),
+    "batch too large": ({"training": {"batch": 10**7}}, ["training.batch: found 10000000, expected at most 1000000"]),
+    "name too long": ({"dataset": {"name": "a" * 101}}, ["dataset.name: found 'aaa", "at most 100 characters"]),
+    "too many seeds": ({"seeds": list(range(1001))}, ["seeds: found [0, 1", "at most 1000"]),
+    "key that is no word": ({"model": {1: 2}}, ["model.1: found 1, expected a word"]),
+    "one name twice": ({"settings": [DVDP, DVDP]}, ["settings: found the names ['a', 'a']"]),
+    "one seed twice": ({"seeds": [3, 3]}, ["seeds: found [3, 3]"]),
+    "no settings": ({"settings": []}, ["settings: found the names []"]),
+    "no seeds": ({"seeds": []}, ["seeds: found []"]),
+}
+
+
+@pytest.mark.parametrize(("tree", "parts"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistake_is_answered_with_one_sentence_that_names_the_key(tree: Any, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_params(tree, "my.yaml")
+    check_sentence(str(caught.value), "my.yaml: ", *parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (None, "found no file"),
+        (b"a: [1,\nb: {", "is no YAML"),
+        (b"a: 1\n---\nb: 2", "is no YAML"),
+        (b"a: !!python/object/apply:os.getcwd []", "is no YAML"),
+        (b"\xff\xfe\x00", "is no YAML"),
+        (b"dataset: {name: caf\xe9}", "is no YAML"),
+    ],
+    ids=["missing", "broken", "two documents", "code", "binary", "not UTF-8"],
+)
+def test_unreadable_file_is_answered_with_one_sentence(content: bytes | None, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_params(path)
+    text = str(caught.value)
+    assert part in text
+    assert str(path) in text
+    assert "\n" not in text
+    assert text.endswith(".")
+
+
+def test_a_folder_is_no_params_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found no file"):
+        read_params(tmp_path)
+
+
+def test_empty_file_is_the_demo_and_the_demo_says_every_key(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("# nothing but a comment\n")
+    assert read_params(path) == Params() == read_params(PROJECT / "params.yaml")
+    said, every = yaml.safe_load((PROJECT / "params.yaml").read_text()), Params().describe()
+    assert list(said) == list(every)
+    assert all(list(said[name]) == list(every[name]) for name in said if isinstance(said[name], dict))
+
+
+@pytest.mark.parametrize("preset", sorted((PROJECT / "presets").glob("*.yaml")), ids=lambda path: path.stem)
+def test_preset_says_only_what_differs_from_the_defaults(preset: Path) -> None:
+    said, default, whole = yaml.safe_load(preset.read_text()), Params().describe(), read_params(preset).describe()
+    for section, values in said.items():
+        assert values != default[section], section
+        if isinstance(values, dict):
+            assert all(value != default[section][key] for key, value in values.items()), section
+            assert {**default[section], **values} == whole[section]
+
+
+def test_names_are_those_of_the_registries() -> None:
+    assert set(get_args(config.Attenuation)) == set(ATTENUATIONS)
+    assert set(get_args(config.SolverName)) == set(SOLVERS)
+    assert set(get_args(config.TimestepSpacing)) == set(TIMESTEP_SPACINGS)
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("training.batch=16", lambda params: params.training.batch == 16),
+        ("training.learning_rate=1e-4", lambda params: params.training.learning_rate == 1e-4),
+        ("settings.1.turning_points=[500]", lambda params: params.settings[1].turning_points == (500,)),
+        ("settings.1.overrides.training.batch=8", lambda params: params.runs()[1].training.batch == 8),
+        ("model.channel_mult.2=2", lambda params: params.model.channel_mult == (1, 2, 2)),
+        ("seeds=[1, 2]", lambda params: params.seeds == (1, 2)),
+        ("dataset.path=null", lambda params: params.dataset.path is None),
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True], ids=["empty file", "whole file"])
+def test_any_field_can_be_overridden(
+    override: str, found: Callable[[Params], bool], whole: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(Params().describe()) if whole else "")
+    params = read_params(path, [override])
+    assert found(params)
+    assert parse_params(params.describe()) == params
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("training.batch", ["-S: found 'training.batch', expected KEY=VALUE"]),
+        ("training.bacth=3", ["training.bacth: unknown key", "did you mean 'batch'?"]),
+        ("training.batch=many", ["training.batch: found 'many', expected a whole number"]),
+        ("training.batch.size=3", ["-S training.batch.size: found 'size' below the value 32"]),
+        ("settings.3.name=x", ["-S settings.3.name: found position '3', expected a number below 3"]),
+        ("settings.first.name=x", ["-S settings.first.name: found position 'first'"]),
+        ("seeds=[1", ["-S seeds: found '[1', expected YAML"]),
+        ("=1", ["-S: found '=1'"]),
+    ],
+)
+def test_mistake_in_an_override_is_answered_with_one_sentence(override: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        read_params(PROJECT / "params.yaml", [override])
+    check_sentence(str(caught.value), *parts)
+
+
+def test_sections_check_themselves_without_a_file() -> None:
+    params = Params()
+    for section in (params.dataset, params.schedule, params.model, params.training, params.sampling):
+        assert dataclasses.replace(section) == section
+    with pytest.raises(UserError, match="channels: found 30"):
+        dataclasses.replace(params.model, model_channels=30)
+    with pytest.raises(UserError, match="attenuation"):
+        dataclasses.replace(params.schedule, attenuation="cosin")
+
+
+def test_file_says_everything_and_numbers_may_be_written_as_yaml_writes_them(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(
+        """
+        dataset: {name: my-faces, source: image_folder, path: faces, resolution: 64}
+        schedule: {floor: 0.2, shift: -1}
+        settings:
+          - {name: plain, process: ddpm}
+          - {name: "600", process: dvdp, turning_points: [600]}
+        seeds: [0, 1, 2]
+        training: {learning_rate: 1e-4, images: 5}
+        """
+    )
+    params = read_params(path)
+    assert params.dataset.path == Path("faces")
+    assert params.training.learning_rate == 1e-4
+    assert params.settings[1].turning_points == (600,)
+    runs = params.runs()
+    assert [(run.setting, run.seed) for run in runs] == [(s, i) for s in ("plain", "600") for i in range(3)]
+    assert {run.resolution for run in runs} == {64}
+
+
+def test_overrides_apply_to_their_setting_alone() -> None:
+    params = parse_params(
+        {
+            "settings": [
+                {"name": "plain", "process": "ddpm"},
+                {
+                    **DVDP,
+                    "overrides": {
+                        "schedule": {"floor": 0.3},
+                        "model": {"prediction_type": "sample", "attention_factors": []},
+                        "training": {"batch": 8},
+                        "sampling": {"steps": 30},
+                    },
+                },
+                {**DVDP, "name": "b"},
+            ]
+        }
+    )
+    plain, changed, other = params.runs()
+    assert (plain.schedule, plain.model, plain.training, plain.sampling) == (
+        params.schedule,
+        params.model,
+        params.training,
+        params.sampling,
+    )
+    assert changed.schedule == dataclasses.replace(params.schedule, floor=0.3)
+    assert changed.model == dataclasses.replace(params.model, prediction_type="sample", attention_factors=())
+    assert changed.training == dataclasses.replace(params.training, batch=8)
+    assert changed.sampling == dataclasses.replace(params.sampling, steps=30)
+    assert dataclasses.replace(other, setting="a") == dataclasses.replace(
+        changed,
+        schedule=params.schedule,
+        model=params.model,
+        training=params.training,
+        sampling=params.sampling,
+    )
+    assert changed.build_schedule().signal[0, 300] == 0.3 * changed.build_schedule().signal[2, 300]
+
+
+def test_a_setting_gives_its_schedule() -> None:
+    params = parse_params(
+        {
+            "schedule": {"timesteps": 500, "base": "cosine", "shift": -0.5, "attenuation": "linear"},
+            "settings": [
+                {"name": "d", "process": "ddpm"},
+                {"name": "s", "process": "subspace", "turning_points": [200]},
+                {"name": "v", "process": "dvdp", "turning_points": [200]},
+            ],
+        }
+    )
+    from dvdp import Schedule
+
+    expected = [
+        Schedule.ddpm(500, "cosine", -0.5),
+        Schedule.subspace([200], 500, "cosine", -0.5),
+        Schedule.dvdp([200], 500, "cosine", -0.5, "linear", 0.1),
+    ]
+    for run, schedule in zip(params.runs(), expected, strict=True):
+        assert run.build_schedule().turning_points == schedule.turning_points
+        assert torch.equal(run.build_schedule().signal, schedule.signal)
+        assert torch.equal(run.build_schedule().noise, schedule.noise)
+
+
+# --- what an import costs ----------------------------------------------------------------------------------------
+
+
+MEASURE = """
+import json, sys, time
+import torch
+
+start = time.process_time()
+import dvdp
+
+seconds = time.process_time() - start
+by_dvdp = sorted({name.partition(".")[0] for name in sys.modules})
+import dvdp.config
+
+dvdp.config.Params()
+by_config = sorted({name.partition(".")[0] for name in sys.modules})
+print(json.dumps({"seconds": seconds, "dvdp": by_dvdp, "config": by_config}))
+"""
+
+
+def test_import_is_quick_beyond_torch_and_drags_in_nothing_optional() -> None:
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["seconds"] < 0.5
+    optional = {"lmdb", "ray", "mlflow", "prefect", "dvc", "matplotlib", "sklearn", "albumentations"}
+    assert not optional & set(found["config"])
+    assert not (optional | {"yaml"}) & set(found["dvdp"])

@@ -1,0 +1,390 @@
+"""A registered model runs anywhere, leads back to where it comes from, and is champion for a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import requests
+from mlflow import MlflowClient
+from PIL import Image
+
+from dvdp.errors import UserError
+from dvdp.evaluation.figures import grid
+from dvdp.evaluation.records import ScoreRecord
+from dvdp.models.export import load_model, save_model
+from pipelines.addresses import healthy
+from pipelines.cli import main
+from pipelines.tracking.connection import connect
+from pipelines.tracking.registry import CHAMPION, Promotion, promote, register, requirements
+from pipelines.tracking.runs import SEED, TRAINING_HASH, TrackedRun, open_run
+from tests.tracking.support import empty_store, free_port, kill, mlflow_server, small_model, wait_until
+
+PROJECT = Path(__file__).parents[2]
+NAME = "dvdp-digits"
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    client = empty_store(tmp_path)
+    # mlflow.pyfunc.load_model looks there for models:/ addresses.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
+    return client
+
+
+def record(fd: float, **changes: object) -> ScoreRecord:
+    same = ScoreRecord(
+        metrics={"fd_labels": fd, "kd_labels": 0.1},
+        extractor="labels",
+        extractor_sha256="e" * 64,
+        samples=512,
+        references=1797,
+        reference_digest="d" * 64,
+        preprocessing="none",
+        resolution=8,
+        kid_subset=100,
+        library="torch-fidelity 0.4.0",
+        sampling={"solver": "ddpm", "steps": 250, "seed": 0},
+    )
+    return dataclasses.replace(same, **changes)
+
+
+def registered(client: MlflowClient, tmp_path: Path, seed: int, score: ScoreRecord | None = None) -> int:
+    """The version of a run of this seed, registered (again) with these scores."""
+    run = open_run(client, "digits", TRAINING_HASH, f"hash{seed}", f"seed {seed}")
+    weights = small_model(tmp_path / f"weights-{seed}.safetensors", seed)
+    return int(register(run, NAME, weights, {TRAINING_HASH: f"hash{seed}", SEED: str(seed)}, score).version)
+
+
+def holder(client: MlflowClient) -> int:
+    return int(client.get_model_version_by_alias(NAME, CHAMPION).version)
+
+
+# --- registration
+
+
+def test_registering_again_keeps_the_version_and_renews_its_scores(client: MlflowClient, tmp_path: Path) -> None:
+    assert registered(client, tmp_path, 0, record(3.0)) == 1
+    assert registered(client, tmp_path, 0, record(2.0, samples=1024)) == 1
+    (version,) = client.search_model_versions(f"name = '{NAME}'")
+    assert version.tags[TRAINING_HASH] == "hash0"
+    assert version.tags[SEED] == "0"
+    assert float(version.tags["dvdp.score"]) == 2.0
+    assert ScoreRecord.from_json(version.tags["dvdp.score_record"]) == record(2.0, samples=1024)
+    assert len(client.search_logged_models(["1"])) == 1
+    # MLflow's pages lead from the run to the model and back.
+    run = client.get_run(version.run_id)
+    assert [output.model_id for output in run.outputs.model_outputs] == [
+        model.model_id for model in client.search_logged_models(["1"])
+    ]
+
+
+def test_other_weights_of_the_same_training_are_another_version(client: MlflowClient, tmp_path: Path) -> None:
+    assert registered(client, tmp_path, 0) == 1
+    run = open_run(client, "digits", TRAINING_HASH, "hash0", "seed 0")
+    weights = small_model(tmp_path / "other.safetensors", seed=1)
+    assert int(register(run, NAME, weights, {TRAINING_HASH: "hash0"}).version) == 2
+
+
+def test_another_way_of_sampling_the_same_weights_is_another_version(client: MlflowClient, tmp_path: Path) -> None:
+    assert registered(client, tmp_path, 0) == 1
+    run = open_run(client, "digits", TRAINING_HASH, "hash0", "seed 0, otherwise")
+    model = load_model(tmp_path / "weights-0.safetensors")
+    other = replace(model.run, sampling=replace(model.run.sampling, steps=model.run.sampling.steps + 1))
+    weights = tmp_path / "otherwise.safetensors"
+    save_model(weights, model.denoiser.network.state_dict(), {**model.description, "run": other.describe()})
+    assert int(register(run, NAME, weights, {TRAINING_HASH: "hash0"}).version) == 2
+
+
+class CutShort(MlflowClient):
+    """Goes unavailable in the middle of registering: the given method fails once."""
+
+    fails = ""
+
+    def _fail(self, name: str) -> None:
+        if self.fails == name:
+            self.fails = ""
+            raise requests.ConnectionError(name)
+
+    def log_model_artifacts(self, *arguments, **keywords):
+        self._fail("upload")
+        return super().log_model_artifacts(*arguments, **keywords)
+
+    def create_model_version(self, *arguments, **keywords):
+        self._fail("version")
+        return super().create_model_version(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("fails", ["upload", "version"])
+def test_a_registration_cut_short_is_completed(client: MlflowClient, tmp_path: Path, fails: str) -> None:
+    flaky = CutShort(client.tracking_uri)
+    flaky.fails = fails
+    with pytest.raises(requests.ConnectionError):
+        registered(flaky, tmp_path, 0)
+    assert registered(flaky, tmp_path, 0) == 1
+    assert len(client.search_logged_models(["1"])) == 1
+    assert mlflow.pyfunc.load_model(f"models:/{NAME}/1").predict(pd.DataFrame([{"count": 1}])).shape == (1, 8, 8, 3)
+
+
+def test_a_file_that_is_no_model_is_one_sentence_and_leaves_nothing(client: MlflowClient, tmp_path: Path) -> None:
+    run = TrackedRun(client, *_run(client))
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    for weights in (tmp_path / "bad.safetensors", tmp_path / "missing.safetensors"):
+        with pytest.raises(UserError, match=r"^model: "):
+            register(run, NAME, weights, {TRAINING_HASH: "x"})
+    assert not client.search_logged_models(["1"])
+
+
+def _run(client: MlflowClient) -> tuple[str, str]:
+    run = open_run(client, "digits", TRAINING_HASH, "x", "x")
+    return run.run_id, run.experiment_id
+
+
+def test_requirements_are_the_slim_core_and_mlflow_without_addresses() -> None:
+    names = {line.split(">")[0].split("=")[0] for line in requirements()}
+    assert names == {"numpy", "pillow", "pydantic", "pyyaml", "safetensors", "torch", "tqdm", "mlflow"}
+    assert not any(mark in line for line in requirements() for mark in ("://", "@", "extra", "-"))
+
+
+# --- what it answers
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> mlflow.pyfunc.PyFuncModel:
+    folder = tmp_path_factory.mktemp("model")
+    registered(empty_store(folder), folder, 0)
+    (path,) = folder.glob("mlartifacts/models/*/artifacts")
+    return mlflow.pyfunc.load_model(str(path))
+
+
+def predict(model: mlflow.pyfunc.PyFuncModel, *rows: dict[str, object]) -> np.ndarray:
+    return np.asarray(model.predict(pd.DataFrame(list(rows))))
+
+
+def test_it_draws_the_images_of_the_trained_model(loaded: mlflow.pyfunc.PyFuncModel, tmp_path: Path) -> None:
+    images = predict(loaded, {"count": 4, "seed": 0, "solver": "ddim", "steps": 10})
+    expected = load_model(small_model(tmp_path / "m.safetensors")).sample(4, seed=0, solver="ddim", steps=10)
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(images, expected.permute(0, 2, 3, 1).numpy())
+
+
+def test_what_is_left_out_is_as_the_run_says(loaded: mlflow.pyfunc.PyFuncModel) -> None:
+    short, full = {"count": 3}, {"count": 3, "seed": 3, "solver": "ddpm", "steps": 4}
+    np.testing.assert_array_equal(predict(loaded, short), predict(loaded, full))
+    np.testing.assert_array_equal(np.asarray(loaded.predict([short])), predict(loaded, full))
+
+
+def test_rows_are_answered_one_after_the_other(loaded: mlflow.pyfunc.PyFuncModel) -> None:
+    rows = [{"count": 2, "seed": 5, "solver": "ddpm"}, {"count": 1, "seed": 6, "solver": None}]
+    apart = [predict(loaded, {"count": 2, "seed": 5}), predict(loaded, {"count": 1, "seed": 6})]
+    np.testing.assert_array_equal(predict(loaded, *rows), np.concatenate(apart))
+
+
+def test_a_class_conditional_model_draws_the_class_asked_for(tmp_path: Path) -> None:
+    weights = small_model(tmp_path / "m.safetensors", labels=["0", "7"])
+    run = open_run(empty_store(tmp_path), "digits", TRAINING_HASH, "told", "told")
+    register(run, NAME, weights, {TRAINING_HASH: "told"})
+    (path,) = tmp_path.glob("mlartifacts/models/*/artifacts")
+    rows = {"count": 2, "label": "7"}, {"count": 2, "label": None}, {"count": 2, "label": "0"}
+    images, model = predict(mlflow.pyfunc.load_model(str(path)), *rows), load_model(weights)
+    expected = [model.sample(2, label=label).permute(0, 2, 3, 1).numpy() for label in ("7", None, "0")]
+    np.testing.assert_array_equal(images, np.concatenate(expected))
+    assert not np.array_equal(expected[0], expected[2])
+
+
+def test_the_command_draws_the_class_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, out = small_model(tmp_path / "m.safetensors", labels=["0", "7"]), tmp_path / "sevens.png"
+    command = ["draw", str(weights), "--count", "4", "--out", str(out), "--label"]
+    assert main([*command, "7"]) == 0
+    expected = grid(load_model(weights).sample(4, label="7"))
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(expected))
+    assert main([*command, "8"]) == 2
+    assert "label: found '8', expected one of 0, 7." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"count": 0}, "^count: found 0, expected a number of images, at least 1.$"),
+        ({"count": 1, "solver": "dim"}, r"^solver: found 'dim' \(did you mean 'ddim'\?\), expected one of"),
+        ({"count": 1, "steps": 1}, "^steps: found 1, expected at least 2"),
+        ({"count": 1, "steps": 0}, "^steps: found 0, expected at least 2"),
+        ({"count": 1, "label": "7"}, "^label: found '7', expected none, as this model is told no classes"),
+        ({"seed": 1}, "Model is missing inputs"),
+    ],
+)
+def test_bad_input_is_one_sentence(loaded: mlflow.pyfunc.PyFuncModel, row: dict[str, object], sentence: str) -> None:
+    with pytest.raises(Exception, match=sentence):
+        predict(loaded, row)
+
+
+# --- the champion
+
+
+def test_the_champion_is_the_best_and_moves_only_to_a_better_one(client: MlflowClient, tmp_path: Path) -> None:
+    registered(client, tmp_path, 0, record(3.0))
+    registered(client, tmp_path, 1, record(2.0))
+    registered(client, tmp_path, 2, record(2.5))
+    assert promote(client, NAME) == Promotion(2, True, f"Version 2 of {NAME} is now champion (fd_labels 2).")
+    registered(client, tmp_path, 3, record(2.0))
+    assert promote(client, NAME) == Promotion(2, False, f"Version 2 of {NAME} stays champion (fd_labels 2).")
+    registered(client, tmp_path, 2, record(1.5))
+    promotion = promote(client, NAME)
+    assert promotion.text == f"Version 3 of {NAME} is now champion (fd_labels 1.5, version 2 had 2)."
+    assert holder(client) == 3
+
+
+def test_a_better_number_that_does_not_compare_moves_nothing(client: MlflowClient, tmp_path: Path) -> None:
+    registered(client, tmp_path, 0, record(3.0))
+    promote(client, NAME)
+    other = record(1.0, samples=64, sampling={"solver": "ddim", "steps": 250, "seed": 0})
+    registered(client, tmp_path, 1, other)
+    promotion = promote(client, NAME)
+    assert not promotion.moved
+    assert promotion.text == (
+        f"Version 1 of {NAME} stays champion (fd_labels 3); version 2 does not compare with it,"
+        " as they differ in samples, sampling.solver."
+    )
+    # Scored alike, it compares.
+    registered(client, tmp_path, 0, dataclasses.replace(other, metrics={"fd_labels": 2.0, "kd_labels": 0.1}))
+    assert promote(client, NAME).champion == 2
+
+
+def test_the_first_champion_is_the_best_of_those_like_the_newest(client: MlflowClient, tmp_path: Path) -> None:
+    registered(client, tmp_path, 0, record(0.5, samples=64))
+    registered(client, tmp_path, 1, record(2.0))
+    registered(client, tmp_path, 2, record(3.0))
+    assert promote(client, NAME).champion == 2
+
+
+def test_versions_without_a_usable_score_never_win(client: MlflowClient, tmp_path: Path) -> None:
+    registered(client, tmp_path, 0)
+    with pytest.raises(UserError, match=f"champion: found no scored version of '{NAME}'"):
+        promote(client, NAME)
+    client.set_registered_model_alias(NAME, CHAMPION, "1")
+    registered(client, tmp_path, 1, record(float("nan")))
+    registered(client, tmp_path, 2, record(2.0))
+    registered(client, tmp_path, 3, record(1.0))
+    client.set_model_version_tag(NAME, "4", "dvdp.score_record", '{"of": "another release"}')
+    promotion = promote(client, NAME)
+    assert (promotion.champion, promotion.moved) == (1, False)
+    client.delete_registered_model_alias(NAME, CHAMPION)
+    assert promote(client, NAME).champion == 3
+    assert "it has no score to compare others with" in promotion.text
+
+
+def test_the_headline_is_the_frechet_distance_whatever_its_name() -> None:
+    assert record(1.0).headline == "fd_labels"
+    assert record(1.0, metrics={"precision": 1.0, "fid": 2.0}).headline == "fid"
+
+
+# --- elsewhere
+
+
+@pytest.mark.slow
+def test_a_server_takes_the_model_and_gives_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty_store(tmp_path)
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    with mlflow_server(tmp_path, port):
+        client = connect(tmp_path)
+        assert registered(client, tmp_path, 0, record(1.0)) == registered(client, tmp_path, 0, record(1.0)) == 1
+        promote(client, NAME)
+        model = mlflow.pyfunc.load_model(f"models:/{NAME}@{CHAMPION}")
+    expected = load_model(tmp_path / "weights-0.safetensors").sample(2)
+    np.testing.assert_array_equal(predict(model, {"count": 2}), expected.permute(0, 2, 3, 1).numpy())
+
+
+PROGRAM = """
+import importlib.util, json, sys
+import pandas as pd
+import mlflow
+absent = ["dvdp", "pipelines", "ray", "prefect", "albumentations", "lmdb", "torch_fidelity", "dvc"]
+assert not [name for name in absent if importlib.util.find_spec(name)], "the environment is not clean"
+model = mlflow.pyfunc.load_model("models:/dvdp-digits@champion")
+images = model.predict(pd.DataFrame([{"count": 4, "seed": 0, "solver": "ddpm", "steps": 250}]))
+print(json.dumps({"shape": images.shape, "dtype": str(images.dtype), "images": images.tolist()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def clean_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a virtual environment with dvdp's slim core and mlflow, as pinned, and nothing of ours."""
+    folder = tmp_path_factory.mktemp("clean") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    uv = Path(sys.executable).with_name("uv")
+    if not uv.exists():
+        pytest.skip(f"uv is not beside {sys.executable}")
+    install = [str(uv), "pip", "install", "--quiet", "--python", str(folder / "bin/python")]
+    done = subprocess.run(
+        [*install, "-c", str(PROJECT / "pins.txt"), *requirements()], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"the packages could not be installed: {done.stderr.strip()[-300:]}")
+    return folder / "bin/python"
+
+
+def _outside(folder: Path) -> dict[str, str]:
+    """Where neither the project nor this environment is to be seen."""
+    keep = {name: os.environ[name] for name in ("HOME", "LANG", "MLFLOW_TRACKING_URI") if name in os.environ}
+    return {**keep, "PATH": f"{folder}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_champion_runs_where_only_the_slim_core_and_mlflow_are_installed(
+    client: MlflowClient, tmp_path: Path, clean_python: Path
+) -> None:
+    registered(client, tmp_path, 0, record(1.0))
+    promote(client, NAME)
+    (tmp_path / "unavailable").mkdir()
+    environment = _outside(clean_python.parent)
+    done = subprocess.run(
+        [str(clean_python), "-I", "-c", PROGRAM],
+        cwd=tmp_path / "unavailable",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    expected = load_model(tmp_path / "weights-0.safetensors").sample(4, seed=0, solver="ddpm", steps=250)
+    assert (answer["shape"], answer["dtype"]) == ([4, 8, 8, 3], "uint8")
+    difference = np.array(answer["images"]) - expected.permute(0, 2, 3, 1).numpy().astype(int)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_it_serves_images_over_http(client: MlflowClient, tmp_path: Path, clean_python: Path) -> None:
+    registered(client, tmp_path, 0, record(1.0))
+    promote(client, NAME)
+    port = free_port()
+    command = [str(clean_python), "-m", "mlflow", "models", "serve", "-m", f"models:/{NAME}@{CHAMPION}"]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    with (tmp_path / "serve.log").open("w") as log:
+        server = subprocess.Popen(
+            command, cwd=tmp_path, env=_outside(clean_python.parent), stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_until(lambda: healthy(f"http://127.0.0.1:{port}/ping", 2), 180)
+        body = json.dumps({"dataframe_records": [{"count": 2, "seed": 0}]}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+            images = np.array(json.load(answer)["predictions"])
+    finally:
+        kill(server)
+    assert images.shape == (2, 8, 8, 3)
