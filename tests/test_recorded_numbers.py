@@ -74,7 +74,8 @@ def make_run(
     """A run; ``sampling`` is in the arguments of :func:`draw`, ``training`` in those of params.yaml."""
     options = {
         "batch": 8, "warmup_images": 16, "log_images": 16, "checkpoint_images": 24, "preview_images": 0,
-        "optimizer": "adamw", "learning_rate": 1e-3, "cooldown": 0.0, "precision": "fp32", "ema_halflife_images": 20_000,
+        "optimizer": "adamw", "learning_rate": 1e-3, "cooldown": 0.0, "precision": "fp32",
+        "ema_halflife_images": 20_000,
     }  # fmt: skip
     tree = {
         "dataset": {"resolution": SIZE},
