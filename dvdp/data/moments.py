@@ -62,7 +62,7 @@ class Moments:
     def std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Standard deviation over images, per coefficient of images in [-1, 1]: of the details, and of the levels.
 
-        Detail band i is what the level-i image holds and the level-(i+1) image does not; see :mod:`dvdp.diffusion.bands`.
+        Detail band i is what the level-i image holds and the level-(i+1) image does not (:mod:`dvdp.diffusion.bands`).
         """
         of_mean = _squares(2 * self.pixels / self.count - 255)
         # 4^k times the squares of a level, over its pixels of which there are 4^k times fewer: one divisor for all.
