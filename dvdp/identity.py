@@ -16,12 +16,13 @@ from dvdp.models.flops import training_images
 
 #: Sources whose change changes trained weights; see :func:`syntax_digest` for what counts as a change.
 TRAINING_SOURCES = (
-    "diffusion/bands.py", "diffusion/schedule.py", "diffusion/process.py", "diffusion/randomness.py", "models/pixels.py",
-    "models/ops.py", "models/unet.py", "models/denoiser.py", "training/levels.py", "training/optimizer.py",
-    "training/compilation.py", "training/ema.py", "training/loop.py", "data/transforms.py", "data/loading.py",
+    "diffusion/bands.py", "diffusion/schedule.py", "diffusion/process.py", "diffusion/randomness.py",
+    "models/pixels.py", "models/ops.py", "models/unet.py", "models/denoiser.py", "training/levels.py",
+    "training/optimizer.py", "training/compilation.py", "training/ema.py", "training/loop.py", "data/transforms.py", "data/loading.py",
 )  # fmt: skip
 SAMPLING_SOURCES = (
-    "diffusion/timesteps.py", "diffusion/solvers.py", "diffusion/sampling.py", "models/export.py",
+    "diffusion/timesteps.py", "diffusion/solvers.py", "diffusion/sampling.py", "models/classes.py",
+    "models/export.py",
 )  # fmt: skip
 EVALUATION_SOURCES = (
     "evaluation/scores.py", "evaluation/reference.py", "evaluation/fidelity.py", "evaluation/coverage.py",
