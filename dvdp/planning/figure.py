@@ -13,7 +13,7 @@ from dvdp.planning.planner import Plan
 COLOURS = (BLACK, SKY, ORANGE, GREEN, PURPLE)
 #: Of marks: shape, size in square points, and colour.
 MARKS = (("D", 78, BLUE), ("s", 26, VERMILION))
-#: Excess, in percent, up to which the axis is linear: a logarithmic one has no slots for DDPM's 0.
+#: Excess, in percent, up to which the axis is linear: a logarithmic one has no place for DDPM's 0.
 _LINEAR = 0.1
 #: Where a label may stand beside its point, in points: the first place that is free is taken.
 _PLACES = [(dx, dy) for dy in (-13, 8, -26, 21, -39, 34, -52) for dx in (8, -8)]
@@ -69,7 +69,7 @@ def draw_plan(
     axes.set_ylim(low, high)
     axes.set_title(title, loc="left", fontsize=12.5)
     axes.set_xlabel("training speed-up over DDPM")
-    axes.set_ylabel("error of the process beyond DDPM's\n(% of a coefficient's deviation)")
+    axes.set_ylabel("error of the process beyond DDPM's\n(% of a coefficient's std)")
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
