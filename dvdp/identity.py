@@ -18,7 +18,8 @@ from dvdp.models.flops import training_images
 TRAINING_SOURCES = (
     "diffusion/bands.py", "diffusion/schedule.py", "diffusion/process.py", "diffusion/randomness.py",
     "models/pixels.py", "models/ops.py", "models/unet.py", "models/denoiser.py", "training/levels.py",
-    "training/optimizer.py", "training/compilation.py", "training/ema.py", "training/loop.py", "data/transforms.py", "data/loading.py",
+    "training/optimizer.py", "training/compilation.py", "training/ema.py", "training/loop.py",
+    "data/transforms.py", "data/loading.py",
 )  # fmt: skip
 SAMPLING_SOURCES = (
     "diffusion/timesteps.py", "diffusion/solvers.py", "diffusion/sampling.py", "models/classes.py",
