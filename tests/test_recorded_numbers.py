@@ -73,7 +73,19 @@ def make_run(
     **training: Any,
 ) -> Run:
     """A run; ``sampling`` is in the arguments of :func:`draw`, ``training`` in those of params.yaml."""
-    options = {"batch": 8, "warmup_images": 16, "log_images": 16, "checkpoint_images": 24, "preview_images": 0}
+    options = {
+        "batch": 8,
+        "warmup_images": 16,
+        "log_images": 16,
+        "checkpoint_images": 24,
+        "preview_images": 0,
+        # All that shapes weights is said here, so that other defaults change no number.
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "cooldown": 0.0,
+        "ema_halflife_images": 20_000,
+        "precision": "fp32",
+    }
     tree = {
         "dataset": {"resolution": SIZE},
         "schedule": {},
