@@ -171,9 +171,9 @@ def _differences(table: Table, row: Row, measured: Measured) -> list[str]:
         (record.samples == table.samples, f"{record.samples:,} samples, not {table.samples:,}"),
         (run.sampling.steps == steps, f"{run.sampling.steps} steps, not {steps}"),
         (run.sampling.solver == solver, f"{run.sampling.solver}, not {solver}"),
-        (run.sampling.timestep_spacing == "uniform", f"{run.sampling.timestep_spacing} timestep_spacing"),
+        (run.sampling.timestep_spacing == "uniform", f"{run.sampling.timestep_spacing} timestep spacing"),
         (run.sampling.lift == "noise", "a lift with the variance of the data"),
-        (not run.model.num_classes, "a network that is told classes"),
+        (not run.model.num_classes, "a class-conditional network"),
         (run.schedule.timesteps == TIMESTEPS, f"T = {run.schedule.timesteps}, not {TIMESTEPS}"),
         (not run.turning_points or run.model.networks == networks, f"{words[other]}, not {words[networks]}"),
     )
