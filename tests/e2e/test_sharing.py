@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from tests.e2e.support import Project
 
 pytestmark = pytest.mark.slow

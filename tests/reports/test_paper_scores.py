@@ -26,7 +26,7 @@ from pipelines.reports.paper_scores import fill_tables
 from pipelines.tracking.runs import DATASET, DATASET_DIGEST, SAMPLING_HASH, SETTING, TrackedRun, open_run
 from tests.tracking.support import empty_store
 
-SMALL = {"model_channels": 8, "channel_mult": [1, 2], "attention_factors": [], "num_head_channels": 8}
+SMALL = {"model_channels": 8, "channel_mult": [1, 2], "attention_factors": [], "num_head_channels": 8, "num_classes": 0}
 SCORE = ScoreRecord({"fid": 1.0}, "inception", "e", 50_000, 50_000, "r", "none", 32, 1000, "torch-fidelity")
 
 
@@ -43,7 +43,7 @@ def ran(
     client: MlflowClient,
     points: tuple[int, ...],
     scores: list[float],
-    kind: str = "",
+    process: str = "",
     data: tuple[str, int] = ("cifar10", 32),
     speed: tuple[float, float] | None = None,
     sampling: dict[str, Any] | None = None,
@@ -59,7 +59,9 @@ def ran(
     sampled = {"solver": "ddpm", "steps": 1000, "count": 50_000, **(sampling or {})}
     tree = {
         "dataset": {"name": name, "resolution": resolution},
-        "settings": [{"name": "s", "process": kind or ("dvdp" if points else "ddpm"), "turning_points": list(points)}],
+        "settings": [
+            {"name": "s", "process": process or ("dvdp" if points else "ddpm"), "turning_points": list(points)}
+        ],
         "seeds": list(range(len(scores))),
         "model": SMALL,
         "training": {"images": 640, "batch": 16, "budget": "images"},
@@ -166,10 +168,10 @@ def test_scores_on_other_terms_are_marked_and_the_footnote_says_what_differs(pro
     ("change", "differs"),
     [
         ({"sampling": {"solver": "ddim"}}, "ddim, not ddpm"),
-        ({"sampling": {"timestep_spacing": "quadratic"}}, "quadratic timestep_spacing"),
+        ({"sampling": {"timestep_spacing": "quadratic"}}, "quadratic timestep spacing"),
         ({"sampling": {"lift": "data"}}, "a lift with the variance of the data"),
         ({"model": {**SMALL, "networks": "per_level"}}, "one for each level, not one network for all levels"),
-        ({"model": {**SMALL, "num_classes": 10}}, "a network that is told classes"),
+        ({"model": {**SMALL, "num_classes": 10}}, "a class-conditional network"),
     ],
 )
 def test_true_fid_by_other_means_than_the_papers_is_marked_too(
