@@ -14,6 +14,7 @@ import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,13 +57,8 @@ def main() -> None:
         many = sampled_metrics(params, run, folder, options.work)[metric(params)]
         rows.append(_row(run, run.sampling, many, many))
         for solver, timestep_spacing, lift in WAYS:
-            way = replace(
-                run.sampling,
-                steps=options.steps,
-                solver=solver,
-                timestep_spacing=timestep_spacing,  # type: ignore[arg-type]
-                lift=lift,  # type: ignore[arg-type]
-            )
+            changes: dict[str, Any] = {"solver": solver, "timestep_spacing": timestep_spacing, "lift": lift}
+            way = replace(run.sampling, steps=options.steps, **changes)
             if lift == "data" and not run.turning_points:
                 continue
             few = sampled_metrics(params, replace(run, sampling=way), folder, options.work)[metric(params)]

@@ -24,8 +24,7 @@ from dvdp.audit.result import Audit
 from dvdp.audit.run import audit
 from dvdp.config import Run, read_params
 from dvdp.evaluation.extractors import load_extractor
-from dvdp.evaluation.fidelity import measure
-from dvdp.evaluation.reference import read_reference
+from dvdp.evaluation.reference import measure, read_features, read_reference
 from dvdp.files import write_atomically
 from dvdp.identity import sampling_hash
 from dvdp.models.export import load_model
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="of benchmarks/study.py")
     parser.add_argument("--settings", nargs="+", required=True)
     parser.add_argument("--solver")
-    parser.add_argument("--timestep_spacing")
+    parser.add_argument("--timestep-spacing")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -48,12 +47,13 @@ def main() -> None:
     sampling = replace(params.sampling, **{name: value for name, value in asked.items() if value is not None})
     store = prepared(params, options.work / params.dataset.name, None)
     data = options.work / params.dataset.name
-    extractor, reference = load_extractor(data / "extractor"), read_reference(data / "reference")
+    extractor, reference = load_extractor(data / "extractor"), data / "reference"
+    real = read_features(reference, read_reference(reference))
     half = params.evaluation.samples // 2
 
     def score(images: Dataset) -> float:
         subset = min(params.evaluation.kid_subset, half)
-        return measure(images, (data / "reference", reference.cache_name), extractor, subset, False)[metric(params)]
+        return measure(images, real, extractor, subset, False)[metric(params)]
 
     rows: list[dict[str, object]] = []
     for run, folder in trained(params, options.settings, options.work, store):
@@ -70,7 +70,7 @@ def main() -> None:
                 sampling.options(),
                 batch=sampling.batch,
                 metric=metric(params),
-                label_counts=model.label_counts,
+                classes=model.classes,
             )
             write_atomically(kept, found.to_json())
         rows.append(_row(run, Audit.from_json(kept.read_text(), str(kept))))

@@ -40,9 +40,10 @@ from dvdp.config import Run, parse_params
 from dvdp.data.loading import ArrayImages
 from dvdp.data.moments import Moments
 from dvdp.diffusion import bands
-from dvdp.diffusion.randomness import ImageNoise, derive_seed, image_labels
+from dvdp.diffusion.randomness import ImageNoise, derive_seed
 from dvdp.diffusion.sampling import sample
 from dvdp.diffusion.timesteps import step_grid
+from dvdp.models.classes import Classes
 from dvdp.models.denoiser import NetworkDenoiser, example
 from dvdp.models.export import load_model
 from dvdp.models.flops import mean_flops, relative_flops, training_images
@@ -141,15 +142,16 @@ def posterior(process: Process, t: Tensor, s: Tensor, level: int, variance: str)
 
 
 def ddim_step(process: Process, t: Tensor, s: Tensor, level: int, eta: float) -> Tensor:
-    return torch.stack(process.implicit(t, s, level, eta))
+    return torch.stack(process.ddim(t, s, level, eta))
 
 
 def lift(process: Process, x: Tensor, level: int, noise: Tensor, data_std: float) -> Tensor:
-    return process.lift(x, level, noise, data_std)
+    return Process(process.schedule, [data_std] * (process.levels + 1)).lift(x, level, noise)
 
 
 def draw(process: Process, denoiser: Callable[..., Tensor], count: int, **options: Any) -> Tensor:
     """Samples; options are steps, solver, eta, variance, clip, timestep_spacing, share, lift_std, labels, start, ..."""
+    process = Process(process.schedule, options.pop("lift_std", None))
     return sample(process, denoiser, (count, 3, SIZE, SIZE), **_sampling(options))
 
 
@@ -188,6 +190,7 @@ def model_samples(folder: Path, count: int, **options: Any) -> Tensor:
 
 
 def generated_std(schedule: Schedule, std: Sequence[float], steps: int, **options: Any) -> list[float]:
+    options["lift"] = "data" if options.pop("lift_std") else "noise"
     return planning.generated_std(schedule, std, steps, **_sampling(options))
 
 
@@ -204,7 +207,7 @@ def best_plans(run: Run, data_std: Sequence[float]) -> list[float]:
 
 
 def _plan_numbers(plan: Any) -> list[float]:
-    several = (plan.turning_points, plan.shares, plan.calls, plan.band_errors, plan.lift_losses)
+    several = (plan.turning_points, plan.shares, plan.nfe, plan.band_errors, plan.lift_losses)
     one = [plan.error, plan.excess, plan.training_speedup, plan.sampling_speedup]
     return [*(float(number) for numbers in several for number in numbers), *one]
 
@@ -231,8 +234,8 @@ def image_noise(seed: int, first: int, count: int, shape: Sequence[int]) -> Tens
     return ImageNoise(seed, first, count).normal(shape)
 
 
-def drawn_labels(counts: Sequence[int], count: int) -> Tensor | None:
-    return image_labels(counts, 4, 2, count)
+def drawn_labels(counts: Sequence[int], count: int) -> Tensor:
+    return Classes(counts).draw(4, 2, count)
 
 
 def seed_of(*purpose: int | str) -> int:
@@ -353,7 +356,7 @@ def schedules() -> Cases:
         draws = [images_of_levels(make_schedule(name, points), d, s) for d in ("all", "one") for s in range(12)]
         cases[f"images of levels {name}"] = numbers(draws)
     cases["image noise"] = image_noise(5, 7, 3, (3, 8, 8))
-    cases["labels"] = numbers(drawn_labels([3, 5, 4, 2], 40).tolist())  # type: ignore[union-attr]
+    cases["labels"] = numbers(drawn_labels([3, 5, 4, 2], 40).tolist())
     cases["seeds"] = numbers([seed_of(3, "weights"), seed_of(0, "image", 17), seed_of("x", 2**40)]) / 2**63
     cases["band energies"] = band_energies(random(3, 3, SIZE, SIZE), 3)
     cases["scaled bands"] = scaled_bands(random(3, 3, SIZE, SIZE), random(3, 4, seed=1))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dvdp.errors import UserError
 
-#: What records from before these could be chosen were made with.
-_EARLIER = {"timestep_spacing": "uniform", "share": "length", "lift": "noise", "num_classes": 0}
-#: What a sampling mapping says that two score_differences scores may differ in.
+#: What a sampling mapping says that two comparable scores may differ in.
 _INCIDENTAL = ("seed", "batch", "count", "first")
 
 
@@ -70,6 +70,11 @@ class ScoreRecord:
             ) from None
 
 
+def mean_and_spread(scores: Sequence[float]) -> tuple[float, float]:
+    """Over seeds: the mean, and the standard deviation, which is 0 for one seed."""
+    return statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+
+
 def score_differences(a: ScoreRecord, b: ScoreRecord) -> list[str]:
     """The fields in which two records disagree in what matters; empty if their scores may be compared."""
     # Everything a score depends on, but where the samples come from, which is looked at key by key.
@@ -80,5 +85,4 @@ def score_differences(a: ScoreRecord, b: ScoreRecord) -> list[str]:
     if a.headline != b.headline:
         different.append("metrics")
     keys = sorted((a.sampling.keys() | b.sampling.keys()) - set(_INCIDENTAL))
-    first, second = ({**_EARLIER, **record.sampling} if record.sampling else {} for record in (a, b))
-    return different + [f"sampling.{key}" for key in keys if first.get(key) != second.get(key)]
+    return different + [f"sampling.{key}" for key in keys if a.sampling.get(key) != b.sampling.get(key)]

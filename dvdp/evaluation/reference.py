@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from dvdp import tensors
 from dvdp.diffusion.randomness import generator
 from dvdp.errors import UserError
 from dvdp.evaluation.extractors import Extractor, Images, file_sha256
-from dvdp.evaluation.published import write_statistics
+from dvdp.evaluation.published import Statistics, write_statistics
 from dvdp.files import write_atomically
 
 #: Real images on either side of an anchor, at most: each costs another pass through the extractor.
 ANCHOR_IMAGES = 5_000
 #: Precision and recall look at the third neighbour beside the image itself.
 FEWEST = 4
+#: Changes whenever the file of features does.
+KIND = "dvdp reference 1"
+FILE = "features.safetensors"
+AGAIN = "run `dvdp reference` again"
 
 
 @dataclass(frozen=True)
@@ -46,33 +50,39 @@ class Reference:
     anchors: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Scores to read others by: {"halves" | "blurred" | "noised": {"samples", "references", "metrics"}}."""
     warnings: list[str] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of the cached features and statistics."""
+    sha256: str = ""
+    """Of the file of features, whose header holds all that they depend on."""
 
-    @property
-    def cache_name(self) -> str:
-        """Holds everything the features depend on: torch-fidelity looks its cache up by nothing else."""
-        identity = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("anchors", "files", "warnings")}
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        return f"{self.extractor}-{self.count}x{self.resolution}px-{digest[:32]}"
+    def identity(self) -> dict[str, Any]:
+        """All that the features depend on."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("anchors", "sha256", "warnings")}
+
+
+class RealFeatures(NamedTuple):
+    """Of real images."""
+
+    rows: Tensor
+    """(n, f)"""
+    statistics: Statistics
+    """Of these rows."""
 
 
 def make_reference(
     images: Images, digest: str, extractor: Extractor, out: Path, kid_subset: int = 100, gpu: bool = False
 ) -> Reference:
-    """Features and statistics of the real images in torch-fidelity's cache, and ``reference.json``, written last.
+    """Write features and statistics of the real images, ``features.safetensors``, and then ``reference.json``.
 
     The anchors say how to read scores. They compare two disjoint halves of the real images, of at most 5000 each:
     as they are (the noise floor), and with the first half blurred or noised.
 
     Args:
         digest: of the data set.
-        out: the folder of the cache and of ``reference.json``; what other references left there is removed.
+        out: their folder.
 
     Raises:
         UserError: too few images, or images of another resolution than the extractor's.
     """
-    from dvdp.evaluation.fidelity import LIBRARY, remember
+    from dvdp.evaluation.fidelity import LIBRARY
 
     if len(images) < 2 * FEWEST:
         raise UserError(
@@ -82,8 +92,8 @@ def make_reference(
     resolution = real[0].shape[-1]
     if extractor.resolution not in (None, resolution):
         raise UserError(
-            f"extractor: found one trained on {extractor.resolution} px images for a data set of {resolution} px, expected the"
-            " same resolution; run `dvdp extractor` again."
+            f"extractor: found one trained on {extractor.resolution} px images for a data set of {resolution} px,"
+            " expected the same resolution; run `dvdp extractor` again."
         )
     reference = Reference(
         extractor=extractor.name,
@@ -95,9 +105,7 @@ def make_reference(
         preprocessing=extractor.preprocessing,
         library=LIBRARY,
     )
-    name = reference.cache_name
-
-    remember(real, extractor, (out, name), gpu)
+    rows, statistics = _real_features(real, extractor, gpu, "reference")
     anchors = _anchors(real, digest, extractor, kid_subset, gpu)
     frechet, floor = next(iter(anchors["halves"]["metrics"].items()))
     remarks = [
@@ -109,12 +117,12 @@ def make_reference(
     for remark in remarks:
         warnings.warn(remark, stacklevel=2)
 
-    files = {path.name: file_sha256(path) for path in sorted(out.glob(f"{name}-*.pt"))}
-    reference = dataclasses.replace(reference, anchors=anchors, files=files, warnings=remarks)
+    arrays = {"mu": torch.from_numpy(statistics.mu), "sigma": torch.from_numpy(statistics.sigma)}
+    content = tensors.pack(KIND, reference.identity(), {"features": rows, **arrays})
+    digest = hashlib.sha256(content).hexdigest()
+    reference = dataclasses.replace(reference, anchors=anchors, warnings=remarks, sha256=digest)
+    write_atomically(out / FILE, content)
     write_atomically(out / "reference.json", json.dumps(dataclasses.asdict(reference), indent=2) + "\n")
-    for path in out.glob("*.pt"):
-        if path.name not in files:
-            path.unlink()
     return reference
 
 
@@ -125,50 +133,74 @@ def read_reference(folder: Path) -> Reference:
         UserError: it is missing, damaged or none of ours.
     """
     path = Path(folder) / "reference.json"
-    again = "run `dvdp reference` again."
     if not path.is_file():
-        raise UserError(f"reference: found no file '{path}', expected the description of a reference; {again}")
+        raise UserError(f"reference: found no file '{path}', expected the description of a reference; {AGAIN}.")
     try:
         reference = Reference(**json.loads(path.read_text()))
     except (ValueError, TypeError):
-        raise UserError(f"reference: found '{path}', which describes none, expected one of ours; {again}") from None
-    # torch-fidelity unpickles these files: only those that make_reference wrote may get there.
-    found = {file.name: file_sha256(file) for file in path.parent.glob(f"{reference.cache_name}-*.pt")}
-    if not found or found != reference.files:
-        raise UserError(
-            f"reference: found features in '{folder}' that are missing or changed, expected those that"
-            f" '{path.name}' describes; {again}"
-        )
+        raise UserError(f"reference: found '{path}', which describes none, expected one of ours; {AGAIN}.") from None
+    features = path.with_name(FILE)
+    if not features.is_file() or file_sha256(features) != reference.sha256:
+        raise _changed(features)
     return reference
 
 
-def export_statistics(reference: Path, out: Path) -> None:
-    """Write a reference's mean and covariance as the ``.npz`` file that others read.
+def read_features(folder: Path, reference: Reference) -> RealFeatures:
+    """The features that :func:`make_reference` wrote into ``folder``.
+
+    Raises:
+        UserError: they are not those that ``reference`` describes.
+    """
+    path = Path(folder) / FILE
+    about, arrays = tensors.read(path, KIND, "reference", AGAIN)
+    if about != reference.identity():
+        raise _changed(path)
+    return RealFeatures(arrays["features"], Statistics(arrays["mu"].numpy(), arrays["sigma"].numpy()))
+
+
+def _changed(path: Path) -> UserError:
+    return UserError(
+        f"reference: found '{path}' missing or changed, expected the features that 'reference.json' beside it"
+        f" describes; {AGAIN}."
+    )
+
+
+def export_statistics(folder: Path, out: Path) -> None:
+    """Write the mean and covariance of the reference in ``folder`` as the ``.npz`` file that others read.
 
     Raises:
         UserError: the reference is missing or damaged, or ``out`` does not end in .npz.
     """
-    from dvdp.evaluation.fidelity import statistics
+    write_statistics(out, read_features(folder, read_reference(folder)).statistics)
 
-    real = read_reference(reference)
-    write_statistics(out, statistics((Path(reference), real.cache_name), real.extractor))
+
+def measure(
+    samples: Dataset, real: RealFeatures, extractor: Extractor, kid_subset: int, gpu: bool = False, title: str = "score"
+) -> dict[str, float]:
+    """What :func:`dvdp.evaluation.fidelity.compare` says of the features of these images."""
+    from dvdp.evaluation.fidelity import compare, features_of
+
+    return compare(features_of(samples, extractor, gpu, title), *real, extractor.name, kid_subset)
+
+
+def _real_features(images: Dataset, extractor: Extractor, gpu: bool, title: str) -> RealFeatures:
+    from dvdp.evaluation.fidelity import features_of, statistics_of
+
+    rows = features_of(images, extractor, gpu, title).pooled
+    return RealFeatures(rows, statistics_of(rows))
 
 
 def _anchors(real: Dataset, digest: str, extractor: Extractor, kid_subset: int, gpu: bool) -> dict[str, dict[str, Any]]:
-    from dvdp.evaluation.fidelity import measure, remember
-
     count = len(real)  # type: ignore[arg-type]
     order = torch.randperm(count, generator=generator("anchors", digest)).tolist()
     half = min(count // 2, ANCHOR_IMAGES)
     first, second = Subset(real, order[:half]), Subset(real, order[half : 2 * half])
+    against = _real_features(second, extractor, gpu, "second half")
     anchors = {}
-    with tempfile.TemporaryDirectory() as folder:
-        cache = (Path(folder), "second half")
-        remember(second, extractor, cache, gpu, "second half")
-        for title, change in (("halves", None), ("blurred", _blurred), ("noised", _noised)):
-            images = _Altered(first, change) if change else first
-            metrics = measure(images, cache, extractor, min(kid_subset, half), gpu, title)
-            anchors[title] = {"samples": half, "references": half, "metrics": metrics}
+    for title, change in (("halves", None), ("blurred", _blurred), ("noised", _noised)):
+        images = _Altered(first, change) if change else first
+        metrics = measure(images, against, extractor, min(kid_subset, half), gpu, title)
+        anchors[title] = {"samples": half, "references": half, "metrics": metrics}
     return anchors
 
 

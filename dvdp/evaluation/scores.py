@@ -22,7 +22,7 @@ from dvdp.evaluation.extractors import Extractor
 from dvdp.evaluation.extrapolation import counts_for, extrapolate
 from dvdp.evaluation.published import Published, Statistics
 from dvdp.evaluation.records import ScoreRecord
-from dvdp.evaluation.reference import FEWEST, read_reference
+from dvdp.evaluation.reference import FEWEST, read_features, read_reference
 from dvdp.evaluation.samples import SampleShards
 
 #: Below this many samples a ``fid`` does not compare with published ones.
@@ -51,10 +51,10 @@ def score(
         sampling: EMA profile, solver, steps, seed, ...: kept in the record.
 
     Raises:
-        UserError: fewer images than asked for, a KID subset larger than either set, images of another resolution than the
-            reference's, a reference that is missing, damaged or made with another extractor.
+        UserError: fewer images than asked for, a KID subset larger than either set, images of another resolution than
+            the reference's, a reference that is missing, damaged or made with another extractor.
     """
-    from dvdp.evaluation.fidelity import LIBRARY, compare, features_of, statistics
+    from dvdp.evaluation.fidelity import LIBRARY, compare, features_of
 
     real = read_reference(reference)
     made_with = (real.extractor, real.extractor_sha256, real.library)
@@ -70,10 +70,9 @@ def score(
             f"evaluation.kid_subset: found {kid_subset}, expected at most {min(len(images), real.count)}, the smaller"
             f" of {len(images)} samples and {real.count} references; take smaller subsets or more images."
         )
-    cache = (Path(reference), real.cache_name)
-    features = features_of(images, extractor, gpu)
+    known, features = read_features(reference, real), features_of(images, extractor, gpu)
     record = ScoreRecord(
-        metrics=compare(features, cache, extractor, kid_subset),
+        metrics=compare(features, *known, extractor.name, kid_subset),
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
         samples=len(images),
@@ -86,7 +85,7 @@ def score(
         sampling=_plain(sampling),
         warnings=_remarks(extractor, len(images), real.count),
     )
-    return _extrapolated(record, features, statistics(cache, extractor.name), extractor)
+    return _extrapolated(record, features.pooled, known.statistics, extractor.features)
 
 
 def score_published(
@@ -110,9 +109,9 @@ def score_published(
 
     shards = SampleShards(samples)
     images = _first(shards, count, extractor.resolution or shards.resolution, "the extractor's training images")
-    features = features_of(images, extractor, gpu)
+    features = features_of(images, extractor, gpu).pooled
     record = ScoreRecord(
-        metrics={frechet_name(extractor.name): distance(features, published.statistics, extractor)},
+        metrics={frechet_name(extractor.name): distance(features, published.statistics)},
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
         samples=len(images),
@@ -125,7 +124,7 @@ def score_published(
         sampling=_plain(sampling),
         warnings=[*_remarks(extractor, len(images)), published.warning],
     )
-    return _extrapolated(record, features, published.statistics, extractor)
+    return _extrapolated(record, features, published.statistics, extractor.features)
 
 
 def _first(shards: SampleShards, count: int | None, resolution: int, where: str) -> Subset:
@@ -146,19 +145,17 @@ def _first(shards: SampleShards, count: int | None, resolution: int, where: str)
     return Subset(shards, range(count))
 
 
-def _extrapolated(
-    record: ScoreRecord, features: dict[str, Tensor], real: Statistics, extractor: Extractor
-) -> ScoreRecord:
+def _extrapolated(record: ScoreRecord, rows: Tensor, real: Statistics, features: int) -> ScoreRecord:
     """The record with the distance of infinitely many samples, if there are enough to tell; says its warnings."""
     from dvdp.evaluation.fidelity import distances
 
     for remark in record.warnings:
         warnings.warn(remark, stacklevel=3)
-    counts = counts_for(record.samples, extractor.features)
+    counts = counts_for(record.samples, features)
     if not counts:
         return record
     name = record.headline
-    found = {**distances(features, real, extractor, counts[:-1]), record.samples: record.metrics[name]}
+    found = {**distances(rows, real, counts[:-1]), record.samples: record.metrics[name]}
     line = extrapolate(found)
     return dataclasses.replace(
         record,

@@ -61,7 +61,7 @@ def score_job(job: Sampled, statistics: Path | None = None, remarks: Sequence[st
     places, evaluation, gpu = DataPaths.of(job.params), job.params.evaluation, _gpu_here(job.params)
     extractor = extractor_of(job.params)
     published = None if statistics is None else read_statistics(statistics, extractor.features)
-    path = job.score_path(published.digest if published else read_reference(places.reference).cache_name)
+    path = job.score_path(published.digest if published else read_reference(places.reference).sha256)
     if path.exists():
         return ScoreRecord.from_json(path.read_text(), str(path))
     how = _how(job.run)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch_fidelity
 from PIL import Image
+from torch import Tensor
 
-from dvdp.evaluation.extractors import Extractor
+from dvdp.evaluation.extractors import Extractor, load_network
 
 
 @dataclass(frozen=True)
@@ -49,3 +52,31 @@ def write_pngs(folder: Path, pixels: np.ndarray) -> Path:
     for i, image in enumerate(pixels):
         Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i:05d}.png")
     return folder
+
+
+class OwnFeatures(torch_fidelity.FeatureExtractorBase):
+    """The feature network of :mod:`dvdp.evaluation.extractors`, as torch-fidelity wants it."""
+
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: Any) -> None:
+        super().__init__(name, features_list)
+        self.network, _info = load_network(Path(feature_extractor_weights_path))
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return ("pooled", "logits")
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "pooled"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        features = self.network.features(images)
+        found = {"pooled": features, "logits": self.network.head(features)}
+        return tuple(found[name].double() for name in self.features_list)
+
+
+torch_fidelity.register_feature_extractor("dvdp-convnet", OwnFeatures)
