@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--seed", type=int)
     draw.add_argument("--steps", type=int)
     draw.add_argument("--solver")
-    draw.add_argument("--label", help="class to draw, of a model that is told classes; default: each image its own")
+    draw.add_argument("--label", help="class to draw, of a class-conditional model; default: each image its own")
     draw.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     draw.add_argument("--out", default="samples.png", metavar="FILE", help="a .png")
     draw.set_defaults(command=_draw)

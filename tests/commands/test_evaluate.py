@@ -31,7 +31,13 @@ ADDRESS = f"models:/{NAME}/1"
 TREE: dict[str, Any] = {
     "dataset": {"name": "digits", "resolution": 8},
     "settings": [{"name": "dvdp-300", "process": "dvdp", "turning_points": [300]}],
-    "model": {"model_channels": 8, "channel_mult": [1], "attention_factors": [], "num_head_channels": 8},
+    "model": {
+        "model_channels": 8,
+        "channel_mult": [1],
+        "attention_factors": [],
+        "num_head_channels": 8,
+        "num_classes": 0,
+    },
     "training": {"preview_steps": 4},
     "cluster": {"threads": 1},
     "sampling": {"steps": 4, "count": 12, "seed": 3},

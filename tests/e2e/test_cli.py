@@ -15,7 +15,8 @@ import yaml
 
 from dvdp.training import checkpoints
 from pipelines.cli import main
-from tests.e2e.support import TINY, free_port
+from tests.e2e.support import TINY
+from tests.tracking.support import free_port
 
 Answer = Callable[..., str]
 

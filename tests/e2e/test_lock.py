@@ -20,7 +20,7 @@ from dvdp.training import ledger, loop
 def tiny_run() -> Run:
     tree = {
         "dataset": {"resolution": 8},
-        "model": {"model_channels": 4, "channel_mult": [1], "attention_factors": []},
+        "model": {"model_channels": 4, "channel_mult": [1], "attention_factors": [], "num_classes": 0},
         "training": {"images": 120, "batch": 4, "log_images": 12, "checkpoint_images": 12, "preview_steps": 4},
     }
     return parse_params(tree).runs()[0]

@@ -34,7 +34,13 @@ def run_of(points: tuple[int, ...] = (), resolution: int = 32, **sampling: Any) 
     tree = {
         "dataset": {"resolution": resolution},
         "settings": [{"name": "a", "process": "dvdp", "turning_points": list(points)}],
-        "model": {"model_channels": 8, "channel_mult": [1, 2], "attention_factors": [], "num_head_channels": 8},
+        "model": {
+            "model_channels": 8,
+            "channel_mult": [1, 2],
+            "attention_factors": [],
+            "num_head_channels": 8,
+            "num_classes": 0,
+        },
         "sampling": {"steps": 40, **sampling},
         "training": {"preview_steps": 10},
     }
@@ -175,7 +181,7 @@ def test_levels_end_where_resolution_network_steps_or_bands_do() -> None:
     assert most_levels(dataclasses.replace(run_of(), sampling=run_of(steps=3).sampling), len(DATA)) == 2
     with pytest.raises(UserError, match=r"^turning_points: found 1 steps and data of 5 bands, expected at least 2"):
         most_levels(run_of(steps=1), len(DATA))
-    with pytest.raises(UserError, match=r"^channel_mult: found 2 stages"):
+    with pytest.raises(UserError, match=r"^model\.channel_mult: found 2 stages"):
         most_levels(run_of(resolution=6), len(DATA))
 
 
@@ -184,7 +190,7 @@ def test_levels_end_where_resolution_network_steps_or_bands_do() -> None:
     [
         ((100, 200, 300), None, r"^turning_points: found \[100, 200, 300\], expected at most 2, the bands"),
         ((100, 200), [3.0, 1.0], r"^costs: found 2 numbers, expected one for each of 3 levels"),
-        ((100, 200, 300, 400, 500), None, r"^channel_mult: found 2 stages"),
+        ((100, 200, 300, 400, 500), None, r"^model\.channel_mult: found 2 stages"),
     ],
 )
 def test_a_plan_that_cannot_be_is_one_sentence(points: tuple[int, ...], costs: list[float] | None, text: str) -> None:

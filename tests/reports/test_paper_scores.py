@@ -26,7 +26,7 @@ from pipelines.reports.paper_scores import fill_tables
 from pipelines.tracking.runs import DATASET, DATASET_DIGEST, SAMPLING_HASH, SETTING, TrackedRun, open_run
 from tests.tracking.support import empty_store
 
-SMALL = {"model_channels": 8, "channel_mult": [1, 2], "attention_factors": [], "num_head_channels": 8}
+SMALL = {"model_channels": 8, "channel_mult": [1, 2], "attention_factors": [], "num_head_channels": 8, "num_classes": 0}
 SCORE = ScoreRecord({"fid": 1.0}, "inception", "e", 50_000, 50_000, "r", "none", 32, 1000, "torch-fidelity")
 
 

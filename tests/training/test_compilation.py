@@ -23,7 +23,9 @@ def tiny_run(*, compiled: bool) -> Run:
     tree = {
         "dataset": {"resolution": 8},
         "settings": [{"name": "small", "process": "dvdp", "turning_points": [500]}],
-        "model": {"model_channels": 4, "channel_mult": [1], "attention_factors": [], "num_head_channels": 4},
+        "model": {
+            "model_channels": 4, "channel_mult": [1], "attention_factors": [], "num_head_channels": 4, "num_classes": 0,
+        },
         "training": {
             "images": 48, "budget": "images", "batch": 8, "warmup_images": 8, "checkpoint_images": 24, "log_images": 8,
             "preview_images": 0, "compile": compiled,

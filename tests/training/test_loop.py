@@ -29,6 +29,7 @@ def tiny_run(**training: object) -> Run:
             "channel_mult": [1, 2],
             "attention_factors": [2],
             "num_head_channels": 8,
+            "num_classes": 0,
             "dropout": 0.1,
         },
         "training": {

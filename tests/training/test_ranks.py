@@ -26,6 +26,7 @@ def small_run() -> Run:
             "num_res_blocks": 2,
             "attention_factors": [2],
             "num_head_channels": 8,
+            "num_classes": 0,
         },
         "training": {"images": 360, "budget": "images", "batch": 12, "accumulation": 6, "warmup_images": 0},
     }
