@@ -64,10 +64,13 @@ for _name in ("prefect.task_runs", "prefect.flow_runs"):
 
 
 @flow(name="experiment")
-def experiment(params_file: str = "params.yaml", reports: str | None = None) -> State | None:
+def experiment(
+    params_file: str = "params.yaml", reports: str | None = None, overrides: list[str] | None = None
+) -> State | None:
     """Run every setting of a params file and compare them.
 
     Args:
+        overrides: other values than the file's, each as ``key=value``; see :func:`dvdp.config.read_params`.
         reports: folder of the report, an output of ``dvc repro``. Without it (as when scheduled) nothing that DVC
             tracks is written: the data must be what ``dvc.lock`` names, and the report goes beside the runs.
 
@@ -75,7 +78,7 @@ def experiment(params_file: str = "params.yaml", reports: str | None = None) -> 
         A failed state that says which settings failed and why, if any did (they do not stop the others), or that
         MLflow was unavailable.
     """
-    params = read_params(params_file)
+    params = read_params(params_file, overrides or ())
     if reports is None:
         check_data_is_locked(DataPaths.of(params).store)
     check_scorable(params)
