@@ -222,12 +222,12 @@ class TrainingParams(Section):
     """Of a step: all of them, each with its share of the batch, or one, with the whole batch."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """AdamW, or Muon for the matrices of the network and AdamW for the rest."""
-    learning_rate: Annotated[float, Field(gt=0, le=100)] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
     warmup_images: ImagesOrNone = 1_000
     cooldown: Share = 0.7
     """Share of the images, the last ones, over which the learning rate falls linearly to 0."""
-    clip_norm: Annotated[float, Field(gt=0, le=10**9)] = 1.0
+    clip_norm: Annotated[float, Field(gt=0, le=1e30)] = 1.0
     precision: Precision = "fp32"
     ema_halflife_images: Images = 5_000
     ema_ramp: Annotated[float, Field(gt=0, le=10**6)] = 0.1
@@ -575,7 +575,8 @@ def _sentence(error: pydantic.ValidationError, kind: type) -> str:
     # Where several kinds of values are allowed there is an error for each.
     alike = [first, *(other for other in others if _keys(other["loc"]) == where)]
     texts = (EXPECTED.get(e["type"], e["msg"].removeprefix("Input should be ")) for e in alike)
-    expected = " or ".join(text.format(**e.get("ctx", {})) for text, e in zip(texts, alike, strict=True))
+    bounds = ({k: f"{v:g}" if isinstance(v, float) else v for k, v in e.get("ctx", {}).items()} for e in alike)
+    expected = " or ".join(text.format(**values) for text, values in zip(texts, bounds, strict=True))
     hint = did_you_mean(first["input"], re.findall("'(.*?)'", expected)) if isinstance(first["input"], str) else ""
     return f"{key}: found {'nothing' if problem == 'missing' else _shown(first['input'])}{hint}, expected {expected}"
 

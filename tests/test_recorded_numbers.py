@@ -4,7 +4,7 @@ Every case is a fixed computation on the CPU: tiny networks, random images of 16
 in ``recorded_numbers.json`` as a SHA-256 and a few statistics. On the machine of the recording (:func:`machine`) the
 bytes must be the same where the case says ``"exact": true``; with ``"exact": false`` the statistics must agree within
 :data:`SAME_MACHINE`, or ``"within"`` where the case has it, which is for changes that only round otherwise (of a
-network's samples in float32, and of Muon, which magnifies rounding in its bf16 products). On any other machine the statistics must agree
+network's samples in float32, and of Muon, whose products in bf16 magnify it). On any other machine they must agree
 within the tolerance of the group, as other kernels add in another order.
 
     export PYTHONPATH=.

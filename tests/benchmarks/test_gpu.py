@@ -102,7 +102,7 @@ def test_steps_are_measured_in_each_eager_mode(tmp_path: Path) -> None:
 @pytest.mark.slow
 @COMPILER
 def test_steps_are_measured_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = ModelParams(model_channels=4, channel_mult=(1,), attention_factors=(), num_head_channels=4)
+    small = ModelParams(model_channels=4, channel_mult=(1,), attention_factors=(), num_head_channels=4, num_classes=0)
     monkeypatch.setattr(steps, "TOY", {8: (10, small)})
     steps.run(options(tmp_path / "steps.json", resolution=32, mode=["compiled"], seconds=3000.0))
     result = json.loads((tmp_path / "steps.json").read_text())
@@ -227,7 +227,7 @@ def test_an_archive_is_scored_by_an_extractor_made_before(tmp_path: Path) -> Non
 @pytest.mark.slow
 @COMPILER
 def test_settings_train_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = ModelParams(model_channels=4, channel_mult=(1,), attention_factors=(), num_head_channels=4)
+    small = ModelParams(model_channels=4, channel_mult=(1,), attention_factors=(), num_head_channels=4, num_classes=0)
     monkeypatch.setattr(cifar10, "TOY_MODEL", small)
     np.save(tmp_path / "images.npy", pictures(20, resolution=8))
     given = ["--images", tmp_path / "images.npy", *TOY_RUN, "--compile", "--out", tmp_path]

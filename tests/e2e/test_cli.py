@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -207,3 +208,46 @@ def test_drawing_names_what_is_wrong_with_its_arguments(answer: Answer, tmp_path
     assert "no whole safetensors file" in answer("draw", "text.safetensors")
     assert answer("draw", "text.safetensors", "--count", "0").startswith("--count: found 0")
     assert answer("draw", "text.safetensors", "--out", "samples.jpeg").startswith("--out: found 'samples.jpeg'")
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ([], "Missing command; see `dvdp --help`."),
+        (["trian"], "No such command 'trian' (did you mean 'train'?); see `dvdp --help`."),
+        (["train", "--pramas", "x"], "No such option: --pramas"),
+        (["train", "--seed", "x"], "Invalid value for '--seed'"),
+        (["plan", "--tolerance"], "Option '--tolerance' requires an argument"),
+        (["draw"], "Missing argument 'weights'; see `dvdp draw --help`."),
+        (["check", "-S", "training.batch"], "-S: found 'training.batch', expected KEY=VALUE"),
+        (["check", "-S", "training.bacth=3"], "params.yaml -S training.bacth=3: training.bacth: unknown key"),
+        (["experiment", "-S", "settings.1.turning_points=[0]"], "settings.1.turning_points: found [0]"),
+    ],
+)
+def test_mistake_in_a_command_line_is_one_sentence(answer: Answer, command: list[str], told: str) -> None:
+    assert told in answer(*command)
+
+
+def test_params_are_printed_with_every_key_and_with_overrides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("{dataset: {resolution: 16}}")
+    command = ["params", "--params", "mine.yaml", "-S", "training.batch=8", "-S", "settings.1.turning_points=[500]"]
+    assert main(command) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert (tree["dataset"]["resolution"], tree["training"]["batch"]) == (16, 8)
+    assert tree["settings"][1]["turning_points"] == [500]
+    assert main([*command, "--out", "params.yaml"]) == 0
+    assert yaml.safe_load(Path("params.yaml").read_text()) == tree
+    assert main(["check"]) == 0
+    assert "dvdp-600 seed 0" in capsys.readouterr().out
+
+
+def test_help_lists_every_command_without_importing_torch() -> None:
+    code = (
+        "import sys; from pipelines.cli import main; main(['--help']); print(sorted({'torch', 'ray'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+    assert all(f" {command} " in done.stdout for command in (*COMMANDS, "verify", "stats", "draw", "params"))

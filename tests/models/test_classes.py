@@ -15,7 +15,7 @@ from dvdp import Process, Schedule, UserError, sample
 from dvdp.config import ModelParams, Run, parse_params
 from dvdp.data.loading import ArrayImages
 from dvdp.models.classes import Classes
-from dvdp.models.export import TrainedModel, load_model, save_model
+from dvdp.models.export import TrainedModel, load_model
 from dvdp.models.unet import build_network
 from dvdp.training.loop import Training, train
 
@@ -53,6 +53,9 @@ def class_run(**model: object) -> Run:
             "preview_images": 3200,
             "preview_count": 8,
             "preview_steps": 8,
+            "optimizer": "adamw",
+            "cooldown": 0.0,
+            "precision": "fp32",
         },
         "sampling": {"steps": 20},
     }
@@ -198,15 +201,6 @@ def test_a_class_there_is_not_is_named(model: TrainedModel) -> None:
     plain = dataclasses.replace(model, classes=None)
     with pytest.raises(UserError, match=r"^label: found 'dark', expected none, as this model is unconditional"):
         plain.sample(1, label="dark")
-
-
-def test_weights_of_a_release_without_classes_are_unconditional(tmp_path: Path) -> None:
-    run = class_run(num_classes=0)
-    about = {"run": run.describe()}
-    for section in ("model", "reference_model"):
-        del about["run"][section]["num_classes"]
-    save_model(tmp_path / "old.safetensors", build_network(run.model, 1).state_dict(), about)
-    assert load_model(tmp_path / "old.safetensors").classes is None
 
 
 @pytest.mark.parametrize("about", [{}, {"label_counts": [30, 10]}, {"label_counts": [0, 0, 0]}])

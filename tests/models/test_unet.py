@@ -13,7 +13,12 @@ from dvdp.models.ops import attend, convolve_doubled
 from dvdp.models.unet import UNet
 
 SMALL = ModelParams(
-    model_channels=8, channel_mult=(1, 2, 2), num_res_blocks=2, attention_factors=(2, 4), num_head_channels=8
+    model_channels=8,
+    channel_mult=(1, 2, 2),
+    num_res_blocks=2,
+    attention_factors=(2, 4),
+    num_head_channels=8,
+    num_classes=0,
 )
 
 
@@ -43,7 +48,9 @@ def test_the_output_depends_on_pixels_time_and_level() -> None:
 
 
 def test_dropout_is_off_in_evaluation() -> None:
-    network = awake(UNet(ModelParams(model_channels=8, channel_mult=(1,), attention_factors=(), dropout=0.5))).eval()
+    network = awake(
+        UNet(ModelParams(model_channels=8, channel_mult=(1,), attention_factors=(), dropout=0.5, num_classes=0))
+    ).eval()
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([10])
     assert torch.equal(network(x, t, 0), network(x, t, 0))
     network.train()
@@ -60,6 +67,7 @@ def test_dropout_is_off_in_evaluation() -> None:
                 num_res_blocks=3,
                 attention_factors=(2, 4),
                 num_head_channels=64,
+                num_classes=0,
             ),
             32,
             57.1,
@@ -72,6 +80,7 @@ def test_dropout_is_off_in_evaluation() -> None:
                 num_res_blocks=2,
                 attention_factors=(8, 16, 32),
                 num_head_channels=64,
+                num_classes=0,
             ),
             256,
             138.3,

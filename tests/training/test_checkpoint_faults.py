@@ -32,7 +32,7 @@ torch.set_num_threads(1)
         "model_channels": 192, "channel_mult": [1], "attention_factors": [1], "num_head_channels": 64, "num_classes": 0,
     },
     "training": {"images": 64, "budget": "images", "batch": 4, "warmup_images": 0, "checkpoint_images": 4,
-                 "keep_checkpoints": 2, "preview_images": 0},
+                 "keep_checkpoints": 2, "preview_images": 0, "optimizer": "adamw", "precision": "fp32"},
     "sampling": {"steps": 4},
 }).runs()
 pictures = np.random.default_rng(0).integers(0, 256, (16, 3, 8, 8), dtype=np.uint8)

@@ -28,7 +28,7 @@ def tiny_run(*, compiled: bool) -> Run:
         },
         "training": {
             "images": 48, "budget": "images", "batch": 8, "warmup_images": 8, "checkpoint_images": 24, "log_images": 8,
-            "preview_images": 0, "compile": compiled,
+            "preview_images": 0, "compile": compiled, "optimizer": "adamw", "precision": "fp32",
         },
     }  # fmt: skip
     return parse_params(tree).runs()[0]

@@ -14,7 +14,14 @@ from dvdp.training.optimizer import Muon, build_optimizers, pack_optimizers, unp
 def network(networks: str = "shared") -> nn.Module:
     torch.manual_seed(0)
     return build_network(
-        ModelParams(model_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_factors=(2,), networks=networks),
+        ModelParams(
+            model_channels=8,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attention_factors=(2,),
+            networks=networks,
+            num_classes=0,
+        ),
         2,
     )
 

@@ -31,6 +31,7 @@ def small_run() -> Run:
         "training": {"images": 360, "budget": "images", "batch": 12, "accumulation": 6, "warmup_images": 0},
     }
     tree["training"] |= {"checkpoint_images": 120, "keep_checkpoints": 9, "log_images": 84, "preview_images": 0}
+    tree["training"] |= {"optimizer": "adamw", "learning_rate": 0.001, "cooldown": 0.0, "precision": "fp32"}
     return parse_params(tree).runs()[0]
 
 
