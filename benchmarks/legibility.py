@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dvdp.config import read_params
 from dvdp.data.store import ImageStore
-from dvdp.diffusion.randomness import image_labels
 from dvdp.evaluation.extractors import FeatureNetwork, load_network
 from dvdp.evaluation.samples import SampleShards
 from dvdp.models.export import load_model
@@ -39,9 +38,9 @@ def main() -> None:
         about = json.loads(file.read_text())["run"]
         for folder in sorted(file.parent.glob("samples/*")):
             shards = SampleShards(folder)
-            counts = load_model(file.with_name("weights.safetensors")).label_counts
-            told = image_labels(counts, about["sampling"]["seed"], 0, len(shards))
-            print(f"{about['setting']}: {_sure(network, torch.stack([shards[i] for i in range(len(shards))]), told)}")
+            model = load_model(file.with_name("weights.safetensors"))
+            drawn = model.labels(about["sampling"]["seed"], 0, len(shards))
+            print(f"{about['setting']}: {_sure(network, torch.stack([shards[i] for i in range(len(shards))]), drawn)}")
 
 
 def _sure(network: FeatureNetwork, images: Tensor, labels: Tensor | None = None) -> str:

@@ -70,7 +70,7 @@ def main() -> None:
                 sampling.options(),
                 batch=sampling.batch,
                 metric=metric(params),
-                label_counts=model.label_counts,
+                classes=model.classes,
             )
             write_atomically(kept, found.to_json())
         rows.append(_row(run, Audit.from_json(kept.read_text(), str(kept))))

@@ -6,7 +6,6 @@ A setting that fails does not stop the others; the flow then ends failed. Whatev
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import hashlib
@@ -28,6 +27,7 @@ from prefect.tasks import exponential_backoff
 from dvdp.config import read_params
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
+from dvdp.evaluation.figures import data_url
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.flops import relative_flops, training_images
 from dvdp.training.loop import is_finished
@@ -201,19 +201,15 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
     key = re.sub("[^a-z0-9]+", "-", results[0].job.params.dataset.name.lower())
     create_table_artifact([dict(zip(headings, line, strict=True)) for line in cells], key=f"comparison-{key}")
     create_markdown_artifact(report.text + "\n\n" + "\n\n".join(legend(rows, results[0].record)), key=f"report-{key}")
-    create_image_artifact(_data_url(report.contact_sheet), key=f"samples-{key}")
+    create_image_artifact(data_url(report.contact_sheet), key=f"samples-{key}")
     for result in results:
         name = re.sub("[^a-z0-9]+", "-", result.job.name.lower())
-        create_image_artifact(_data_url(draw_process(result.job)), key=f"process-{key}-{name}")
+        create_image_artifact(data_url(draw_process(result.job)), key=f"process-{key}-{name}")
     try:
         _compare_in_mlflow(results, rows, report)
     except TrackingUnavailable as unavailable:
         return str(unavailable)
     return ""
-
-
-def _data_url(picture: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
 
 
 def _compare_in_mlflow(results: list[Result], rows: list[Row], report: Report) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -359,32 +356,3 @@ def test_a_setting_gives_its_schedule() -> None:
         assert run.build_schedule().turning_points == schedule.turning_points
         assert torch.equal(run.build_schedule().signal, schedule.signal)
         assert torch.equal(run.build_schedule().noise, schedule.noise)
-
-
-# --- what an import costs ----------------------------------------------------------------------------------------
-
-
-MEASURE = """
-import json, sys, time
-import torch
-
-start = time.process_time()
-import dvdp
-
-seconds = time.process_time() - start
-by_dvdp = sorted({name.partition(".")[0] for name in sys.modules})
-import dvdp.config
-
-dvdp.config.Params()
-by_config = sorted({name.partition(".")[0] for name in sys.modules})
-print(json.dumps({"seconds": seconds, "dvdp": by_dvdp, "config": by_config}))
-"""
-
-
-def test_import_is_quick_beyond_torch_and_drags_in_nothing_optional() -> None:
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    assert found["seconds"] < 0.5
-    optional = {"lmdb", "ray", "mlflow", "prefect", "dvc", "matplotlib", "sklearn", "albumentations"}
-    assert not optional & set(found["config"])
-    assert not (optional | {"yaml"}) & set(found["dvdp"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[1]
-#: What each room may import of ours, at any depth of a function, beside itself. Small modules count as rooms.
+#: What each package may import of ours, at any depth of a function, beside itself. Small modules count as packages.
 MAY_IMPORT = {
     "dvdp": {"dvdp.errors", "dvdp.diffusion"},
     "dvdp.errors": set(),
@@ -58,7 +59,7 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     """The longest known beginning of a module's name."""
     parts = module.split(".")
     return next(name for i in range(len(parts), 0, -1) if (name := ".".join(parts[:i])) in MAY_IMPORT)
@@ -88,30 +89,30 @@ def edges() -> set[tuple[str, str]]:
     return {(module_of(path), name) for path in sources() for name in imported(path) if name.split(".")[0] in ours}
 
 
-def test_no_room_imports_another_that_it_must_not() -> None:
+def test_no_package_imports_another_that_it_must_not() -> None:
     wrong = []
     for module, name in sorted(edges()):
-        room, other = room_of(module), room_of(name)
-        allowed = MAY_IMPORT[room] | {room}
+        package, other = package_of(module), package_of(name)
+        allowed = MAY_IMPORT[package] | {package}
         if not any(other == a or other.startswith(f"{a}.") for a in allowed):
             wrong.append(f"{module} imports {name}")
     assert not wrong, wrong
 
 
-def test_rooms_import_each_other_in_no_circle() -> None:
+def test_packages_import_each_other_in_no_circle() -> None:
     graph: dict[str, set[str]] = {}
     for module, name in edges():
-        if room_of(module) != room_of(name):
-            graph.setdefault(room_of(module), set()).add(room_of(name))
+        if package_of(module) != package_of(name):
+            graph.setdefault(package_of(module), set()).add(package_of(name))
 
-    def circle(room: str, way: tuple[str, ...]) -> tuple[str, ...] | None:
-        if room in way:
-            return (*way[way.index(room) :], room)
-        return next((c for other in sorted(graph.get(room, ())) if (c := circle(other, (*way, room)))), None)
+    def circle(package: str, way: tuple[str, ...]) -> tuple[str, ...] | None:
+        if package in way:
+            return (*way[way.index(package) :], package)
+        return next((c for other in sorted(graph.get(package, ())) if (c := circle(other, (*way, package)))), None)
 
     # dvdp.config names the sources, and preparing reads its section of the params: one module of each.
     known = ("dvdp.config", "dvdp.data", "dvdp.config")
-    found = [c for room in graph if (c := circle(room, ())) and set(c) != set(known)]
+    found = [c for package in graph if (c := circle(package, ())) and set(c) != set(known)]
     assert not found, found
 
 
@@ -139,3 +140,42 @@ def test_importing_dvdp_imports_nothing_beside_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
     new = {name.split(".")[0] for name in done.stdout.split()}
     assert new - set(sys.stdlib_module_names) <= {"dvdp", "torch", "_distutils_hack"}, new
+
+
+MEASURE = """
+import json, sys, time
+import torch
+
+start = time.process_time()
+import dvdp
+
+seconds = time.process_time() - start
+by_dvdp = sorted({name.partition(".")[0] for name in sys.modules})
+import dvdp.config
+
+dvdp.config.Params()
+by_config = sorted({name.partition(".")[0] for name in sys.modules})
+print(json.dumps({"seconds": seconds, "dvdp": by_dvdp, "config": by_config}))
+"""
+
+
+def test_import_is_quick_beyond_torch_and_drags_in_nothing_optional() -> None:
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, cwd=PROJECT)
+    found = json.loads(done.stdout)
+    assert found["seconds"] < 0.5
+    optional = {"lmdb", "ray", "mlflow", "prefect", "dvc", "matplotlib", "sklearn", "albumentations"}
+    assert not optional & set(found["config"])
+    assert not (optional | {"yaml"}) & set(found["dvdp"])
+
+
+TRAINING = """
+import sys
+import dvdp.training.loop, dvdp.models.export, dvdp.identity
+heavy = {"ray", "prefect", "mlflow", "dvc", "lmdb", "albumentations", "cv2", "sklearn", "matplotlib"}
+print(*sorted(heavy & set(sys.modules)))
+"""
+
+
+def test_training_imports_nothing_that_a_bare_gpu_machine_lacks() -> None:
+    done = subprocess.run([sys.executable, "-c", TRAINING], capture_output=True, text=True, check=True, cwd=PROJECT)
+    assert done.stdout.strip() == ""

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvdp.audit.result import FREE, REAL, SOLVER, Audit
-from dvdp.evaluation.figures import save_figure
+from dvdp.evaluation.figures import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, SOFT, VERMILION, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Of text and of what is not the point.
-_INK, _SOFT, _FAINT = "#222222", "#777777", "#d9d9d9"
-#: Of levels, lifts and the solver; Okabe and Ito's, told apart by everybody.
-_LEVEL, _LIFT, _SOLVER = "#0072B2", "#E69F00", "#CC79A7"
+#: Of lines that only guide the eye.
+_FAINT = "#d9d9d9"
+#: Of levels, lifts and the solver.
+_LEVEL, _LIFT, _SOLVER = BLUE, ORANGE, PURPLE
 #: Of bands 0, 1, ..
-_BANDS = ("#56B4E9", "#0072B2", "#009E73", "#D55E00", "#CC79A7")
+_BANDS = (SKY, BLUE, GREEN, VERMILION, PURPLE)
 
 
 def draw_audit(audit: Audit, path: Path, title: str) -> Path:
@@ -38,7 +38,7 @@ def draw_audit(audit: Audit, path: Path, title: str) -> Path:
     size = (12.5 if audit.states else 8, max(4.4, height))
     figure = Figure(figsize=size, dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     said = "\n".join(textwrap.wrap(f"{title}: {audit.verdict}", 112 if audit.states else 74))
-    figure.suptitle(said, x=0.012, ha="left", fontsize=13, color=_INK)
+    figure.suptitle(said, x=0.012, ha="left", fontsize=13, color=INK)
     if audit.states:
         left, right = figure.subplots(1, 2, width_ratios=(5, 4))
         _states(right, audit)
@@ -66,18 +66,18 @@ def _waterfall(axes: Axes, audit: Audit) -> None:
     span = max(reach) - min(reach) or 1.0
 
     labels = ["as many real images"]
-    axes.plot([real], [0], "o", color=_INK, markersize=6)
-    axes.annotate(f"{real:.3g}", (real, 0), (9, 0), textcoords="offset points", va="center", color=_INK)
+    axes.plot([real], [0], "o", color=INK, markersize=6)
+    axes.annotate(f"{real:.3g}", (real, 0), (9, 0), textcoords="offset points", va="center", color=INK)
     for row, (part, start, cost, colour) in enumerate(rows, start=1):
         labels.append(_capital(audit.title(part)))
         _bar(axes, row, start, cost, colour, found.error, bold=part == audit.worst)
-        axes.plot([start, start], [row - 1, row + 0.36], color=_SOFT, linewidth=0.8, zorder=1)
+        axes.plot([start, start], [row - 1, row + 0.36], color=SOFT, linewidth=0.8, zorder=1)
     last = len(rows) + 1.0
     labels.append(f"samples ({_sampling(audit.sampling)})")
-    axes.plot([free, free], [last - 1, last], color=_SOFT, linewidth=0.8, zorder=1)
-    axes.plot([free], [last], "o", color=_INK, markersize=6)
+    axes.plot([free, free], [last - 1, last], color=SOFT, linewidth=0.8, zorder=1)
+    axes.plot([free], [last], "o", color=INK, markersize=6)
     axes.annotate(
-        f"{free:.3g}", (free, last), (9, 0), textcoords="offset points", va="center", color=_INK, weight="bold"
+        f"{free:.3g}", (free, last), (9, 0), textcoords="offset points", va="center", color=INK, weight="bold"
     )
     if audit.solver is not None and found.solver is not None:
         last += 1.5
@@ -91,21 +91,21 @@ def _waterfall(axes: Axes, audit: Audit) -> None:
     axes.set_ylim(last + 0.6, -0.6)
     axes.set_xlim(min(reach) - 0.06 * span, max(reach) + 0.2 * span)
     axes.set_xlabel(f"{audit.metric} of {audit.images:,} images, lower is better (whiskers: two standard errors)")
-    axes.set_title("Where the score is lost, in the order of sampling", loc="left", fontsize=11, color=_INK)
+    axes.set_title("Where the score is lost, in the order of sampling", loc="left", fontsize=11, color=INK)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def _bar(axes: Axes, row: float, start: float, cost: float, colour: str, error: float, bold: bool) -> None:
     axes.barh(row, cost, 0.72, start, color=colour, alpha=1.0 if bold else 0.55, zorder=2)
-    axes.errorbar(start + cost, row, xerr=2 * error, color=_INK, linewidth=1, capsize=2.5, zorder=3)
+    axes.errorbar(start + cost, row, xerr=2 * error, color=INK, linewidth=1, capsize=2.5, zorder=3)
     axes.annotate(
         _signed(cost, error),
         (max(start, start + cost + 2 * error), row),
         (6, 0),
         textcoords="offset points",
         va="center",
-        color=_INK,
+        color=INK,
         weight="bold" if bold else "normal",
         zorder=4,
     )
@@ -125,7 +125,7 @@ def _states(axes: Axes, audit: Audit) -> None:
             (0.01, row),
             xycoords=("axes fraction", "data"),
             va="center",
-            color=_SOFT,
+            color=SOFT,
             fontsize=9,
             zorder=3,
             backgroundcolor="white",
@@ -138,7 +138,7 @@ def _states(axes: Axes, audit: Audit) -> None:
             axes.errorbar(at, row, xerr=200 * error, fmt="o", color=colour, capsize=2.5, markersize=6, zorder=2)
             ticks[row] = f"{'all' if band == levels else 'detail'} of {audit.resolution >> band} px"
         row += 1.2
-    axes.axvline(0, color=_SOFT, linewidth=1, zorder=0)
+    axes.axvline(0, color=SOFT, linewidth=1, zorder=0)
     widest = max(1.0, 1.1 * max(map(abs, axes.get_xlim())))
     axes.set_xlim(-widest, widest)
     axes.set_ylim(row - 0.4, -0.6)
@@ -147,7 +147,7 @@ def _states(axes: Axes, audit: Audit) -> None:
         label.set_fontweight("bold" if at in heads else "normal")
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("generated band smaller (−) or larger than true, %")
-    axes.set_title("How far the states are off just before each lift", loc="left", fontsize=11, color=_INK)
+    axes.set_title("How far the states are off just before each lift", loc="left", fontsize=11, color=INK)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 

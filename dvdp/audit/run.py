@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from dvdp.audit.result import FREE, REAL, SOLVER, Audit, Score, solver_sampling, starts
-from dvdp.audit.states import States, Subject, _labels, compare_states, describe, join, real_images, true_states
+from dvdp.audit.states import States, Subject, compare_states, describe, join, labels_of, real_images, true_states
 from dvdp.data.loading import Images
 from dvdp.diffusion.process import Process
 from dvdp.diffusion.sampling import Denoiser, Progress, sample
 from dvdp.errors import UserError
+from dvdp.models.classes import Classes
 from dvdp.models.pixels import to_uint8
 
 #: Fewer images leave the covariance of the features, of at most some 30 numbers, without full rank in a half of them.
@@ -54,7 +55,7 @@ def draw(subject: Subject, start: str, first: int, count: int) -> tuple[Tensor, 
             (size, 3, subject.resolution, subject.resolution),
             start=state,
             first=begin,
-            labels=_labels(subject, start, begin, size),
+            labels=labels_of(subject, start, begin, size),
             device=subject.device,
             callback=keep,
             **subject.sampling,
@@ -90,7 +91,7 @@ def audit(
     batch: int = 128,
     device: torch.device | str = "cpu",
     metric: str = "score",
-    label_counts: Sequence[int] | None = None,
+    classes: Classes | None = None,
 ) -> Audit:
     """Audit a denoiser in memory; ``dvdp audit`` does the same with files, on workers.
 
@@ -100,14 +101,14 @@ def audit(
         count: images behind every score.
         sampling: arguments of :func:`dvdp.diffusion.sampling.sample`.
         solver_steps: see :func:`solver_sampling`.
-        label_counts: see :attr:`Subject.label_counts`.
+        classes: None for an unconditional denoiser.
 
     Raises:
         UserError: ``count`` is below :data:`FEWEST` or above the size of the data set; sampling arguments that do not
             fit.
     """
     check_count(count, images)
-    subject = Subject(process, denoiser, images, sampling, batch, device, label_counts)
+    subject = Subject(process, denoiser, images, sampling, batch, device, classes)
     scores: dict[str, Score] = {}
     generated: dict[int, States] = {}
     solver = solver_sampling(sampling, process.schedule.timesteps, solver_steps)

@@ -17,8 +17,9 @@ from dvdp.audit.result import FREE, StateComparison
 from dvdp.data.loading import Images
 from dvdp.diffusion import bands
 from dvdp.diffusion.process import Process
-from dvdp.diffusion.randomness import ImageNoise, derive_seed, image_labels
+from dvdp.diffusion.randomness import ImageNoise, derive_seed
 from dvdp.diffusion.sampling import Denoiser
+from dvdp.models.classes import Classes
 from dvdp.models.pixels import to_float
 
 #: States and real images that are looked at at a time.
@@ -38,8 +39,8 @@ class Subject:
     """Arguments of :func:`dvdp.diffusion.sampling.sample`: steps, solver, seed, ..."""
     batch: int = 128
     device: torch.device | str = "cpu"
-    label_counts: Sequence[int] | None = None
-    """Of the data, for :func:`dvdp.diffusion.randomness.image_labels`; None for a denoiser that is told no classes."""
+    classes: Classes | None = None
+    """None for an unconditional denoiser."""
 
     @property
     def resolution(self) -> int:
@@ -79,10 +80,12 @@ def _real(subject: Subject, first: int, count: int) -> list[tuple[NDArray[np.uin
     return [subject.images[index] for index in indices]
 
 
-def _labels(subject: Subject, start: str, first: int, count: int) -> Tensor | None:
-    """The classes of images number ``first`` on: those of the real ones whose true states they start from."""
-    if start == FREE or subject.label_counts is None:
-        return image_labels(subject.label_counts, subject.seed, first, count)
+def labels_of(subject: Subject, start: str, first: int, count: int) -> Tensor | None:
+    """The labels of images number ``first`` on: drawn, or those of the real ones whose true states they start from."""
+    if subject.classes is None:
+        return None
+    if start == FREE:
+        return subject.classes.draw(subject.seed, first, count)
     return torch.tensor([label for _, label in _real(subject, first, count)])
 
 
@@ -132,10 +135,7 @@ def compare_states(subject: Subject, k: int, generated: States) -> StateComparis
     count = len(generated.energies)
     true = join(
         [
-            describe(
-                true_states(subject, k, False, first, min(CHUNK, count - first)),
-                subject.process.levels - k,
-            )
+            describe(true_states(subject, k, False, first, min(CHUNK, count - first)), subject.process.levels - k)
             for first in range(0, count, CHUNK)
         ]
     )
@@ -162,7 +162,7 @@ def compare_states(subject: Subject, k: int, generated: States) -> StateComparis
 
 
 def _averages(x: Tensor, size: int) -> Tensor:
-    """(n, c, side, side) -> (n, c * size^2): means of so many patches, times the patch's resolution, as D does."""
+    """(n, c, side, side) -> (n, c * size^2): means of so many patches, times the patch's side, as D does."""
     return F.adaptive_avg_pool2d(x, size).flatten(1) * (x.shape[-1] / size)
 
 

@@ -5,33 +5,18 @@ by 2. Then ``D D^T = I``, so norms are kept: a *level-k image* has 1/2^k of the 
 as large. Band ``i < K`` of an image is what level ``i`` holds and level ``i + 1`` does not
 (``y - D^T D y`` of the level-i image); band ``K`` is the level-K image.
 
-Every linear map of the paper, ``U diag(f_0 .. f_K) U^T x`` (eqs. 3-11), is :func:`scale`, and a sum of several,
-which is all that the process ever computes, is :func:`combine`.
+Every linear map of the paper, ``U diag(f_0 .. f_K) U^T x`` (eqs. 4 to 11), is :func:`scale`.
 """
 
 from __future__ import annotations
-
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class Pyramid:
-    """An image (B, C, h, w) of any level and its halvings, each computed when first asked for, and only once."""
-
-    def __init__(self, image: Tensor) -> None:
-        self.image = image
-
-    @cached_property
-    def half(self) -> Pyramid:
-        """``D`` of the image."""
-        return Pyramid(down(self.image))
-
-
 def down(x: Tensor) -> Tensor:
-    """``D``: (..., h, w) -> (..., h/2, w/2). Both resolutions must be even."""
+    """``D``: (..., h, w) -> (..., h/2, w/2). Both sides must be even."""
     return pool(x, 2)
 
 
@@ -64,33 +49,19 @@ def to_pixels(x: Tensor, level: int) -> Tensor:
     return x / 2**level
 
 
-def scale(x: Tensor | Pyramid, factors: Tensor) -> Tensor:
-    """Multiply each band of ``x`` by its factor: ``U diag(factors) U^T x``; arguments as of :func:`combine`."""
-    return combine((x, factors))
+def scale(x: Tensor, factors: Tensor) -> Tensor:
+    """Multiply each band of ``x`` by its factor: ``U diag(f_0 .. f_n) U^T x`` without a matrix.
 
-
-def combine(*terms: tuple[Tensor | Pyramid, Tensor]) -> Tensor:
-    """``sum_j U diag(f_j) U^T x_j``; the coarser bands of all images are added up before they are enlarged, once.
-
-        combine((x, [f]))             = f x
-        combine((x, [f, *coarser]))   = f x + up(combine((down(x), coarser - f)))
+        scale(x, [f])             = f x
+        scale(x, [f, *coarser])   = f x + D^T scale(D x, coarser - f)
 
     Args:
-        terms: images (B, C, h, w) of one level, each with its factors, (n+1,) or (B, n+1): finest band first, the
-            n-times halved image last; h and w divisible by 2^n. So a single factor is that of all bands.
+        x: (B, C, h, w), of any level; h and w are divisible by 2^n.
+        factors: (n+1,) or (B, n+1), finest band first. A single factor is that of all bands.
     """
-    pyramids = [(x if isinstance(x, Pyramid) else Pyramid(x), f) for x, f in terms]
-    (first, f), *others = [(x.image, f[..., 0, None, None, None]) for x, f in pyramids]
-    result = f * first
-    for x, f in others:
-        result = torch.addcmul(result, f, x)
-    coarser = [(x.half, f[..., 1:] - f[..., :1]) for x, f in pyramids if f.shape[-1] > 1]
-    return result + up(combine(*coarser)) if coarser else result
-
-
-def merge(factors: Tensor) -> Tensor:
-    """Factors (.., n) of bands, as (.., 1) if all bands have the same, so that nothing is halved for them."""
-    return factors[..., :1] if (factors == factors[..., :1]).all() else factors
+    factors = factors.to(x)
+    f, coarser = factors[..., 0, None, None, None], factors[..., 1:]
+    return f * x + up(scale(down(x), coarser - factors[..., :1])) if coarser.shape[-1] else f * x
 
 
 def detail(x: Tensor) -> Tensor:

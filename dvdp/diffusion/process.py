@@ -1,23 +1,19 @@
-"""The dimensionality-varying process itself: one equation, one method."""
+"""The dimensionality-varying process: each function is one equation of the paper (see :mod:`dvdp`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dvdp.diffusion import bands
-from dvdp.diffusion.bands import Pyramid
+from dvdp.diffusion.bands import detail, scale, to_level, up
 from dvdp.diffusion.schedule import Schedule
 from dvdp.errors import UserError
 
 Variance = Literal["fixed_small", "fixed_large"]
-
-#: (signal, noise, level) -> tables of factors, one for each image that is combined: of (T+1, n) all, in float64.
-Factors = Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]
 
 
 class StepCoefficients(NamedTuple):
@@ -32,15 +28,28 @@ class StepCoefficients(NamedTuple):
 
 
 class Process:
-    """Forward and reverse equations on states that shrink at the turning points of a schedule.
+    """Forward and reverse equations on states whose resolution is halved at the turning points of a schedule.
 
-    Throughout, a state of level k has resolution H / 2^k and K - k + 1 bands, and one call handles one level. ``t`` is an
-    int or an integer tensor (B,). Where ``t`` is a tensor, passing ``level`` avoids a device synchronisation.
+    Throughout, a state of level k has resolution H / 2^k and K - k + 1 bands, and one call handles one level. ``t`` is
+    an int or an integer tensor (B,). Where ``t`` is a tensor, passing ``level`` avoids a device synchronisation.
+
+    Args:
+        band_std: std of the data's K + 1 bands per coefficient, finest first; :meth:`lift` uses them if they are given.
+
+    Raises:
+        UserError: ``band_std`` is not one number for each band.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, band_std: Sequence[float] | None = None) -> None:
         self.schedule = schedule
-        self._tables: dict[tuple[Factors, int, torch.device, torch.dtype], tuple[Tensor, ...]] = {}
+        self.band_std = [0.0] * (self.levels + 1) if band_std is None else [float(std) for std in band_std]
+        if len(self.band_std) != self.levels + 1:
+            raise UserError(
+                f"band_std: found {len(self.band_std)} numbers, expected one for each of {self.levels + 1} bands."
+            )
+        #: White noise, which all our schedules have, is the same in every band: one factor serves them all.
+        self._white = bool((schedule.noise == schedule.noise[:1]).all())
+        self._tables = {torch.device("cpu"): (schedule.signal, schedule.noise)}
 
     @property
     def levels(self) -> int:
@@ -65,114 +74,84 @@ class Process:
         """Raise UserError unless an image of this resolution can be halved K times."""
         if resolution % 2**self.levels:
             raise UserError(
-                f"image resolution: found {resolution}, expected a multiple of {2**self.levels} for {self.levels} turning"
-                " points; resize the images or use fewer turning points."
+                f"image resolution: found {resolution}, expected a multiple of {2**self.levels} for {self.levels}"
+                " turning points; resize the images or use fewer turning points."
             )
 
-    def factors(self, of: Factors, t: int | Tensor, level: int, like: Tensor) -> tuple[Tensor, ...]:
-        """What the bands of a level are multiplied by at ``t``, for :func:`dvdp.diffusion.bands.combine`.
+    def signal_and_noise(
+        self, t: int | Tensor, level: int, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """``signal[i, t]`` and ``noise[i, t]`` of a level's bands, each (n,) or (B, n), float64, finest band first.
 
-        Args:
-            of: makes the tables, once for each level, type and device; a function of a module, not made for the call.
-            like: of which type and where.
-
-        Returns:
-            For each image (n,) or (B, n), finest band first; (1,) or (B, 1) where all bands have the same.
+        Where the noise is white it is (1,) or (B, 1).
         """
-        key = (of, level, like.device, like.dtype)
-        if key not in self._tables:
-            # Noise that is white, as all our schedules have it, stays one number for all bands.
-            signal, noise = (bands.merge(table[level:].T) for table in (self.schedule.signal, self.schedule.noise))
-            self._tables[key] = tuple(table.to(like) for table in of(signal, noise, level))
-        return tuple(table[t] for table in self._tables[key])
+        device = torch.device(device)
+        if device not in self._tables:
+            self._tables[device] = (self.schedule.signal.to(device), self.schedule.noise.to(device))
+        signal, noise = (table[level:, t].movedim(0, -1) for table in self._tables[device])
+        return signal, noise[..., :1] if self._white else noise
 
     def diffuse(self, x0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
-        """Draw x_t given clean images (5, 6).
+        """``x_t = signal_t x0 + noise_t z`` (5, 6).
 
         Args:
             x0: (B, C, H, W) clean images at full size, in [-1, 1].
             t: timesteps of one level.
-            noise: (B, C, H / 2^k, W / 2^k) standard normal; its size says the level.
+            noise: z, (B, C, H / 2^k, W / 2^k) standard normal; its size says the level.
         """
         level = (x0.shape[-1] // noise.shape[-1]).bit_length() - 1
-        return self.state(bands.to_level(x0, level), t, noise, level)
+        signal_t, noise_t = self.signal_and_noise(t, level, x0.device)
+        return scale(to_level(x0, level), signal_t) + scale(noise, noise_t)
 
-    def state(self, clean: Tensor | Pyramid, t: int | Tensor, noise: Tensor, level: int) -> Tensor:
-        """x_t from the clean image of a level (5, 6), which :meth:`diffuse` halves first."""
-        of_clean, of_noise = self.factors(_state, t, level, noise)
-        return bands.combine((clean, of_clean), (noise, of_noise))
+    def predict_clean(self, x: Tensor, t: int | Tensor, eps: Tensor, level: int | None = None) -> Tensor:
+        """``x0 = (x_t - noise_t eps) / signal_t`` (10): the clean image of the state's level that the noise implies."""
+        signal_t, noise_t = self.signal_and_noise(t, self.level(t) if level is None else level, x.device)
+        return scale(x - scale(eps, noise_t), 1 / signal_t)
 
-    def predict_clean(self, x: Tensor | Pyramid, t: int | Tensor, eps: Tensor, level: int | None = None) -> Tensor:
-        """The clean image of the state's level that a predicted noise implies (10)."""
-        of_x, of_eps = self.factors(_clean_from_noise, t, self.level(t) if level is None else level, eps)
-        return bands.combine((x, of_x), (eps, of_eps))
-
-    def predict_noise(self, x: Tensor | Pyramid, t: int | Tensor, x0: Tensor, level: int | None = None) -> Tensor:
-        """The noise that a clean image of the state's level implies; the inverse of :meth:`predict_clean`."""
-        of_x, of_x0 = self.factors(_noise_from_clean, t, self.level(t) if level is None else level, x0)
-        return bands.combine((x, of_x), (x0, of_x0))
+    def predict_noise(self, x: Tensor, t: int | Tensor, x0: Tensor, level: int | None = None) -> Tensor:
+        """``eps = (x_t - signal_t x0) / noise_t``: the inverse of :meth:`predict_clean`, for t > 0."""
+        signal_t, noise_t = self.signal_and_noise(t, self.level(t) if level is None else level, x.device)
+        return scale(x - scale(x0, signal_t), 1 / noise_t)
 
     def posterior(self, t: Tensor, s: Tensor, level: int, variance: Variance = "fixed_small") -> StepCoefficients:
-        """q(x_s | x_t, x_0) per band, from t to any s < t of the same level (8, 9).
+        """q(x_s | x_t, x_0) per band (10; 8 and 9 in general), from t to any s < t of the same level.
 
         With ``l = signal_t / signal_s`` and ``n2 = noise_t^2 - l^2 noise_s^2``: mean
         ``(l noise_s^2 / noise_t^2) x_t + (signal_s n2 / noise_t^2) x_0``, variance ``noise_s^2 n2 / noise_t^2``
-        (the lower choice; the upper one is ``n2``). A step to s = 0 returns x_0.
+        (``fixed_small``) or ``n2`` (``fixed_large``). A step to s = 0 returns x_0.
         """
-        signal_t, noise_t = self._bands(t, level)
-        signal_s, noise_s = self._bands(s, level)
+        signal_t, noise_t = self.signal_and_noise(t, level)
+        signal_s, noise_s = self.signal_and_noise(s, level)
         ratio = signal_t / signal_s
         n2 = noise_t.square() - ratio.square() * noise_s.square()
-        lower = noise_s.square() * n2 / noise_t.square()
-        chosen = lower if variance == "fixed_small" else torch.where(noise_s > 0, n2, 0.0)
+        small, large = noise_s.square() * n2 / noise_t.square(), torch.where(noise_s > 0, n2, 0.0)
         return StepCoefficients(
             x=ratio * noise_s.square() / noise_t.square(),
             x0=signal_s * n2 / noise_t.square(),
-            z=chosen.sqrt(),
+            z=(small if variance == "fixed_small" else large).sqrt(),
         )
 
-    def implicit(self, t: Tensor, s: Tensor, level: int, eta: float = 0.0) -> StepCoefficients:
-        """DDIM (Song et al. 2021) per band: ``signal_s x_0 + sqrt(noise_s^2 - v) eps + sqrt(v) z``.
+    def ddim(self, t: Tensor, s: Tensor, level: int, eta: float = 0.0) -> StepCoefficients:
+        """``signal_s x_0 + sqrt(noise_s^2 - v) eps + sqrt(v) z`` (DDIM, Song et al. 2021, eq. 12), per band.
 
-        ``v`` is eta^2 times the lower variance of :meth:`posterior`, and eps is what x_t and x_0 imply.
+        ``v`` is eta^2 times the small variance of :meth:`posterior`; eps is :meth:`predict_noise` of x_0.
         """
-        signal_t, noise_t = self._bands(t, level)
-        signal_s, noise_s = self._bands(s, level)
-        deviation = eta * self.posterior(t, s, level).z
-        along = (noise_s.square() - deviation.square()).clamp(min=0).sqrt() / noise_t
-        return StepCoefficients(x=along, x0=signal_s - along * signal_t, z=deviation)
+        signal_t, noise_t = self.signal_and_noise(t, level)
+        signal_s, noise_s = self.signal_and_noise(s, level)
+        std = eta * self.posterior(t, s, level).z
+        eps = (noise_s.square() - std.square()).clamp(min=0).sqrt()
+        return StepCoefficients(x=eps / noise_t, x0=signal_s - eps / noise_t * signal_t, z=std)
 
-    def lift(self, x: Tensor, level: int, noise: Tensor, data_std: float = 0.0) -> Tensor:
-        """From a state of ``level`` at T_level to one of ``level - 1`` at the same time (11).
+    def lift(self, x: Tensor, level: int, noise: Tensor) -> Tensor:
+        """``x^{k-1} = D^T x^k + d (z - D^T D z)`` with ``d = noise[k-1, T_k]`` (11): the band that comes back is noise.
 
-        ``x^{k-1} = D^T x^k + d (z - D^T D z)`` with ``d = noise[k-1, T_k]``: the band that comes back is pure noise.
-        With a data deviation, ``d^2 = noise^2 + signal^2 data_std^2`` is the variance that the band has in the
+        With the data's ``band_std``, ``d^2 = noise^2 + signal^2 band_std^2``, the variance that the band has in the
         forward process (eq. 9 of Jing et al., *Subspace Diffusion Generative Models*).
 
         Args:
-            x: (B, C, h, w), the state at the level being left.
-            noise: (B, C, 2h, 2w) standard normal.
-            data_std: of the band that comes back, per coefficient.
+            x: (B, C, h, w), the state at T_k, of ``level`` k.
+            noise: z, (B, C, 2h, 2w) standard normal.
         """
-        turning_point = self.schedule.turning_points[level - 1]
-        signal = self.schedule.signal[level - 1, turning_point].item()
-        deviation = math.hypot(self.schedule.noise[level - 1, turning_point].item(), signal * data_std)
-        return bands.up(x) + deviation * bands.detail(noise)
-
-    def _bands(self, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        return self.schedule.signal[level:, t].movedim(0, -1), self.schedule.noise[level:, t].movedim(0, -1)
-
-
-def _state(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """``x = signal clean + noise eps``."""
-    return signal, noise
-
-
-def _clean_from_noise(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """``clean = (x - noise eps) / signal``."""
-    return 1 / signal, -noise / signal
-
-
-def _noise_from_clean(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """``eps = (x - signal clean) / noise``; infinite at t = 0, where nobody asks."""
-    return 1 / noise, -signal / noise
+        band, turning_point = level - 1, self.schedule.turning_points[level - 1]
+        signal, std = (table[band, turning_point].item() for table in (self.schedule.signal, self.schedule.noise))
+        return up(x) + math.hypot(std, signal * self.band_std[band]) * detail(noise)

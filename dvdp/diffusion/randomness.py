@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,24 +23,6 @@ def derive_seed(*purpose: int | str) -> int:
 def generator(*purpose: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh torch generator for one purpose."""
     return torch.Generator(device).manual_seed(derive_seed(*purpose))
-
-
-def image_labels(label_counts: Sequence[int] | None, seed: int, first: int, count: int) -> Tensor | None:
-    """Classes for images number ``first`` .. ``first + count - 1`` of a seed, as frequent as in the data.
-
-    Image i draws from (seed, i) alone, like its noise.
-
-    Args:
-        label_counts: the data's images of each class, then those without one; None for a model that is told none.
-
-    Returns:
-        (count,) whole numbers, -1 for no class; None for None.
-    """
-    if label_counts is None:
-        return None
-    bounds = list(accumulate(label_counts))
-    drawn = [bisect(bounds, derive_seed(seed, "label", first + i) % bounds[-1]) for i in range(count)]
-    return torch.tensor([-1 if label == len(bounds) - 1 else label for label in drawn], dtype=torch.long)
 
 
 #: Numbers that a GPU draws at once for an image, as filling fewer would take a launch for every image and step.

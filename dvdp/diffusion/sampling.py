@@ -2,7 +2,7 @@
 
 A *denoiser* is any callable ``denoiser(x, t)`` with x (B, C, h, w) at the level of t, and t (B,) integer timesteps
 of one level; it returns the predicted noise, of x's shape. A trained network (:mod:`dvdp.models.denoiser`), an exact
-posterior and a test double are the same thing here. One that is told classes is called ``denoiser(x, t, labels)``.
+posterior and a test double are the same thing here. A class-conditional one is called ``denoiser(x, t, labels)``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dvdp.diffusion import bands
-from dvdp.diffusion.bands import Pyramid
 from dvdp.diffusion.process import Process, Variance
 from dvdp.diffusion.randomness import ImageNoise
 from dvdp.diffusion.solvers import make_solver
@@ -26,12 +25,12 @@ Denoiser = Callable[..., Tensor]
 
 
 class Progress(NamedTuple):
-    """What a progress callback sees after each network call."""
+    """What a callback sees after each function evaluation of the network."""
 
-    call: int
-    """Network calls made so far, from 1."""
-    calls: int
-    """Network calls in all."""
+    nfe: int
+    """Function evaluations so far, from 1."""
+    total_nfe: int
+    """Function evaluations in all."""
     level: int
     t: int
     """The timestep the network was called at."""
@@ -43,6 +42,7 @@ class Progress(NamedTuple):
     """The clean image predicted from x_t, of the same level, in [-2^level, 2^level] if clipped."""
 
 
+@torch.no_grad()
 def sample(
     process: Process,
     denoiser: Denoiser,
@@ -54,7 +54,6 @@ def sample(
     clip: bool = True,
     timestep_spacing: str = "uniform",
     share: Share = "length",
-    lift_std: Sequence[float] | None = None,
     labels: Tensor | None = None,
     start: tuple[Tensor, int] | None = None,
     seed: int = 0,
@@ -67,22 +66,20 @@ def sample(
 
     Args:
         shape: (n, C, H, W) of the result; n is the batch the denoiser is called with.
-        steps: the exact number of network evaluations.
-        solver: ``"ddpm"`` (ancestral), ``"ddim"`` (deterministic at every level unless ``eta`` is above 0), or another of
-            :data:`dvdp.diffusion.solvers.SOLVERS`.
+        steps: the exact NFE (number of function evaluations of the network), at least one a level.
+        solver: ``"ddpm"`` (ancestral), ``"ddim"`` (deterministic at every level unless ``eta`` is above 0), or another
+            of :data:`dvdp.diffusion.solvers.SOLVERS`.
         eta: of DDIM, 0 to 1; 1 has the variance of ancestral sampling.
         variance: of ancestral sampling, the ``"fixed_small"`` or ``"fixed_large"`` choice.
         timestep_spacing: of the timesteps within a level; see :func:`dvdp.diffusion.timesteps.step_grid`.
         share: of the steps among levels; see :func:`dvdp.diffusion.timesteps.share_steps`.
-        lift_std: of the data, for each of the K + 1 bands: what a lift adds then has the band's signal in its
-            variance, as Jing et al. do. See :meth:`dvdp.diffusion.process.Process.lift`.
-        labels: (n,) classes of the images, -1 for none, for a denoiser that is told them.
+        labels: (n,) classes of the images, -1 for none, for a class-conditional denoiser.
         start: a state (n, C, h, w) and the turning point that it is at, in place of noise at T: of the level above
             the turning point, which is then lifted, or of the level below, as a lift would have left it. ``steps`` is
-            the number of calls from T; those of the levels that are left out are not made.
+            the NFE from T; those of the levels that are left out are not made.
         clip: keep the predicted clean image in the pixel range of its level, [-2^k, 2^k].
         seed: with ``first``, names the images: image i draws all its noise from (seed, first + i).
-        callback: called after each network call.
+        callback: called after each evaluation.
 
     Returns:
         Images (n, C, H, W), in [-1, 1] if clipped.
@@ -93,51 +90,45 @@ def sample(
     n, channels, height, width = shape
     process.check_resolution(height)
     process.check_resolution(width)
-    tables = make_solver(solver, eta, variance)
-    grid = step_grid(process.schedule, steps, timestep_spacing, share)
-    lifted = [0.0] * (process.levels + 1) if lift_std is None else list(lift_std)
-    if len(lifted) != process.levels + 1:
-        raise UserError(f"lift_std: found {len(lifted)} numbers, expected one for each of {process.levels + 1} bands.")
-    source = ImageNoise(seed, first, n, device)
     if labels is not None and labels.shape != (n,):
         raise UserError(f"labels: found {tuple(labels.shape)}, expected one for each of {n} images; give ({n},).")
-    told = () if labels is None else (labels.to(device),)
+    conditions = () if labels is None else (labels.to(device),)
+    solve = make_solver(solver, eta, variance)
+    grid = step_grid(process.schedule, steps, timestep_spacing, share)
+    source = ImageNoise(seed, first, n, device)
 
     def normal(level: int) -> Tensor:
         return source.normal((channels, height >> level, width >> level), dtype)
 
-    call = 0
-    with torch.no_grad():
-        if start is None:
-            # The coarsest level has one band.
-            x = process.schedule.noise[-1, -1].item() * normal(process.levels)
-        else:
-            x = start[0].to(device, dtype)
-            grid = [part for part in grid if part[0] <= _level_to_enter(process, (height, width), x, start[1])]
-            steps = sum(len(times) - 1 for _, times in grid)
-        for level, times in grid:
-            if x.shape[-1] < width >> level:
-                x = process.lift(x, level + 1, normal(level), lifted[level])
-            step = tables(process, times, level)
-            noisy = (step.z > 0).any(dim=1).tolist()
-            x_table, history, z_table = (bands.merge(table).to(device, dtype) for table in step[1:])
-            predictions: list[Pyramid] = []
-            for i, (t, s) in enumerate(pairwise(times)):
-                state = Pyramid(x)
-                eps = denoiser(x, torch.full((n,), t, device=x.device), *told).to(dtype)
-                x0 = process.predict_clean(state, t, eps, level)
-                if clip:
-                    x0 = x0.clamp(-(2.0**level), 2.0**level)
-                prediction = x0 if step.prediction_type == "sample" else process.predict_noise(state, t, x0, level)
-                predictions.insert(0, Pyramid(prediction))
-                terms = [(state, x_table[i]), *zip(predictions, history[:, i], strict=False)]
-                if noisy[i]:
-                    terms.append((Pyramid(normal(level)), z_table[i]))
-                x = bands.combine(*terms)
-                del predictions[len(history) - 1 :]
-                call += 1
-                if callback:
-                    callback(Progress(call, steps, level, t, s, x, x0))
+    if start is None:
+        # The coarsest level has one band.
+        x = process.schedule.noise[-1, -1].item() * normal(process.levels)
+    else:
+        x = start[0].to(device, dtype)
+        grid = [part for part in grid if part[0] <= _level_to_enter(process, (height, width), x, start[1])]
+    total_nfe, nfe = sum(len(times) - 1 for _, times in grid), 0
+    for level, times in grid:
+        if x.shape[-1] < width >> level:
+            x = process.lift(x, level + 1, normal(level))
+        table = solve(process, times, level)
+        stochastic = table.z.any(dim=1).tolist()
+        of_x, history, of_z = (factors.to(device, dtype) for factors in (table.x, table.history, table.z))
+        predictions: list[Tensor] = []  # The newest first.
+        for i, (t, s) in enumerate(pairwise(times)):
+            eps = denoiser(x, torch.full((n,), t, device=x.device), *conditions).to(dtype)
+            x0 = process.predict_clean(x, t, eps, level)
+            if clip:
+                x0 = x0.clamp(-(2.0**level), 2.0**level)
+            prediction = x0 if table.prediction_type == "sample" else process.predict_noise(x, t, x0, level)
+            predictions = [prediction, *predictions[: len(history) - 1]]
+            x = bands.scale(x, of_x[i])
+            for weights, prediction in zip(history[:, i], predictions, strict=False):
+                x = x + bands.scale(prediction, weights)
+            if stochastic[i]:
+                x = x + bands.scale(normal(level), of_z[i])
+            nfe += 1
+            if callback:
+                callback(Progress(nfe, total_nfe, level, t, s, x, x0))
     return x
 
 

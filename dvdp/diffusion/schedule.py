@@ -4,8 +4,8 @@ A :class:`Schedule` is two tables. With them the forward process is (eqs. 5, 6)
 
     x_t = sum_i signal[i, t] v_i + noise[i, t] z_i
 
-where ``v_i`` is band i of the clean image (see :mod:`dvdp.diffusion.bands`) and ``z`` is standard normal. DDPM, subspace
-diffusion and DVDP are three ways to fill the tables.
+where ``v_i`` is band i of the clean image (see :mod:`dvdp.diffusion.bands`) and ``z`` is standard normal. DDPM,
+subspace diffusion and DVDP are three ways to fill the tables.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ ATTENUATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def alpha_bar(timesteps: int = 1000, base: str = "linear", shift: float = 0.0) -> Tensor:
-    """The squared signal of the base schedule, (T+1,) float64, from 1 at t = 0 towards 0.
+    """alpha-bar: the squared signal of the base schedule, (T+1,) float64, from 1 at t = 0 towards 0.
+
+    The paper's eq. 2 prints alpha where this is meant, the product of all (1 - beta) up to t.
 
     Args:
         timesteps: T.

@@ -1,7 +1,7 @@
 """Which timesteps the reverse process visits: how many at each level, and where.
 
-Every grid holds every turning point, T and 0; a level's part runs from T_{k+1} down to T_k. A *timestep_spacing* is a rising
-coordinate of t in which the steps of a level are even.
+Every grid holds every turning point, T and 0; a level's part runs from T_{k+1} down to T_k. A *timestep spacing* is a
+rising coordinate of t in which the steps of a level are even.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from dvdp.diffusion.schedule import Schedule
 from dvdp.errors import UserError, did_you_mean
 
-#: How steps are shared among levels: by name, or as network evaluations of each level, finest first.
+#: How steps are shared among levels: by name, or as the NFE of each level, finest first.
 Share = Literal["length", "cost"] | Sequence[int]
 
 
@@ -25,7 +25,7 @@ def _log_snr(schedule: Schedule) -> Tensor:
     return (schedule.noise[-1] / schedule.signal[-1]).log()
 
 
-#: The coordinate of t = 0 .. T, (T+1,), by the name of the timestep_spacing.
+#: The coordinate of t = 0 .. T, (T+1,), by the name of the timestep spacing.
 TIMESTEP_SPACINGS: dict[str, Callable[[Schedule], Tensor]] = {
     "uniform": lambda schedule: torch.arange(schedule.timesteps + 1, dtype=torch.float64),
     "quadratic": lambda schedule: torch.arange(schedule.timesteps + 1, dtype=torch.float64).sqrt(),
@@ -36,20 +36,21 @@ TIMESTEP_SPACINGS: dict[str, Callable[[Schedule], Tensor]] = {
 def share_steps(
     schedule: Schedule, steps: int, timestep_spacing: str = "uniform", share: Share = "length"
 ) -> list[int]:
-    """Network calls of each level, finest first: ``steps`` in all, at least one each.
+    """NFE of each level, finest first: ``steps`` in all, at least one each.
 
     Args:
         timestep_spacing: a key of :data:`TIMESTEP_SPACINGS`.
-        share: ``"length"``: in proportion to the levels' lengths in the timestep_spacing's coordinate, so that turning points
-            hardly move the steps. ``"cost"``: in proportion to length over the square root of pixels, which for a given
-            number of pixels makes an error that falls with one over the steps smallest. Or the calls themselves.
+        share: ``"length"``: in proportion to the levels' lengths in the coordinate of the spacing, so that turning
+            points hardly move the steps. ``"cost"``: in proportion to length over the square root of pixels, which for
+            a given number of pixels makes an error that falls with one over the steps smallest. Or the NFE themselves.
 
     Raises:
-        UserError: fewer steps than levels, or more than timesteps; calls that do not fit.
+        UserError: fewer steps than levels, or more than timesteps; NFE that do not fit.
     """
     if timestep_spacing not in TIMESTEP_SPACINGS:
         raise UserError(
-            f"timestep_spacing: found '{timestep_spacing}'{did_you_mean(timestep_spacing, TIMESTEP_SPACINGS)}, expected one of {', '.join(TIMESTEP_SPACINGS)}."
+            f"timestep_spacing: found '{timestep_spacing}'{did_you_mean(timestep_spacing, TIMESTEP_SPACINGS)},"
+            f" expected one of {', '.join(TIMESTEP_SPACINGS)}."
         )
     spans = [schedule.span(level) for level in range(schedule.levels + 1)]
     timesteps = [high - low for low, high in spans]
@@ -63,12 +64,12 @@ def share_steps(
         fits = len(given) == len(spans) and all(1 <= n <= most for n, most in zip(given, timesteps, strict=True))
         if not fits or sum(given) != steps:
             raise UserError(
-                f"share: found {given}, expected network evaluations of {len(spans)} levels, finest first, each at least 1"
+                f"share: found {given}, expected the NFE of {len(spans)} levels, finest first, each at least 1"
                 f" and at most its timesteps, {timesteps}, and {steps} (steps) in all."
             )
         return given
     if share not in ("length", "cost"):
-        raise UserError(f"share: found '{share}', expected 'length', 'cost' or a list of network evaluations.")
+        raise UserError(f"share: found '{share}', expected 'length', 'cost' or a list of NFE.")
     coordinate = TIMESTEP_SPACINGS[timestep_spacing](schedule).tolist()
     lengths = [coordinate[high] - coordinate[max(low, _start(coordinate))] for low, high in spans]
     weights = [max(length, 0.0) * (2**level if share == "cost" else 1) for level, length in enumerate(lengths)]

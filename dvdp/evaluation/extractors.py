@@ -99,12 +99,12 @@ class FeatureNetwork(nn.Module):
         self.head = nn.Linear(FEATURES, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """(n, 3, side, side) of 0 to 255 -> float32 (n, 64), each about standard on the training images."""
+        """(n, 3, h, h) of 0 to 255 -> float32 (n, 64), each about standard on the training images."""
         folded = F.pixel_unshuffle(images.float() / 127.5 - 1, self.fold)
         return self.standardize(self.body(folded).mean(dim=(2, 3)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(n, 3, side, side) of 0 to 255 -> logits (n, classes)."""
+        """(n, 3, h, h) of 0 to 255 -> logits (n, classes)."""
         return self.head(self.features(images))
 
 

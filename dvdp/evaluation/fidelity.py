@@ -68,7 +68,7 @@ def features_of(images: Dataset, extractor: Extractor, gpu: bool = False, title:
     """The features that all metrics need; images are read once.
 
     Args:
-        images: uint8 (3, resolution, resolution) tensors.
+        images: uint8 (3, h, h) tensors.
         title: of the progress bar.
     """
     network = _network(extractor, gpu)

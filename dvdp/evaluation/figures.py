@@ -6,6 +6,7 @@ imported when the first one is drawn.
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -25,10 +26,15 @@ from dvdp.files import write_atomically
 from dvdp.models.pixels import to_uint8
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Of text and marks.
-INK, SOFT, ACCENT, PAPER = (34, 34, 34), (120, 120, 120), (178, 58, 72), (255, 255, 255)
+#: Okabe and Ito's colours, which everybody can tell apart; for lines of a chart, in this order.
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = PALETTE = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
+)  # fmt: skip
+#: Of text, of what is not the point, and of marks.
+INK, SOFT, ACCENT, PAPER = "#222222", "#787878", "#b23a48", "#ffffff"
 #: Between images, in pixels.
 GUTTER = 2
 #: Around pictures with text, in pixels.
@@ -91,9 +97,8 @@ def contact_sheet(
 def picture_times(process: Process, count: int = 9) -> list[int]:
     """About ``count`` timesteps for :func:`process_picture`: 0, T, and evenly inside every level, at least one each."""
     times = {0, process.schedule.timesteps}
-    for (low, high), share in zip(
-        map(process.schedule.span, range(process.levels + 1)), process.schedule.shares(), strict=True
-    ):
+    for level, share in enumerate(process.schedule.shares()):
+        low, high = process.schedule.span(level)
         inside = max(1, round((count - 2) * share))
         times |= {low + round((high - low) * (i + 0.5) / inside) for i in range(inside)}
     return sorted(times)
@@ -150,7 +155,7 @@ def process_picture(
     rows = [("diffused", diffused), ("generated", generated)]
     tiles = [[_state_tile(state, resolution) for state in states] for _, states in rows]
     captions = [[(f"t = {state.t}", f"{state.x.shape[-1]} px") for state in states] for _, states in rows]
-    # A column is as wide as what stands in it; at a turning point there is slots for its mark.
+    # A column is as wide as what stands in it; at a turning point there is space for its mark.
     widths = [
         max(*(row[i].width for row in tiles), *(small.getlength(text) for row in captions for text in row[i]))
         for i in range(len(diffused))
@@ -199,16 +204,13 @@ def curves(
     logx: bool = False,
 ) -> Path:
     """Draw {label: [(x, y), ..]} into a PNG file; points that are not finite are left out."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    # A legend of many lines stands beside the axes, in columns that the figure makes slots for.
+    # A legend of many lines stands beside the axes, in columns that widen the figure.
     columns = math.ceil(len(lines) / 18) if len(lines) > 6 else 0
     longest = max(map(len, lines), default=0)
-    figure = Figure(figsize=(8 + columns * (0.7 + 0.08 * longest), 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    # Okabe and Ito's colours, told apart by everybody; more lines than colours differ in their dashes.
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+    figure, axes = chart(title, xlabel, ylabel, width=8 + columns * (0.7 + 0.08 * longest))
+    # More lines than colours differ in their dashes.
     dashes = ("-", "--", ":", "-.")
     largest = 0.0
     for i, (name, points) in enumerate(lines.items()):
@@ -217,8 +219,8 @@ def curves(
         axes.plot(
             [x for x, _ in finite],
             [y for _, y in finite],
-            dashes[i // len(colours) % len(dashes)],
-            color=colours[i % len(colours)],
+            dashes[i // len(PALETTE) % len(dashes)],
+            color=PALETTE[i % len(PALETTE)],
             label=name,
             linewidth=1.6,
             marker="o" if len(finite) < 25 else None,
@@ -230,16 +232,25 @@ def curves(
         axes.set_xscale("log")
     if largest >= 10_000:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_title(title, loc="left", fontsize=13)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
     if columns:
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), ncols=columns)
     elif lines:
         axes.legend(frameon=False)
     return save_figure(figure, path)
+
+
+def chart(title: str, xlabel: str, ylabel: str, width: float = 8) -> tuple[Figure, Axes]:
+    """An empty chart in the style of all ours."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=13)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
@@ -258,6 +269,11 @@ def save_png(image: Image.Image, path: Path) -> Path:
     image.save(content, "PNG")
     write_atomically(path, content.getvalue())
     return path
+
+
+def data_url(picture: Path) -> str:
+    """A PNG file as an address, for pages that need no other file."""
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
 
 
 def pixels_of(images: np.ndarray | Tensor) -> np.ndarray:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +68,11 @@ class ScoreRecord:
                 f"{source}: found something else than a score record, expected the JSON that"
                 " `dvdp evaluate` writes; evaluate again."
             ) from None
+
+
+def mean_and_spread(scores: Sequence[float]) -> tuple[float, float]:
+    """Over seeds: the mean, and the standard deviation, which is 0 for one seed."""
+    return statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
 
 
 def score_differences(a: ScoreRecord, b: ScoreRecord) -> list[str]:

@@ -16,14 +16,14 @@ from dvdp.files import write_atomically
 
 
 def write_shard(path: Path, images: Tensor) -> None:
-    """Write generated images, uint8 (n, 3, side, side), as a file of :class:`SampleShards`, atomically."""
+    """Write generated images, uint8 (n, 3, h, h), as a file of :class:`SampleShards`, atomically."""
     content = io.BytesIO()
     np.save(content, images.cpu().numpy())
     write_atomically(path, content.getvalue())
 
 
 class SampleShards(Dataset):
-    """Generated images in files ``<first image, 8 digits>.npy``, uint8 (n, 3, side, side), in image order.
+    """Generated images in files ``<first image, 8 digits>.npy``, uint8 (n, 3, h, h), in image order.
 
     The files are mapped, not read: what is in memory is the images asked for.
 
@@ -59,7 +59,7 @@ class SampleShards(Dataset):
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Tensor:
-        """uint8 (3, side, side)."""
+        """uint8 (3, h, h)."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return torch.from_numpy(np.array(self._arrays[shard][index - self._starts[shard]]))
 
@@ -71,6 +71,6 @@ def _open_shard(path: Path) -> np.ndarray:
         raise UserError(f"samples: found '{path}', which is no whole .npy file, expected one; sample again.") from None
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] != 3 or array.shape[2] != array.shape[3]:
         raise UserError(
-            f"samples: found {array.dtype} {array.shape} in '{path}', expected uint8 (n, 3, side, side); sample again."
+            f"samples: found {array.dtype} {array.shape} in '{path}', expected uint8 (n, 3, h, h); sample again."
         )
     return array

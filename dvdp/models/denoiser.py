@@ -1,9 +1,12 @@
-"""A network as a denoiser: whatever it prediction_type, the sampler is given noise.
+"""Networks as denoisers: whatever a network predicts, the sampler is given noise.
 
-Clean images of level k are counted in units of the level's pixel range, 2^k, so that all levels ask for outputs of
-one size. With ``a = 2^k signal``, ``x0 = 2^k y`` and ``r^2 = a^2 + noise^2``, the velocity per band is
-``v = (a eps - noise y) / r`` (Salimans & Ho 2022, scaled to unit size). Then ``eps = (noise x + r a v) / r^2``,
-which divides by no small signal.
+``epsilon`` and ``sample`` mean the noise and the clean image, ``v_prediction`` the velocity per band (Salimans & Ho
+2022, scaled to unit size)
+
+    v = (a eps - noise y) / r,    so that    eps = (noise x + r a v) / r^2,    which divides by no small signal.
+
+Here ``y = x0 / 2^k``, the clean image of level k in units of its pixel range, so that outputs of all levels are of one
+size; ``a = 2^k signal`` and ``r^2 = a^2 + noise^2``.
 """
 
 from __future__ import annotations
@@ -12,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dvdp.config import PredictionType
-from dvdp.diffusion import bands
-from dvdp.diffusion.bands import Pyramid
+from dvdp.diffusion.bands import scale, to_level, to_pixels
 from dvdp.diffusion.process import Process
 
 
@@ -42,37 +44,26 @@ class NetworkDenoiser:
             return output
         if self.prediction_type == "sample":
             return self.process.predict_noise(x, t, 2**level * output, level)
-        of_x, of_v = self.process.factors(_noise_from_velocity, t, level, output)
-        return bands.combine((x, of_x), (output, of_v))
+        a, noise, r = _polar(self.process, t, level, x.device)
+        return scale(x, noise / r.square()) + scale(output, a / r)
 
 
 def example(
     process: Process, prediction_type: PredictionType, level: int, t: Tensor, x0: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """States of ``level`` drawn from x0 (full size) with ``noise``, and what the network should predict for them."""
-    clean = Pyramid(bands.to_level(x0, level))
-    x = process.state(clean, t, noise, level)
+    x = process.diffuse(x0, t, noise)
     if prediction_type == "epsilon":
         return x, noise
+    y = to_pixels(to_level(x0, level), level)
     if prediction_type == "sample":
-        return x, bands.to_pixels(clean.image, level)
-    of_clean, of_noise = process.factors(_velocity, t, level, noise)
-    return x, bands.combine((clean, of_clean), (noise, of_noise))
+        return x, y
+    a, of_noise, r = _polar(process, t, level, x.device)
+    return x, scale(noise, a / r) - scale(y, of_noise / r)
 
 
-def _velocity(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """``v = (a eps - noise x0 / 2^k) / r``."""
-    a, r = _polar(signal, noise, level)
-    return -noise / r / 2**level, a / r
-
-
-def _noise_from_velocity(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """``eps = (noise x + r a v) / r^2``."""
-    a, r = _polar(signal, noise, level)
-    return noise / r.square(), a / r
-
-
-def _polar(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """``a`` and ``r``."""
+def _polar(process: Process, t: Tensor, level: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """``a``, ``noise`` and ``r`` of the bands of a level."""
+    signal, noise = process.signal_and_noise(t, level, device)
     a = 2**level * signal
-    return a, torch.hypot(a, noise)
+    return a, noise, torch.hypot(a, noise)

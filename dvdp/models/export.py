@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dvdp import tensors
 from dvdp.config import Run, SamplingParams
 from dvdp.diffusion.process import Process
-from dvdp.diffusion.randomness import image_labels
 from dvdp.diffusion.sampling import Progress, sample
-from dvdp.errors import UserError, did_you_mean
+from dvdp.errors import UserError
 from dvdp.files import write_atomically
+from dvdp.models.classes import Classes
 from dvdp.models.denoiser import NetworkDenoiser
 from dvdp.models.pixels import to_uint8
 from dvdp.models.unet import build_network
@@ -26,29 +26,45 @@ KIND = "dvdp model 1"
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """A denoiser with its process and the defaults of its run."""
+    """A denoiser with its process, its classes and the defaults of its run."""
 
     run: Run
-    description: dict[str, Any]
+    description: Mapping[str, Any]
     """All that was stored with the weights: the run, data set digest, training hash and so on (JSON)."""
-    process: Process
     denoiser: NetworkDenoiser
+    classes: Classes | None
+    """None for an unconditional model."""
     device: torch.device
+
+    @staticmethod
+    def of(run: Run, description: Mapping[str, Any], network: nn.Module, device: torch.device) -> TrainedModel:
+        """From a network and what is known of the data it was trained on.
+
+        Args:
+            description: has ``band_std`` where ``sampling.lift`` is "data" and ``label_counts`` where the network is
+                class-conditional; see :meth:`dvdp.data.store.StoreMetadata.model_metadata`.
+
+        Raises:
+            UserError: one of them is missing.
+        """
+        if run.sampling.lift == "data" and "band_std" not in description:
+            raise UserError(
+                "sampling.lift: found 'data' and no band std with the model, expected those that `dvdp prepare`"
+                " measures; prepare the data set and train with them, or use 'noise'."
+            )
+        process = Process(run.build_schedule(), description["band_std"] if run.sampling.lift == "data" else None)
+        denoiser = NetworkDenoiser(network, process, run.resolution, run.model.prediction_type)
+        return TrainedModel(run, description, denoiser, Classes.of(run.model.num_classes, description), device)
+
+    @property
+    def process(self) -> Process:
+        """Of the run; its lifts are those of ``sampling.lift``."""
+        return self.denoiser.process
 
     @property
     def resolution(self) -> int:
-        """Side of the images, in pixels."""
+        """Of the images, in pixels."""
         return self.run.resolution
-
-    @property
-    def lift_std(self) -> list[float] | None:
-        """What the run's ``sampling.lift`` asks of :func:`dvdp.diffusion.sampling.sample`."""
-        return lift_std(self.run, self.description)
-
-    @property
-    def label_counts(self) -> list[int] | None:
-        """Of the data it was trained on, for :func:`dvdp.diffusion.randomness.image_labels`; None if it is told no classes."""
-        return label_counts(self.run, self.description)
 
     def sample(
         self,
@@ -70,13 +86,15 @@ class TrainedModel:
         Whatever is None is as the run's ``sampling`` section says; see :func:`dvdp.diffusion.sampling.sample`.
 
         Args:
-            label: name of the class of all images, for a model that is told classes; without it classes are drawn, as
+            label: name of the class of all images, for a class-conditional model; by default classes are drawn, as
                 frequent as in the data.
 
         Raises:
             UserError: an argument is out of range, or there is no such class.
         """
-        asked = None if label is None else self._class(str(label))
+        if label is not None and self.classes is None:
+            raise UserError(f"label: found '{label}', expected none, as this model is unconditional; leave it out.")
+        asked = None if label is None or self.classes is None else self.classes.label(str(label))
         given = {"seed": seed, "solver": solver, "eta": eta, "variance": variance, "clip": clip}
         chosen = {name: value for name, value in given.items() if value is not None}
         options = {**self.run.sampling.options(steps), **chosen}
@@ -92,7 +110,7 @@ class TrainedModel:
         count: int,
         first: int = 0,
         options: Mapping[str, Any] | None = None,
-        asked: int | None = None,
+        label: int | None = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> Tensor:
         """Draw one batch, as uint8 (count, 3, H, W) on the model's device, which may still be at work on it.
@@ -100,67 +118,26 @@ class TrainedModel:
         Args:
             first: number of the first image.
             options: of :func:`dvdp.diffusion.sampling.sample`, in place of those of the run's ``sampling`` section.
-            asked: number of the class of all images, for a model that is told classes; without it classes are drawn.
+            label: of all images, for a class-conditional model; by default classes are drawn.
         """
         options = self.run.sampling.options() if options is None else options
+        labels = self.labels(options["seed"], first, count) if label is None else torch.full((count,), label)
+        shape = (count, 3, self.resolution, self.resolution)
         images = sample(
             self.process,
             self.denoiser,
-            (count, 3, self.resolution, self.resolution),
+            shape,
             first=first,
             device=self.device,
             callback=callback,
-            lift_std=self.lift_std,
-            labels=torch.full((count,), asked)
-            if asked is not None
-            else image_labels(self.label_counts, options["seed"], first, count),
+            labels=labels,
             **options,
         )
         return to_uint8(images)
 
-    def _class(self, label: str) -> int:
-        """The number of a class."""
-        if not self.run.model.num_classes:
-            raise UserError(f"label: found '{label}', expected none, as this model is told no classes; leave it out.")
-        counted = zip(self.description.get("labels", []), self.label_counts or [], strict=False)
-        names = [name for name, count in counted if count]
-        if label not in names:
-            known = f"one of {', '.join(names)}" if names else "none, as the model does not name its classes"
-            raise UserError(f"label: found '{label}'{did_you_mean(label, names)}, expected {known}.")
-        return list(self.description["labels"]).index(label)
-
-
-def lift_std(run: Run, description: Mapping[str, Any]) -> list[float] | None:
-    """The data's band std where the run lifts with them, else None.
-
-    Raises:
-        UserError: they are needed, and the description has none.
-    """
-    if run.sampling.lift == "noise":
-        return None
-    if "band_std" not in description:
-        raise UserError(
-            "sampling.lift: found 'data' and no band std with the model, expected those that `dvdp prepare`"
-            " measures; prepare the data set and train with them, or use 'noise'."
-        )
-    return [float(value) for value in description["band_std"]]
-
-
-def label_counts(run: Run, description: Mapping[str, Any]) -> list[int] | None:
-    """The data's images of each class, then those without one, where the network is told classes, else None.
-
-    Raises:
-        UserError: they are needed, and the description has none, or of another number of classes.
-    """
-    if not run.model.num_classes:
-        return None
-    counts = [int(count) for count in description.get("label_counts", [])]
-    if len(counts) != run.model.num_classes + 1 or not any(counts):
-        raise UserError(
-            f"model.num_classes: found {run.model.num_classes} and label counts {counts} with the model, expected one for each"
-            " class, then that of images without one, as `dvdp prepare` counts them; give them, or use 0 classes."
-        )
-    return counts
+    def labels(self, seed: int, first: int, count: int) -> Tensor | None:
+        """:meth:`dvdp.models.classes.Classes.draw`; None for an unconditional model."""
+        return None if self.classes is None else self.classes.draw(seed, first, count)
 
 
 def save_model(path: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
@@ -177,7 +154,7 @@ def load_model(
         sampling: in place of the one that the params had when the model was trained.
 
     Raises:
-        UserError: the file is missing or is no model file of ours.
+        UserError: the file is missing, is no model file of ours, or lacks what ``sampling.lift`` needs.
     """
     path = Path(path)
     if not path.is_file():
@@ -186,14 +163,6 @@ def load_model(
     run = Run.from_description(description["run"])
     if sampling is not None:
         run = replace(run, sampling=sampling)
-    process = Process(run.build_schedule())
-    network = build_network(run.model, process.levels)
+    network = build_network(run.model, len(run.turning_points))
     network.load_state_dict(weights)
-    network.to(device).eval()
-    return TrainedModel(
-        run=run,
-        description=description,
-        process=process,
-        denoiser=NetworkDenoiser(network, process, run.resolution, run.model.prediction_type),
-        device=torch.device(device),
-    )
+    return TrainedModel.of(run, description, network.to(device).eval(), torch.device(device))

@@ -2,7 +2,7 @@
 
 It is fully convolutional, so one set of weights serves every level's resolution. A learned embedding of the level
 joins the one of the timestep: at a turning point the meaning of the input changes at once, which a smooth embedding
-of t cannot say. Where the network is told classes, so does one of the class.
+of t cannot say. In a class-conditional network, so does one of the class.
 """
 
 from __future__ import annotations
@@ -85,16 +85,16 @@ class UNet(nn.Module):
         """(B, C, h, w) states of one level, (B,) timesteps and (B,) classes -> (B, C, h, w).
 
         Args:
-            labels: -1 for an image without one; not looked at by a network that is told no classes.
+            labels: -1 for an image without one; not looked at by an unconditional network.
 
         Raises:
-            UserError: no labels, and the network is told classes.
+            UserError: no labels, and the network is class-conditional.
         """
         embedding = self.time(sinusoids(t, self.width)) + self.level.weight[level]
         if self.classes is not None:
             if labels is None:
                 raise UserError(
-                    "labels: found none, expected one for each image, as this network is told"
+                    "labels: found none, expected one for each image, as this network is conditional on"
                     f" {self.classes.num_embeddings - 1} classes; give them, or draw with TrainedModel.sample."
                 )
             # Not by indexing the weights, whose gradient threads of a CPU add in any order.

@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dvdp.evaluation.figures import save_figure
+from dvdp.evaluation.figures import ACCENT, BLACK, BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, save_figure
 from dvdp.planning.planner import Plan
 
-#: By the number of turning points, from none; Okabe and Ito's colours, told apart by everybody.
-COLOURS = ("#000000", "#56B4E9", "#E69F00", "#009E73", "#CC79A7")
+#: By the number of turning points, from none.
+COLOURS = (BLACK, SKY, ORANGE, GREEN, PURPLE)
 #: Of marks: shape, size in square points, and colour.
-MARKS = (("D", 78, "#0072B2"), ("s", 26, "#D55E00"))
-RED, INK = "#B23A48", "#222222"
-#: Excess, in percent, up to which the axis is linear: a logarithmic one has no slots for DDPM's 0.
+MARKS = (("D", 78, BLUE), ("s", 26, VERMILION))
+#: Excess, in percent, up to which the axis is linear: a logarithmic one has no place for DDPM's 0.
 _LINEAR = 0.1
 #: Where a label may stand beside its point, in points: the first place that is free is taken.
 _PLACES = [(dx, dy) for dy in (-13, 8, -26, 21, -39, 34, -52) for dx in (8, -8)]
@@ -54,7 +53,7 @@ def draw_plan(
     for (name, marked), (shape, size, colour) in zip(marks.items(), MARKS, strict=False):
         look: dict[str, Any] = {"facecolor": "white", "edgecolor": colour, "linewidths": 1.7, "zorder": 5}
         axes.scatter(*_places(marked), size, marker=shape, label=name, **look)
-    star: dict[str, Any] = {"color": RED, "edgecolor": "white", "linewidths": 0.8, "zorder": 6}
+    star: dict[str, Any] = {"color": ACCENT, "edgecolor": "white", "linewidths": 0.8, "zorder": 6}
     axes.scatter(*_places([chosen]), 210, marker="*", label=f"fastest within {100 * tolerance:g} %", **star)
 
     axes.set_xscale("log")
@@ -65,12 +64,12 @@ def draw_plan(
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _, errors = _places(plans)
     low, high = min(1.5 * min(errors), -_LINEAR / 3), 1.5 * max(*errors, 100 * tolerance, _LINEAR)
-    axes.axhspan(100 * tolerance, high, color=RED, alpha=0.06, linewidth=0)
-    axes.axhline(100 * tolerance, color=RED, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.axhspan(100 * tolerance, high, color=ACCENT, alpha=0.06, linewidth=0)
+    axes.axhline(100 * tolerance, color=ACCENT, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.set_ylim(low, high)
     axes.set_title(title, loc="left", fontsize=12.5)
     axes.set_xlabel("training speed-up over DDPM")
-    axes.set_ylabel("error of the process beyond DDPM's\n(% of a coefficient's deviation)")
+    axes.set_ylabel("error of the process beyond DDPM's\n(% of a coefficient's std)")
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -94,7 +93,7 @@ def _label(axes: Any, canvas: Any, chosen: Plan, marked: Sequence[Plan]) -> None
     at = {plan.turning_points: (plan.training_speedup, 100 * plan.excess) for plan in [*marked, chosen]}
     taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in axes.transData.transform(list(at.values()))]
     for points, place in sorted(at.items(), key=lambda item: item[1]):
-        colour = RED if points == chosen.turning_points else INK
+        colour = ACCENT if points == chosen.turning_points else INK
         style = {"textcoords": "offset points", "fontsize": 9, "color": colour, "zorder": 7}
         text = axes.annotate(", ".join(map(str, points)), place, _PLACES[0], **style)
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])

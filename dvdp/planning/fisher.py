@@ -1,8 +1,8 @@
 """How far what a turning point would drop is from Gaussian, by a trained network's own word.
 
 The orthogonal Fisher divergence (eq. 14 of Jing et al., *Subspace Diffusion Generative Models*, 2022), by which they
-choose where to halve: at t, a band that would be dropped has the score ``s = -eps / noise``, which a network prediction_type,
-where normal numbers of the same variance ``V = signal^2 deviation^2 + noise^2`` have ``-x / V``. The divergence is
+choose where to halve: at t, a band that would be dropped has the score ``s = -eps / noise``, which a network predicts,
+where normal numbers of the same variance ``V = signal^2 std^2 + noise^2`` have ``-x / V``. The divergence is
 
     E |s + x / V|^2 / E |x / V|^2,
 
@@ -40,11 +40,11 @@ def orthogonal_divergences(
     """The divergence of each of the finest bands at each of some timesteps.
 
     Args:
-        denoiser: prediction_type the noise, as for :func:`dvdp.diffusion.sampling.sample`.
+        denoiser: predicts the noise, as for :func:`dvdp.diffusion.sampling.sample`.
         images: (n, C, H, W) clean images in [-1, 1], on the denoiser's device.
         times: candidates for a turning point, 1 .. T.
         halvings: how many bands to look at: dropping the first k of them halves the resolution k times.
-        labels: (n,) classes of the images, -1 for none, for a denoiser that is told them.
+        labels: (n,) classes of the images, -1 for none, for a class-conditional denoiser.
 
     Returns:
         For each time, for band 0 .. halvings - 1; None where the process has dropped the band already.
@@ -75,8 +75,8 @@ def _divergences(
         for first in range(0, len(images), _BATCH):
             part = slice(first, first + _BATCH)
             x = process.diffuse(images[part], t, z[part])
-            told = () if labels is None else (labels[part].to(x.device),)
-            eps = denoiser(x, torch.full((len(x),), t, device=x.device), *told)
+            conditions = () if labels is None else (labels[part].to(x.device),)
+            eps = denoiser(x, torch.full((len(x),), t, device=x.device), *conditions)
             for band in range(count):
                 score, gaussian = -bands.detail(eps) / noises[band], -bands.detail(x) / variances[band]
                 off[band] += (score - gaussian).double().square().sum().cpu()

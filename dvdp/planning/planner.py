@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,18 +33,19 @@ def generated_std(
     variance: Variance = "fixed_small",
     timestep_spacing: str = "uniform",
     share: Share = "length",
-    lift_std: Sequence[float] | None = None,
+    lift: Literal["noise", "data"] = "noise",
 ) -> list[float]:
-    """Deviations of the bands of samples, where the data's bands have the given ones and the denoiser is exact.
+    """Std of the bands of samples, where the data's bands have the given ones and the denoiser is exact.
 
     Args:
         std: of the data, per coefficient, for the K + 1 bands of the schedule, finest first. More of them split
             the schedule's coarsest band into bands of its own.
-        steps, solver, eta, variance, timestep_spacing, share, lift_std: as in :func:`dvdp.diffusion.sampling.sample`, without
+        steps, solver, eta, variance, timestep_spacing, share: as in :func:`dvdp.diffusion.sampling.sample`, without
             clipping.
+        lift: "data" if the process of the samples has the data's ``band_std``.
     """
     recursion = _Recursion(schedule, std, make_solver(solver, eta, variance))
-    return recursion.std(schedule.turning_points, step_grid(schedule, steps, timestep_spacing, share), lift_std)
+    return recursion.std(schedule.turning_points, step_grid(schedule, steps, timestep_spacing, share), lift)
 
 
 def band_errors(schedule: Schedule, std: Sequence[float], steps: int, **how: Any) -> list[float]:
@@ -53,9 +54,9 @@ def band_errors(schedule: Schedule, std: Sequence[float], steps: int, **how: Any
 
 
 def lift_losses(schedule: Schedule, std: Sequence[float], resolution: int, channels: int = 3) -> list[float]:
-    """Nats that each lift loses, T_1 first: of the true state at T_k from the lifted one, for an image of this resolution.
+    """Nats an image that each lift loses, T_1 first: the divergence of the true state at T_k from the lifted one.
 
-    With ``r = (signal deviation / noise)^2`` of the band that is dropped at T_k: (r - log(1 + r)) / 2 for each of its
+    With ``r = (signal std / noise)^2`` of the band that is dropped at T_k: (r - log(1 + r)) / 2 for each of its
     coefficients, of which there are 3/4 of the values of the level.
     """
     losses = []
@@ -85,8 +86,8 @@ class Plan:
     turning_points: tuple[int, ...]
     shares: tuple[float, ...]
     """Of the timesteps that each level holds, finest first."""
-    calls: tuple[int, ...]
-    """Network calls of each level, finest first."""
+    nfe: tuple[int, ...]
+    """Of each level, finest first."""
     band_errors: tuple[float, ...]
     """Generated over true deviation of each band of the data, less 1, finest first."""
     error: float
@@ -128,7 +129,7 @@ class Planner:
         ddpm = run.schedule.build("ddpm", ())
         share = sampling.share if isinstance(sampling.share, str) else "length"
         grid = step_grid(ddpm, sampling.steps, sampling.timestep_spacing, share)
-        self._ddpm = _errors(self._recursion.std((), grid, None), self._data)
+        self._ddpm = _errors(self._recursion.std((), grid, "noise"), self._data)
 
     def plan(self, turning_points: Sequence[int]) -> Plan:
         """The plan of some turning points, which are among ``points``.
@@ -146,17 +147,16 @@ class Planner:
             )
         schedule = run.schedule.build(run.process if points else "ddpm", points)
         grid = step_grid(schedule, run.sampling.steps, run.sampling.timestep_spacing, run.sampling.share)
-        calls = tuple(len(times) - 1 for _, times in reversed(grid))
-        lifted = self._data if run.sampling.lift == "data" else None
-        errors = _errors(self._recursion.std(points, grid, lifted), self._data)
+        nfe = tuple(len(times) - 1 for _, times in reversed(grid))
+        errors = _errors(self._recursion.std(points, grid, run.sampling.lift), self._data)
         costs = [self._cost(level) for level in range(K + 1)]
         training = sum(share * cost for share, cost in zip(schedule.shares(), costs, strict=True))
-        sampling = sum(count * cost for count, cost in zip(calls, costs, strict=True)) / run.sampling.steps
+        sampling = sum(count * cost for count, cost in zip(nfe, costs, strict=True)) / run.sampling.steps
         error = overall_error(errors, run.resolution)
         return Plan(
             turning_points=points,
             shares=tuple(schedule.shares()),
-            calls=calls,
+            nfe=nfe,
             band_errors=tuple(errors),
             error=error,
             excess=error - overall_error(self._ddpm, run.resolution),
@@ -187,12 +187,10 @@ class _Recursion:
     """
 
     def __init__(self, schedule: Schedule, data: Sequence[float], solver: Solver) -> None:
-        self._process, self._data, self._rule = Process(schedule), data, solver
+        self._process, self._data, self._solver = Process(schedule), data, solver
         self._levels: dict[tuple[int, ...], tuple[list[list[float]], list[list[float]]]] = {}
 
-    def std(
-        self, points: Sequence[int], grid: Sequence[tuple[int, list[int]]], lifted: Sequence[float] | None
-    ) -> list[float]:
+    def std(self, points: Sequence[int], grid: Sequence[tuple[int, list[int]]], lift: str) -> list[float]:
         """Of the samples, finest band first, for a step grid with these turning points."""
         schedule, K = self._process.schedule, len(points)
         bands = range(len(self._data))
@@ -202,7 +200,7 @@ class _Recursion:
         for level, times in grid:
             if level < K:
                 signal, noise = (table[rows[level], times[0]].item() for table in (schedule.signal, schedule.noise))
-                variances[level] = noise**2 + (signal * lifted[level] if lifted else 0.0) ** 2
+                variances[level] = noise**2 + (signal * self._data[level] if lift == "data" else 0.0) ** 2
             factors, terms = self._level(tuple(times))
             first = self._process.level(times[0])
             for band, variance in variances.items():
@@ -213,7 +211,7 @@ class _Recursion:
     def _level(self, times: tuple[int, ...]) -> tuple[list[list[float]], list[list[float]]]:
         """(A, B) of a level's steps, each [row][band], from the first row that is not yet dropped at their top."""
         if times not in self._levels:
-            factors, terms = passage(self._process, self._rule, times, self._data)
+            factors, terms = passage(self._process, self._solver, times, self._data)
             self._levels[times] = factors.tolist(), terms.tolist()
         return self._levels[times]
 
@@ -221,8 +219,8 @@ class _Recursion:
 def passage(process: Process, solver: Solver, times: Sequence[int], std: Sequence[float]) -> tuple[Tensor, Tensor]:
     """What the steps of one level make of a band's variance v at their top: ``A v + B``.
 
-    Every solver is linear in the state and in what it remembers, so the covariance of these follows a recursion, band by
-    band; and a solver starts afresh at every level.
+    Every solver is linear in the state and in its history, so their covariance follows a recursion, band by band; and
+    a solver starts afresh at every level.
 
     Args:
         times: of the steps, falling.

@@ -1,7 +1,7 @@
 """How a training step spreads its images over the levels, and what of them goes through the network at once.
 
-Either way t is uniform over 1 .. T in the long run, as eq. 12 asks, and all ranks do the same: drawn independently, the
-slowest rank would set the pace.
+Either way t is uniform over 1 .. T in the long run, which is our choice: the paper's eq. 12 leaves the share of each
+level open. All ranks do the same; if they drew independently, the slowest rank would set the pace.
 """
 
 from __future__ import annotations
@@ -28,15 +28,11 @@ def level_counts(schedule: Schedule, draw: LevelDraw, seed: int, step: int, imag
     share exact (to one step) over each aligned block of 100 steps, in an order drawn from (seed, block).
     """
     if draw == "all":
-        offset = derive_seed(seed, "levels", step) / 2**63
-        return (
-            _at(schedule, torch.arange(images, dtype=torch.float64) + offset, images)
-            .bincount(minlength=_levels(schedule))
-            .tolist()
-        )
+        places = torch.arange(images, dtype=torch.float64) + derive_seed(seed, "levels", step) / 2**63
+        return _at(schedule, places, images).bincount(minlength=schedule.levels + 1).tolist()
     block, place = divmod(step, BLOCK)
     level = _block(schedule, seed, block)[place]
-    return [images if k == level else 0 for k in range(_levels(schedule))]
+    return [images if k == level else 0 for k in range(schedule.levels + 1)]
 
 
 def parts(counts: Sequence[int], at_once: int) -> list[tuple[int, slice]]:
@@ -68,7 +64,3 @@ def _at(schedule: Schedule, places: torch.Tensor, end: int) -> torch.Tensor:
     """Levels at places between 0 and ``end``, which stand for 0 and T."""
     bounds = torch.tensor(schedule.turning_points, dtype=torch.float64) * end / schedule.timesteps
     return torch.bucketize(places, bounds, right=True)
-
-
-def _levels(schedule: Schedule) -> int:
-    return len(schedule.turning_points) + 1

@@ -25,15 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dvdp.config import Run
 from dvdp.data.loading import Batch, Images, training_batches
-from dvdp.diffusion.process import Process
-from dvdp.diffusion.randomness import derive_seed, image_labels
-from dvdp.diffusion.sampling import sample
+from dvdp.diffusion.randomness import derive_seed
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
-from dvdp.models.denoiser import NetworkDenoiser, example
-from dvdp.models.export import label_counts, lift_std, load_model, save_model
+from dvdp.models.denoiser import example
+from dvdp.models.export import TrainedModel, load_model, save_model
 from dvdp.models.flops import mean_flops, training_images
-from dvdp.models.pixels import to_float, to_uint8
+from dvdp.models.pixels import to_float
 from dvdp.models.unet import build_network
 from dvdp.training import checkpoints, ledger
 from dvdp.training.compilation import compile_network, explained
@@ -78,9 +76,8 @@ def train(
     Args:
         training_hash: of :func:`dvdp.identity.training_hash`; a checkpoint of another is refused.
         flip: mirror images at random.
-        description: goes into the header of the weights, beside the run. ``band_std`` of the data, finest band
-            first, are needed there where ``sampling.lift`` is "data", and ``label_counts`` where the network is told
-            classes; see :meth:`dvdp.data.store.StoreMetadata.model_metadata`.
+        description: goes into the header of the weights, beside the run; see :meth:`TrainedModel.of
+            <dvdp.models.export.TrainedModel.of>` for what of the data it has to tell.
         preview: turns samples from the EMA weights into a picture.
         say: prints a line.
 
@@ -151,7 +148,6 @@ class Training:
         self.run, self.images, self.folder, self.hash = run, images, folder, training_hash
         self.flip, self.device, self.preview, self.say = flip, device, preview, say
         self.rank, self.world_size = _rank(), dist.get_world_size() if dist.is_initialized() else 1
-        self.process = Process(run.build_schedule())
         self.total = training_images(run)
         self.description = {
             **(description or {}),
@@ -159,12 +155,12 @@ class Training:
             "training_hash": training_hash,
             "images": self.total,
         }
-        self.lift_std = lift_std(run, self.description)
-        self.label_counts = label_counts(run, self.description)
-
         torch.manual_seed(derive_seed(run.seed, "weights"))
-        self.network = build_network(run.model, self.process.levels, run.training.activation_checkpointing).to(device)
+        network = build_network(run.model, len(run.turning_points), run.training.activation_checkpointing)
+        self.network = network.to(device)
         self.ema = EMA(self.network, run.training.ema_halflife_images, run.training.ema_ramp)
+        self.model = TrainedModel.of(run, self.description, self.ema.network, device)
+        self.process = self.model.process
         self.optimizers = build_optimizers(self.network, run.training)
         self.learning_rate = run.training.learning_rate
         if run.training.compile:
@@ -261,10 +257,10 @@ class Training:
         Args:
             images: of this rank, uint8 (b, 3, H, W).
             counts: how many of them to take for each level, finest first.
-            labels: (b,) their classes, -1 for none; needed by a network that is told them.
+            labels: (b,) their classes, -1 for none; needed by a class-conditional network.
 
         Raises:
-            UserError: there is no such class, or no labels for a network that is told them.
+            UserError: there is no such class, or no labels for a class-conditional network.
         """
         classes = self.run.model.num_classes
         if classes and labels is not None and not -1 <= labels.min() <= labels.max() < classes:
@@ -325,11 +321,8 @@ class Training:
             size = settings.batch // self.world_size
             count = max(1, round(shares[level] * size)) if settings.levels == "all" else size
             counts = [count if k == level else 0 for k in range(len(shares))]
-            images, labels = (
-                torch.zeros((count, 3, resolution, resolution), dtype=torch.uint8),
-                torch.full((count,), -1),
-            )
-            self._backward(trial, images, counts, labels)
+            images = torch.zeros((count, 3, resolution, resolution), dtype=torch.uint8)
+            self._backward(trial, images, counts, torch.full((count,), -1))
             return count * self.world_size
 
         expected = estimate(self.run, trial, try_level, self.device)
@@ -400,19 +393,9 @@ class Training:
             self.say(f"{self._name()}: going on after {seen:,} of {self.total:,} images")
 
     def _preview(self, seen: int, show: Preview) -> None:
-        settings = self.run.training
-        options = self.run.sampling.options(settings.preview_steps)
-        number = settings.preview_count
-        samples = sample(
-            self.process,
-            NetworkDenoiser(self.ema.network, self.process, self.run.resolution, self.run.model.prediction_type),
-            (number, 3, self.run.resolution, self.run.resolution),
-            lift_std=self.lift_std,
-            labels=image_labels(self.label_counts, options["seed"], 0, number),
-            device=self.device,
-            **options,
-        )
-        show(seen, to_uint8(samples).cpu(), self.folder / "previews" / f"{seen:09d}.png")
+        options = self.run.sampling.options(self.run.training.preview_steps)
+        samples = self.model.draw(self.run.training.preview_count, options=options)
+        show(seen, samples.cpu(), self.folder / "previews" / f"{seen:09d}.png")
 
     def _name(self) -> str:
         return f"{self.run.setting} seed {self.run.seed}"

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import re
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow.artifacts
@@ -27,7 +27,7 @@ from dvdp.evaluation.published import read_statistics
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.evaluation.reference import read_reference
 from dvdp.files import write_atomically
-from dvdp.models.export import lift_std, load_model
+from dvdp.models.export import load_model
 from dvdp.models.flops import training_images
 from pipelines.jobs.cluster import cluster
 from pipelines.jobs.job import Job, Sampled
@@ -206,7 +206,7 @@ def _fetched(client: MlflowClient, params: Params, version: ModelVersion, addres
                     " those that were registered; name another version."
                 )
             write_atomically(weights, Path(copy).read_bytes())
-    model = load_model(weights)
+    model = load_model(weights, sampling=params.sampling)
     if model.resolution != params.dataset.resolution:
         raise UserError(
             f"--model: found a model of {model.resolution} px images, expected dataset.resolution,"
@@ -217,12 +217,10 @@ def _fetched(client: MlflowClient, params: Params, version: ModelVersion, addres
             f"evaluation.samples: found {params.evaluation.samples}, expected at most sampling.count,"
             f" {params.sampling.count}; draw more or score fewer."
         )
-    run = replace(model.run, sampling=params.sampling)
-    run.check()
-    lift_std(run, model.description)
+    model.run.check()
     return RegisteredModel(
         params=params,
-        run=run,
+        run=model.run,
         title=f"{version.name} version {version.version}",
         weights_digest=digest,
         run_id=str(version.run_id),

@@ -25,7 +25,7 @@ from dvdp.audit.figure import draw_audit
 from dvdp.audit.result import FREE, REAL, SOLVER, Audit, Score, solver_sampling, starts
 from dvdp.audit.run import check_count, conclude, draw, score_images
 from dvdp.audit.states import States, Subject, join
-from dvdp.config import ClusterParams, Run
+from dvdp.config import ClusterParams, SamplingParams
 from dvdp.data.store import ImageStore
 from dvdp.diffusion.timesteps import share_steps
 from dvdp.errors import UserError
@@ -34,7 +34,7 @@ from dvdp.evaluation.reference import Reference, measure, read_features, read_re
 from dvdp.evaluation.samples import SampleShards, write_shard
 from dvdp.files import write_atomically
 from dvdp.identity import audit_draws_hash, audit_hash
-from dvdp.models.export import lift_std, load_model
+from dvdp.models.export import load_model
 from dvdp.training.loop import is_finished
 from pipelines.jobs.cluster import cluster, on_workers
 from pipelines.jobs.job import Job
@@ -127,8 +127,8 @@ def draw_part(
     weights: str,
     store: str,
     folder: str,
-    run: Mapping[str, Any],
-    sampling: Mapping[str, Any],
+    sampling: SamplingParams,
+    options: Mapping[str, Any],
     start: str,
     first: int,
     count: int,
@@ -140,40 +140,31 @@ def draw_part(
         The number of images.
     """
     torch.set_num_threads(params.threads)
-    model = load_model(weights, "cuda" if params.gpu else "cpu")
-    wanted = Run.from_description(run)
-    subject = Subject(
-        model.process,
-        model.denoiser,
-        ImageStore(Path(store)),
-        # Of the params, not of the weights: a sampling that was changed needs no new training.
-        {**sampling, "lift_std": lift_std(wanted, model.description)},
-        wanted.sampling.batch,
-        model.device,
-        model.label_counts,
-    )
-    images, states = draw(subject, FREE if start == SOLVER else start, first, count)
+    # Sampling as the params say, not the weights: one that was changed needs no new training.
+    model = load_model(weights, "cuda" if params.gpu else "cpu", sampling)
+    images = ImageStore(Path(store))
+    subject = Subject(model.process, model.denoiser, images, options, sampling.batch, model.device, model.classes)
+    drawn, states = draw(subject, FREE if start == SOLVER else start, first, count)
     path = Path(folder) / f"{first:08d}.npy"
     if start == FREE:
         named = {f"{k}.{name}": value for k, kept in states.items() for name, value in kept._asdict().items()}
         write_atomically(path.with_suffix(".safetensors"), tensors.pack(KIND, {"count": count}, named))
     # Last: a shard that is there is complete.
-    write_shard(path, images)
+    write_shard(path, drawn)
     return count
 
 
 def _missing(audit: AuditJob) -> list[tuple[Any, ...]]:
     """Arguments of :func:`draw_part` for what is not drawn yet, the longest work first."""
     job = audit.job
-    sampling = {**job.run.sampling.options()}
     shards = [(first, min(SHARD_IMAGES, audit.images - first)) for first in range(0, audit.images, SHARD_IMAGES)]
     return [
         (
             str(job.weights.resolve()),
             str(DataPaths.of(job.params).store.resolve()),
             str(audit.folder(start).resolve()),
-            job.run.describe(),
-            audit.solver if start == SOLVER else sampling,
+            job.run.sampling,
+            audit.solver if start == SOLVER else job.run.sampling.options(),
             start,
             first,
             size,

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from dvdp.config import ClusterParams, SamplingParams
 from dvdp.data.store import ImageStore
-from dvdp.diffusion.randomness import image_labels
 from dvdp.evaluation import figures
 from dvdp.evaluation.samples import write_shard
 from dvdp.files import write_atomically
@@ -133,8 +132,7 @@ def draw_process_on_worker(
         times,
         # A picture needs no more, and full-size images take long.
         **sampling.options(min(sampling.steps, PICTURE_STEPS)),
-        lift_std=model.lift_std,
-        labels=image_labels(model.label_counts, sampling.seed, 0, 1),
+        labels=model.labels(sampling.seed, 0, 1),
         device=model.device,
     )
     figures.save_png(figures.process_picture(model.process, forward, back, title), Path(picture))

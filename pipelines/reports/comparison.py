@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dvdp.config import Run
 from dvdp.diffusion.timesteps import share_steps
-from dvdp.evaluation.records import ScoreRecord, score_differences
+from dvdp.evaluation.records import ScoreRecord, mean_and_spread, score_differences
 from dvdp.models.flops import level_flops, network_flops, relative_flops, training_images
 from dvdp.training import ledger
 from pipelines.jobs.job import Job
@@ -81,28 +81,25 @@ def best(rows: Sequence[Row]) -> Row:
 def _row(group: Sequence[Result], ddpm: Sequence[Result] | None, terms: ScoreRecord) -> Row:
     run = group[0].job.run
     primary = group[0].record.headline
-    scores = [result.record.metrics[primary] for result in group]
+    score, spread = mean_and_spread([result.record.metrics[primary] for result in group])
     names = group[0].record.metrics
     image, sample = _means(group)
-    speedups: tuple[float | None, float | None] = (None, None)
-    if ddpm:
-        base_image, base_sample = _means(ddpm)
-        speedups = base_image / image, base_sample / sample
+    base_image, base_sample = _means(ddpm) if ddpm else (None, None)
     return Row(
         setting=run.setting,
         process=run.process,
         turning_points=run.turning_points,
         seeds=len(group),
         images=training_images(run),
-        score=statistics.mean(scores),
-        spread=statistics.stdev(scores) if len(scores) > 1 else 0.0,
+        score=score,
+        spread=spread,
         metrics={name: statistics.mean(r.record.metrics[name] for r in group) for name in names},
         seconds_per_step=image * run.training.batch,
         seconds_per_image=image,
         seconds_per_sample=sample,
-        training_speedup=speedups[0],
+        training_speedup=base_image and base_image / image,
         training_bound=1 / relative_flops(run),
-        sampling_speedup=speedups[1],
+        sampling_speedup=base_sample and base_sample / sample,
         sampling_bound=sampling_bound(run),
         same_terms=not any(score_differences(terms, result.record) for result in group),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
-from PIL import Image
 
 from dvdp.evaluation import figures
 from dvdp.evaluation.reference import read_reference
@@ -23,7 +20,7 @@ from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process
 from pipelines.reports.comparison import Result, Row, legend, table
 from pipelines.reports.sweeps import draw_sweeps, known_settings
-from pipelines.reports.text_tables import as_csv, as_markdown
+from pipelines.reports.text_tables import as_csv, as_markdown, as_page
 
 SHEET_IMAGES = 12
 
@@ -85,14 +82,14 @@ def write_report(
     grids, processes = [], []
     for r in results:
         path = draw_samples(r.job, report.pictures / f"samples_{r.job.name}.png")
-        grids.append({"picture": _inline(path), "caption": _caption(r)})
+        grids.append((path, _caption(r)))
         if r.job.run.seed == params.seeds[0]:
             path = report.pictures / f"process_{r.job.name}.png"
             write_atomically(path, draw_process(r.job).read_bytes())
-            processes.append({"picture": _inline(path), "caption": _caption(r)})
+            processes.append((path, _caption(r)))
 
-    environment = Environment(loader=PackageLoader("pipelines.reports"), autoescape=select_autoescape())
-    page = environment.get_template("report.html").render(
+    page = as_page(
+        "report.html",
         title=f"DVDP on {params.dataset.name}",
         subtitle=f"{_count(len(rows), 'setting')}, {_count(len(params.seeds), 'seed')},"
         f" {params.dataset.resolution} px images"
@@ -101,11 +98,11 @@ def write_report(
         cells=cells,
         legend=legend(rows, record),
         failures=failures,
-        contact_sheet=_inline(report.contact_sheet),
-        curves=[{"picture": _inline(path), "caption": caption} for path, caption in curves],
-        sweeps=[{"picture": _inline(path), "caption": caption} for path, caption in sweeps],
-        grids=grids,
-        processes=processes,
+        contact_sheet=figures.data_url(report.contact_sheet),
+        curves=_inline(curves),
+        sweeps=_inline(sweeps),
+        grids=_inline(grids),
+        processes=_inline(processes),
         anchors=_anchors(params.dataset.name, DataPaths.of(params).reference, record.metrics),
         provenance=provenance,
     )
@@ -133,11 +130,12 @@ def _metrics(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _write_loss_csv(path: Path, results: Sequence[Result]) -> None:
-    lines = ["images,loss,run"]
-    for result in results:
-        entries = ledger.read(result.job.folder / "metrics.jsonl")
-        lines += [f"{e.images},{e.metrics['loss']:.6f},{result.job.name}" for e in entries]
-    write_atomically(path, "\n".join(lines) + "\n")
+    lines = [
+        f"{entry.images},{entry.metrics['loss']:.6f},{result.job.name}"
+        for result in results
+        for entry in ledger.read(result.job.folder / "metrics.jsonl")
+    ]
+    write_atomically(path, "\n".join(["images,loss,run", *lines]) + "\n")
 
 
 def _draw_curves(folder: Path, rows: Sequence[Row], results: Sequence[Result]) -> list[tuple[Path, str]]:
@@ -164,25 +162,22 @@ def _caption(result: Result) -> str:
     return f"{result.job.name}: " + (f"turning points at t = {points}" if points else "no turning point")
 
 
-def _anchors(dataset: str, reference: Path, metrics: Mapping[str, float]) -> dict[str, Any]:
+def _anchors(dataset: str, reference: Path, metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells."""
     anchors = read_reference(reference).anchors
     # What is extrapolated from samples is no anchor's.
     names = [name for name in metrics if not name.endswith("_std") and name in anchors["halves"]["metrics"]]
     titles = {"halves": f"two halves of {dataset}", "blurred": "blurred", "noised": "noised"}
-    return {
-        "headings": ["real images", "against", *names],
-        "cells": [
-            [titles.get(key, key), f"{anchor['references']:,}", *(f"{anchor['metrics'][name]:.3f}" for name in names)]
-            for key, anchor in anchors.items()
-        ],
-    }
+    return ["real images", "against", *names], [
+        [titles.get(key, key), f"{anchor['references']:,}", *(f"{anchor['metrics'][name]:.3f}" for name in names)]
+        for key, anchor in anchors.items()
+    ]
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _inline(path: Path) -> str:
-    with Image.open(path) as image:
-        image.verify()
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def _inline(pictures: Sequence[tuple[Path, str]]) -> list[tuple[str, str]]:
+    """Files and captions -> addresses and captions."""
+    return [(figures.data_url(path), caption) for path, caption in pictures]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, select_autoescape
-
 from dvdp.config import Params
 from dvdp.errors import UserError
+from dvdp.evaluation.figures import data_url
 from dvdp.files import write_atomically
 from pipelines.reports.paper import FIGURE_4, Table
 from pipelines.reports.paper_scores import Filled, Line, fill_tables
 from pipelines.reports.sweep_figures import Scored, draw_over_first_turning_point
-from pipelines.reports.text_tables import as_csv, as_markdown
+from pipelines.reports.text_tables import as_csv, as_markdown, as_page
 
 TITLE = "The paper's tables, and ours"
 CAPTION = "Fig. 4 of ours: score over T_1"
@@ -63,13 +61,10 @@ def write_tables(params: Params, folder: Path) -> TablesReport:
         _Section(table.title, _headings(table), [_cells(table, line) for line in lines], _notes(table, lines))
         for table, lines in filled.lines.items()
     ]
-    template = Environment(loader=PackageLoader("pipelines.reports"), autoescape=select_autoescape()).get_template(
-        "tables.html"
-    )
-    inline = base64.b64encode(figure.read_bytes()).decode() if figure else ""
+    pictures = [(data_url(figure), CAPTION)] if figure else []
     numbers = [_numbers(table, line) for table, lines in filled.lines.items() for line in lines]
     contents = {
-        "tables.html": template.render(title=TITLE, sections=sections, legend=legend, picture=inline, caption=CAPTION),
+        "tables.html": as_page("tables.html", title=TITLE, sections=sections, legend=legend, pictures=pictures),
         "tables.md": _markdown(sections, legend, figure),
         "tables.csv": as_csv(_COLUMNS, [[str(line.get(name, "")) for name in _COLUMNS] for line in numbers]),
     }
@@ -83,7 +78,7 @@ def _draw_figure(lines: Sequence[Line], path: Path) -> Path | None:
     marks: dict[str, list[Scored]] = {}
     for line in lines:
         if line.seeds:
-            mark = Scored(line.row.turning_points[0], line.mean, line.spread)
+            mark = Scored(line.row.turning_points[0], *line.score)
             marks.setdefault(line.seeds[0].run.process, []).append(mark)
     path.unlink(missing_ok=True)
     if len(marks) < 2:
@@ -126,8 +121,8 @@ def _headings(table: Table) -> list[str]:
 def _cells(table: Table, line: Line) -> list[str]:
     row, ours = line.row, ""
     if line.seeds:
-        spread = f" ± {line.spread:.2f}" if len(line.seeds) > 1 else ""
-        ours = f"{line.mean:.2f}{spread}{f' {MARK}' if line.differs else ''}"
+        mean, spread = line.score
+        ours = f"{mean:.2f}" + f" ± {spread:.2f}" * (len(line.seeds) > 1) + f" {MARK}" * bool(line.differs)
     speeds = [
         _speed(row.seconds_per_iteration, row.training_speedup),
         f"{line.training_speedup:.2f}x" if line.training_speedup else "",
@@ -184,16 +179,12 @@ def _numbers(table: Table, line: Line) -> Mapping[str, object]:
     if not line.seeds:
         return numbers
     record, sampling = line.seeds[0].record, line.seeds[0].run.sampling
-    perhaps = {
-        "spread": line.spread if len(line.seeds) > 1 else None,
-        "training_speedup": line.training_speedup,
-        "sampling_speedup": line.sampling_speedup,
-    }
+    mean, spread = line.score
     return {
         **numbers,
-        **{name: value for name, value in perhaps.items() if value is not None},
         "metric": record.headline,
-        "score": line.mean,
+        "score": mean,
+        "spread": spread if len(line.seeds) > 1 else "",
         "seeds": len(line.seeds),
         "samples": record.samples,
         "references": record.references,
@@ -201,5 +192,7 @@ def _numbers(table: Table, line: Line) -> Mapping[str, object]:
         "solver": sampling.solver,
         "steps": sampling.steps,
         "training_images": line.images,
+        "training_speedup": line.training_speedup or "",
+        "sampling_speedup": line.sampling_speedup or "",
         "differs": "; ".join(line.differs),
     }

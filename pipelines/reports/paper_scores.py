@@ -1,8 +1,8 @@
 """The paper's tables with ours beside them, from what MLflow holds and nothing else.
 
-A row's cell shows the score of a run with the row's data set (by name), resolution, process and turning points. All our
-cells of one data set in one table are of runs that were trained alike and scored on the same terms. Where MLflow has
-several such groups, it is the one that differs least from the paper, then the one that fills most cells.
+A score stands in a row's cell if its run is of the row's data set (by name), resolution, process and turning points.
+All our cells of one data set in one table are of runs that were trained alike and scored on the same terms. Where
+MLflow has several such groups, it is the one that differs least from the paper, then the one that fills most cells.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from dvdp.config import Params
-from dvdp.evaluation.records import ScoreRecord, score_differences
+from dvdp.evaluation.records import ScoreRecord, mean_and_spread, score_differences
 from dvdp.models.flops import training_images
 from pipelines.reports.paper import TABLES, TIMESTEPS, Row, Table
 from pipelines.tracking.connection import connect, reaching, there_is_a_store
@@ -41,15 +42,10 @@ class Line:
     differs: tuple[str, ...] = ()
     """Why ours does not compare with the paper's; empty if it does."""
 
-    @property
-    def mean(self) -> float:
-        """Of the score, over seeds."""
-        return statistics.mean(seed.score for seed in self.seeds)
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation over seeds; 0 for one."""
-        return statistics.stdev(seed.score for seed in self.seeds) if len(self.seeds) > 1 else 0.0
+    @cached_property
+    def score(self) -> tuple[float, float]:
+        """Mean and standard deviation over seeds."""
+        return mean_and_spread([seed.record.metrics[seed.record.headline] for seed in self.seeds])
 
     @property
     def images(self) -> int:
@@ -171,9 +167,9 @@ def _differences(table: Table, row: Row, measured: Measured) -> list[str]:
         (record.samples == table.samples, f"{record.samples:,} samples, not {table.samples:,}"),
         (run.sampling.steps == steps, f"{run.sampling.steps} steps, not {steps}"),
         (run.sampling.solver == solver, f"{run.sampling.solver}, not {solver}"),
-        (run.sampling.timestep_spacing == "uniform", f"{run.sampling.timestep_spacing} timestep_spacing"),
+        (run.sampling.timestep_spacing == "uniform", f"{run.sampling.timestep_spacing} timesteps"),
         (run.sampling.lift == "noise", "a lift with the variance of the data"),
-        (not run.model.num_classes, "a network that is told classes"),
+        (not run.model.num_classes, "a class-conditional network"),
         (run.schedule.timesteps == TIMESTEPS, f"T = {run.schedule.timesteps}, not {TIMESTEPS}"),
         (not run.turning_points or run.model.networks == networks, f"{words[other]}, not {words[networks]}"),
     )

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dvdp.evaluation.figures import save_figure
+from dvdp.evaluation.figures import BLUE, GREEN, SOFT, VERMILION, chart, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-#: Okabe and Ito's blue, vermilion and green, and a grey.
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5b6578"
 
 
 class Scored(NamedTuple):
@@ -32,22 +28,12 @@ def draw_over_first_turning_point(
     path: Path, lines: Mapping[str, Sequence[Scored]], ddpm: Scored | None, metric: str
 ) -> Path:
     """Score against T_1, a line for each process (Fig. 4), with DDPM's score across."""
-    figure, axes = _axes("Score over the first turning point", "T_1", f"{metric} (lower is better)")
+    figure, axes = chart("Score over the first turning point", "T_1", f"{metric} (lower is better)")
     for (name, marks), colour, shape in zip(lines.items(), (BLUE, VERMILION), "os", strict=False):
-        ordered = sorted(marks)
-        axes.errorbar(
-            [m.x for m in ordered],
-            [m.mean for m in ordered],
-            [m.spread for m in ordered],
-            color=colour,
-            marker=shape,
-            capsize=3,
-            linewidth=1.6,
-            label=name,
-        )
+        _draw(axes, sorted(marks), color=colour, marker=shape, linewidth=1.6, label=name)
     if ddpm:
-        axes.axhline(ddpm.mean, color=GREY, linestyle="--", linewidth=1.2, label="ddpm")
-        axes.axhspan(ddpm.mean - ddpm.spread, ddpm.mean + ddpm.spread, color=GREY, alpha=0.15, linewidth=0)
+        axes.axhline(ddpm.mean, color=SOFT, linestyle="--", linewidth=1.2, label="ddpm")
+        axes.axhspan(ddpm.mean - ddpm.spread, ddpm.mean + ddpm.spread, color=SOFT, alpha=0.15, linewidth=0)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     return save_figure(figure, path)
@@ -55,26 +41,15 @@ def draw_over_first_turning_point(
 
 def draw_over_levels(path: Path, scores: Sequence[Scored], speedups: Sequence[Scored], metric: str) -> Path:
     """Score and speed-up against K, the number of turning points (Table 3)."""
-    figure, axes = _axes("Score and speed-up over the number of turning points", "K", f"{metric} (lower is better)")
-    axes.errorbar(
-        [m.x for m in scores],
-        [m.mean for m in scores],
-        [m.spread for m in scores],
-        color=BLUE,
-        marker="o",
-        linestyle="",
-        capsize=3,
-        label="score",
-    )
+    figure, axes = chart("Score and speed-up over the number of turning points", "K", f"{metric} (lower is better)")
+    _draw(axes, scores, color=BLUE, marker="o", linestyle="", label="score")
     for mark in scores:
         axes.annotate(mark.label, (mark.x, mark.mean), (7, 5), textcoords="offset points", fontsize=9, color=BLUE)
     axes.set_ylim(bottom=0, top=1.15 * max(m.mean + m.spread for m in scores))
     axes.set_xlim(-0.3, max(m.x for m in scores) + 0.8)
     axes.set_xticks(sorted({m.x for m in scores}))
     right = axes.twinx()
-    right.plot(
-        [m.x for m in speedups], [m.mean for m in speedups], color=GREEN, marker="^", linestyle="", label="speed-up"
-    )
+    _draw(right, speedups, color=GREEN, marker="^", linestyle="", label="speed-up")
     right.set_ylim(bottom=0, top=1.15 * max(m.mean for m in speedups))
     right.set_ylabel("training speed-up (FLOPs)", color=GREEN)
     right.spines["top"].set_visible(False)
@@ -83,14 +58,5 @@ def draw_over_levels(path: Path, scores: Sequence[Scored], speedups: Sequence[Sc
     return save_figure(figure, path)
 
 
-def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=13)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+def _draw(axes: Axes, marks: Sequence[Scored], **style: Any) -> None:
+    axes.errorbar([m.x for m in marks], [m.mean for m in marks], [m.spread for m in marks], capsize=3, **style)

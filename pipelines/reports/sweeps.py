@@ -22,10 +22,11 @@ def known_settings(results: Sequence[Result]) -> list[Trained]:
     """
     first = results[0].job
     terms = results[0].record
-    alike = [r for r in results if _as(r.job.run, first.run) == first.run and not score_differences(terms, r.record)]
     found: dict[tuple[str, tuple[int, ...]], Trained] = {}
-    for result in alike:
+    for result in results:
         run, score = result.job.run, result.record.metrics[result.record.headline]
+        if _as(run, first.run) != first.run or score_differences(terms, result.record):
+            continue
         known = found.get((run.process, run.turning_points))
         scores = (*known.scores, score) if known else (score,)
         found[run.process, run.turning_points] = Trained(run.process, run.turning_points, scores, result.record)
@@ -68,14 +69,8 @@ def draw_sweeps(folder: Path, settings: Sequence[Trained], run: Run) -> list[tup
     levels = [s for s in settings if s.process != "subspace"]
     if len({len(s.turning_points) for s in levels}) > 2:
         scores = [_mark(s, len(s.turning_points)) for s in levels]
-        speedups = [
-            Scored(
-                len(s.turning_points),
-                1 / relative_flops(replace(run, process=s.process, turning_points=s.turning_points)),
-                0,
-            )
-            for s in levels
-        ]
+        runs = [replace(run, process=s.process, turning_points=s.turning_points) for s in levels]
+        speedups = [Scored(len(each.turning_points), 1 / relative_flops(each), 0) for each in runs]
         path = draw_over_levels(folder / "turning_points.png", scores, speedups, metric)
         drawn.append((path, "Score and speed-up over the number of turning points"))
     return drawn

@@ -1,10 +1,13 @@
-"""Tables as text, Markdown and CSV."""
+"""Tables as text, Markdown and CSV, and pages from templates."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
 
 
 def as_text(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -25,3 +28,9 @@ def as_csv(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     text = io.StringIO()
     csv.writer(text).writerows([headings, *cells])
     return text.getvalue()
+
+
+def as_page(template: str, **values: Any) -> str:
+    """A page that needs no other file."""
+    environment = Environment(loader=PackageLoader("pipelines.reports"), autoescape=select_autoescape())
+    return environment.get_template(template).render(**values)

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as Entry
 
 from dvdp.config import Params, ProcessName, Run, parse_params
-from dvdp.evaluation.records import ScoreRecord, score_differences
+from dvdp.evaluation.records import ScoreRecord, mean_and_spread, score_differences
 from dvdp.identity import training_identity
 from pipelines.tracking.connection import reading, there_is_a_store
 from pipelines.tracking.runs import DATASET_DIGEST, EVALUATION_OF, SETTING, flatten, read_text
@@ -36,12 +36,12 @@ class Trained:
     @property
     def mean(self) -> float:
         """Over seeds."""
-        return statistics.mean(self.scores)
+        return mean_and_spread(self.scores)[0]
 
     @property
     def spread(self) -> float:
         """Standard deviation over seeds; 0 for one."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
+        return mean_and_spread(self.scores)[1]
 
 
 def trained_settings(params: Params, run: Run, digest: str, terms: ScoreRecord | None = None) -> list[Trained]:
@@ -121,11 +121,6 @@ class Measured:
     seconds_per_image: float | None
     """Of training, median over the logs."""
     seconds_per_sample: float | None
-
-    @property
-    def score(self) -> float:
-        """Of the headline metric."""
-        return self.record.metrics[self.record.headline]
 
 
 def read_measured(client: MlflowClient, entry: Entry) -> Measured | None:

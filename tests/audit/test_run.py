@@ -20,10 +20,11 @@ from dvdp.audit.run import FEWEST, audit, draw
 from dvdp.audit.states import Subject, describe, real_images, true_states
 from dvdp.data.loading import ArrayImages
 from dvdp.diffusion import bands
-from dvdp.diffusion.randomness import generator, image_labels
+from dvdp.diffusion.randomness import generator
 from dvdp.diffusion.sampling import Denoiser
 from dvdp.errors import UserError
 from dvdp.evaluation.fidelity import frechet
+from dvdp.models.classes import Classes
 from dvdp.models.pixels import to_float, to_uint8
 from tests.diffusion.exact import EmpiricalDenoiser, GaussianDenoiser, digits, split
 
@@ -48,8 +49,8 @@ class WrongAt:
 class WrongLift(Process):
     """Its last lift leaves out the noise of the band that comes back."""
 
-    def lift(self, x: Tensor, level: int, noise: Tensor, data_std: float = 0.0) -> Tensor:
-        return bands.up(x) if level == 1 else super().lift(x, level, noise, data_std)
+    def lift(self, x: Tensor, level: int, noise: Tensor) -> Tensor:
+        return bands.up(x) if level == 1 else super().lift(x, level, noise)
 
 
 def patches(images: Dataset | Tensor) -> Tensor:
@@ -257,9 +258,10 @@ def test_a_denoiser_gets_the_classes_of_the_images_whose_states_it_goes_on_from(
     few = images.numpy()[:40].copy()
     few[:, 0, 0, 0] = np.arange(40) % 3
     data = ArrayImages(few, np.arange(40) % 3)
-    subject = Subject(PROCESS, class_conditional, data, {**SAMPLING, "steps": 6}, batch=4, label_counts=(14, 13, 13, 0))
+    classes = Classes((14, 13, 13, 0))
+    subject = Subject(PROCESS, class_conditional, data, {**SAMPLING, "steps": 6}, batch=4, classes=classes)
     draw(subject, "free", 0, 8)
-    assert torch.equal(torch.cat(seen[:: len(seen) // 2]), image_labels((14, 13, 13, 0), SAMPLING["seed"], 0, 8))
+    assert torch.equal(torch.cat(seen[:: len(seen) // 2]), classes.draw(SAMPLING["seed"], 0, 8))
     for start in ("before_2", "after_1"):
         seen.clear()
         draw(subject, start, 0, 8)

@@ -1,9 +1,6 @@
 """A ratio that fell, is gone or makes no sense is noticed, and what was not compared is said."""
 
 import json
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,8 @@ from benchmarks import steps
 from benchmarks.baseline import TURNS, UNKNOWN, compare, read_result, tolerance
 from benchmarks.timing import spreads, warn_of_allocator
 from dvdp.errors import UserError
+from tests.benchmarks.support import run_module
 
-PROJECT = Path(__file__).parents[2]
 BASELINE = {
     "machine": {"malloc": "1073741824", "threads": 1},
     "cases": [{"resolution": 64, "batch": 20}],
@@ -27,17 +24,6 @@ BASELINE = {
 
 def found(**changes: Any) -> dict[str, Any]:
     return {**BASELINE, **changes}
-
-
-def run_module(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)],
-        cwd=PROJECT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_the_tolerance_is_that_of_the_baselines_noise_within_limits() -> None:

@@ -1,8 +1,6 @@
 """The benchmarks run, and say what a regression is."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +12,7 @@ from benchmarks.baseline import compare
 from benchmarks.ranks import computed, slowest_level
 from benchmarks.timing import in_turns, peak_memory, take_turns
 from dvdp.errors import UserError
-
-PROJECT = Path(__file__).parents[2]
-
-
-def run_module(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)], cwd=PROJECT, capture_output=True, text=True, check=False
-    )
+from tests.benchmarks.support import run_module
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-PROJECT = Path(__file__).parents[2]
+from tests.benchmarks.support import run_module
+
 PARAMS = {
     "dataset": {"name": "digits", "source": "digits", "resolution": 16, "encoding": "raw"},
     "schedule": {"timesteps": 1000},
@@ -24,17 +24,12 @@ PARAMS = {
         "num_res_blocks": 1,
         "attention_factors": [2],
         "num_head_channels": 8,
+        "num_classes": 0,
     },
     "training": {"images": 64, "batch": 8, "warmup_images": 8, "checkpoint_images": 64, "preview_images": 0},
     "sampling": {"count": 64, "steps": 8, "batch": 32},
     "evaluation": {"extractor": "labels", "samples": 64, "kid_subset": 20, "extractor_epochs": 1},
 }
-
-
-def run_module(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)], cwd=PROJECT, capture_output=True, text=True, check=False
-    )
 
 
 @pytest.fixture(scope="module")

@@ -120,25 +120,6 @@ def test_noise_may_differ_from_band_to_band() -> None:
     close(found, expected)
 
 
-def test_factors_are_computed_once_for_all_timesteps_of_a_level() -> None:
-    process, asked = Process(Schedule.dvdp([300, 600])), []
-
-    def of(signal: Tensor, noise: Tensor, level: int) -> tuple[Tensor, ...]:
-        asked.append(level)
-        assert noise.shape == (1001, 1)
-        return (signal / noise,)
-
-    x = torch.empty(0, dtype=torch.float32)
-    for t in (301, 600, torch.tensor([400, 500])):
-        (found,) = process.factors(of, t, 1, x)
-        expected = (process.schedule.signal / process.schedule.noise)[1:, t].movedim(0, -1).float()
-        assert found.dtype == torch.float32
-        assert torch.equal(found, expected)
-    assert asked == [1]
-    process.factors(of, 700, 2, x)
-    assert asked == [1, 2]
-
-
 def test_clean_images_are_diffused_to_themselves_at_0() -> None:
     x0 = images(SIDE, 2, 3, seed=0)
     assert torch.equal(Process(Schedule.dvdp([300])).diffuse(x0, 0, images(SIDE, 2, 3, seed=1)), x0)
@@ -243,7 +224,7 @@ def test_posterior_keeps_the_marginals(schedule: Schedule, a: float, b: float, s
         signal_t, noise_t = schedule.signal[level:, t], schedule.noise[level:, t]
         for step in (
             process.posterior(t, s, level),
-            *(process.implicit(t, s, level, eta) for eta in (0.0, 0.5, 1.0)),
+            *(process.ddim(t, s, level, eta) for eta in (0.0, 0.5, 1.0)),
         ):
             close(step.x * signal_t + step.x0, schedule.signal[level:, s])
             close((step.x * noise_t).square() + step.z.square(), schedule.noise[level:, s].square())
@@ -257,7 +238,7 @@ def test_a_step_to_0_returns_the_clean_image_to_the_last_bit(schedule: Schedule)
     for step in (
         process.posterior(t, torch.zeros_like(t), 0),
         process.posterior(t, torch.zeros_like(t), 0, "fixed_large"),
-        process.implicit(t, torch.zeros_like(t), 0, eta=1.0),
+        process.ddim(t, torch.zeros_like(t), 0, eta=1.0),
     ):
         assert (step.x == 0).all()
         assert (step.z == 0).all()
@@ -297,7 +278,7 @@ def test_without_turning_points_it_is_the_textbook_ddim_update(eta: float, strid
     x0 = (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()
     sigma = eta * ((1 - abar[s]) / (1 - abar[t])).sqrt() * (1 - abar[t] / abar[s]).sqrt()
     expected = abar[s].sqrt() * x0 + (1 - abar[s] - sigma**2).clamp(min=0).sqrt() * eps + sigma * z
-    step = process.implicit(t, s, 0, eta)
+    step = process.ddim(t, s, 0, eta)
     close(step.x[:, 0] * x + step.x0[:, 0] * x0 + step.z[:, 0] * z, expected)
 
 
@@ -307,7 +288,7 @@ def test_ddim_with_eta_1_is_ancestral_sampling(schedule: Schedule, a: float, b: 
     process = Process(schedule)
     for level in range(schedule.levels + 1):
         s, t = (torch.tensor(u) for u in times_of_level(schedule, level, a, b))
-        for one, other in zip(process.implicit(t, s, level, 1.0), process.posterior(t, s, level), strict=True):
+        for one, other in zip(process.ddim(t, s, level, 1.0), process.posterior(t, s, level), strict=True):
             close(one, other, 1e-7)
 
 

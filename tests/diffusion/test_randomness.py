@@ -179,7 +179,7 @@ def test_callback_sees_every_function_evaluation_at_its_level() -> None:
     images = sample(PROCESS, spy, SHAPE, 25, callback=seen.append)
     grid = [(level, t, s) for level, times in step_grid(PROCESS.schedule, 25) for t, s in pairwise(times)]
     assert [(p.level, p.t, p.s) for p in seen] == grid
-    assert [(p.call, p.calls) for p in seen] == [(i + 1, 25) for i in range(25)]
+    assert [(p.nfe, p.total_nfe) for p in seen] == [(i + 1, 25) for i in range(25)]
     assert calls == [(t, 16 >> level) for level, t, _ in grid]
     for p in seen:
         assert p.state.shape == p.clean.shape == (5, 3, 16 >> p.level, 16 >> p.level)

@@ -222,16 +222,16 @@ def test_a_lift_with_the_datas_variance_keeps_what_subspace_diffusion_loses() ->
     """An early turning point drops signal that the lift, told the data's deviation, brings back in variance."""
     schedule, data = Schedule.subspace([50]), (DEVIATIONS[0], DEVIATIONS[-1])
     plain = generated_std(schedule, data, 1000, solver="ddim")
-    matched = generated_std(schedule, data, 1000, solver="ddim", lift_std=data)
+    matched = generated_std(schedule, data, 1000, solver="ddim", lift="data")
     assert plain[0] / data[0] == pytest.approx(0.761, abs=1e-3)
     assert matched[0] / data[0] == pytest.approx(0.990, abs=1e-3)
     assert matched[1] == plain[1]
 
-    process, shape = Process(schedule), (64, 24, 8, 8)
+    process, shape = Process(schedule, data), (64, 24, 8, 8)
     denoiser = GaussianDenoiser(process, data)
-    x = sample(process, denoiser, shape, 20, "ddim", clip=False, lift_std=data, dtype=torch.float64)
+    x = sample(process, denoiser, shape, 20, "ddim", clip=False, dtype=torch.float64)
     found = (split(x, 1)[0].square().sum() / (48 * 64 * 24)).sqrt().item()
-    expected = generated_std(schedule, data, 20, "ddim", lift_std=data)[0]
+    expected = generated_std(schedule, data, 20, "ddim", lift="data")[0]
     assert found == pytest.approx(expected, rel=5 / math.sqrt(2 * 48 * 64 * 24))
 
 
@@ -245,6 +245,6 @@ def test_a_lift_loses_what_the_divergence_of_two_normal_numbers_says() -> None:
         assert loss == pytest.approx(coefficients * torch.distributions.kl_divergence(true, noise).item(), rel=1e-6)
 
 
-def test_lift_std_of_the_wrong_number_is_refused() -> None:
-    with pytest.raises(UserError, match=r"lift_std: found 2 numbers, expected one for each of 3 bands\."):
-        sample(Process(Schedule.dvdp([300, 600])), lambda x, t: x, (1, 3, 8, 8), 3, lift_std=[0.1, 0.2])
+def test_band_std_of_the_wrong_number_are_refused() -> None:
+    with pytest.raises(UserError, match=r"band_std: found 2 numbers, expected one for each of 3 bands\."):
+        Process(Schedule.dvdp([300, 600]), band_std=[0.1, 0.2])

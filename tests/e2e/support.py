@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -290,13 +289,6 @@ def tracked_once(project: Project, setting: str, address: str | None = None) -> 
         assert [metric.step for metric in history] == expected, name
         if name in losses(folder):
             assert [(metric.step, metric.value) for metric in history] == losses(folder)[name]
-
-
-def free_port() -> int:
-    """A port that nobody listens on, for now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.e2e.support import Project, free_port, sentence
+from tests.e2e.support import Project, sentence
+from tests.tracking.support import free_port
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ import yaml
 
 from dvdp.training import checkpoints
 from pipelines.cli import main
-from tests.e2e.support import TINY, free_port
+from tests.e2e.support import TINY
+from tests.tracking.support import free_port
 
 Answer = Callable[..., str]
 
@@ -244,9 +245,7 @@ def test_params_are_printed_with_every_key_and_with_overrides(
 
 
 def test_help_lists_every_command_without_importing_torch() -> None:
-    code = (
-        "import sys; from pipelines.cli import main; main(['--help']); print({'torch', 'ray'} & {*sys.modules})"
-    )
+    code = "import sys; from pipelines.cli import main; main(['--help']); print({'torch', 'ray'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
     assert all(f" {command} " in done.stdout for command in (*COMMANDS, "verify", "stats", "draw", "params"))

@@ -12,7 +12,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines.addresses import services_environment
-from tests.e2e.support import Project, free_port, sentence, tracked_once
+from tests.e2e.support import Project, sentence, tracked_once
+from tests.tracking.support import free_port
 
 pytestmark = pytest.mark.slow
 

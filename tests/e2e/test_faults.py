@@ -16,7 +16,8 @@ from mlflow import MlflowClient
 from dvdp.training import ledger
 from dvdp.training.loop import PATIENCE
 from pipelines.tracking.runs import TRAINING_HASH
-from tests.e2e.support import Project, assert_same_weights, free_port, losses, steps, tracked_once, wait_until, workers
+from tests.e2e.support import Project, assert_same_weights, losses, steps, tracked_once, wait_until, workers
+from tests.tracking.support import free_port
 
 MakeProject = Callable[..., Project]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from e2e_support import Project
+
+from tests.e2e.support import Project
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,8 @@ from mlflow import MlflowClient
 
 from dvdp.training import ledger
 from pipelines.addresses import healthy
-from tests.e2e.support import Project, end, free_port, sentence, tracked_once, wait_until
+from tests.e2e.support import Project, end, sentence, tracked_once, wait_until
+from tests.tracking.support import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from dvdp import Process, Schedule
@@ -126,7 +126,7 @@ def test_process_picture_marks_the_turning_points_and_clips_nothing(
     states = diffused_states(process, clean, picture_times(process))
     picture = process_picture(process, states, states, title)
     assert edges_are_white(picture)
-    assert boxes(picture, ACCENT) == len(turning_points)
+    assert boxes(picture, ImageColor.getrgb(ACCENT)) == len(turning_points)
 
 
 def test_process_picture_draws_states_on_one_scale(clean: Tensor) -> None:

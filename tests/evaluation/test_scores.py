@@ -26,6 +26,7 @@ from dvdp.evaluation.records import ScoreRecord, score_differences
 from dvdp.evaluation.reference import make_reference, read_reference
 from dvdp.evaluation.samples import SampleShards
 from dvdp.evaluation.scores import score
+from tests.data.support import contents
 from tests.evaluation.support import Arrays, Scoring, write_pngs, write_shards
 
 SAMPLING = {"solver": "ddpm", "steps": 250, "seed": 0, "ema": "halflife 20000, ramp 0.1"}
@@ -35,10 +36,6 @@ def features(extractor: Extractor, pixels: np.ndarray) -> np.ndarray:
     network, _ = load_network(extractor.path)
     with torch.inference_mode():
         return network.features(torch.from_numpy(np.ascontiguousarray(pixels))).double().numpy()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 class Unpickled:

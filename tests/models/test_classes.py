@@ -1,4 +1,4 @@
-"""A network that is told classes: draws the one it is asked for, and each as often as the data has it."""
+"""Class-conditional models draw the class they are asked for, and each as often as the data has it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from dvdp import Process, Schedule, UserError, sample
 from dvdp.config import ModelParams, Run, parse_params
 from dvdp.data.loading import ArrayImages
-from dvdp.diffusion.randomness import image_labels
+from dvdp.models.classes import Classes
 from dvdp.models.export import TrainedModel, load_model
 from dvdp.models.unet import build_network
 from dvdp.training.loop import Training, train
@@ -22,19 +22,18 @@ from dvdp.training.loop import Training, train
 SMALL = ModelParams(model_channels=8, channel_mult=(1, 2), attention_factors=(2,), num_head_channels=8, num_classes=3)
 #: Two classes told apart by their brightness, 3 to 1, and images without a class.
 ABOUT = {"labels": ["dark", "bright"], "label_counts": [30, 10, 0]}
+CLASSES = Classes([30, 10, 0], ["dark", "bright"])
 
 
 def drawn(count: int) -> NDArray[np.int64]:
     """The classes of the first images."""
-    labels = image_labels(ABOUT["label_counts"], 0, 0, count)  # type: ignore[arg-type]
-    assert labels is not None
-    return labels.numpy()
+    return CLASSES.draw(0, 0, count).numpy()
 
 
-def conditional_run(**model: object) -> Run:
+def class_run(**model: object) -> Run:
     tree = {
         "dataset": {"resolution": 8},
-        "settings": [{"name": "told", "process": "dvdp", "turning_points": [500]}],
+        "settings": [{"name": "classes", "process": "dvdp", "turning_points": [500]}],
         "model": {
             "model_channels": 8,
             "channel_mult": [1, 2],
@@ -72,15 +71,9 @@ def images() -> ArrayImages:
 
 @pytest.fixture(scope="module")
 def model(images: ArrayImages, tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
-    folder, shown = tmp_path_factory.mktemp("told"), []
+    folder, shown = tmp_path_factory.mktemp("classes"), []
     train(
-        conditional_run(),
-        images,
-        folder,
-        "abc",
-        say=lambda _: None,
-        description=ABOUT,
-        preview=lambda *x: shown.append(x[1]),
+        class_run(), images, folder, "abc", say=lambda _: None, description=ABOUT, preview=lambda *x: shown.append(x[1])
     )
     (preview,) = shown
     assert ((preview.double().mean(dim=(1, 2, 3)) > 125).numpy() == (drawn(8) == 1)).all(), "each has its class"
@@ -110,16 +103,18 @@ def test_an_unconditional_network_ignores_labels() -> None:
 
 def test_a_class_conditional_network_is_not_called_without_labels() -> None:
     network = build_network(SMALL, 0)
-    with pytest.raises(UserError, match="labels: found none, expected one for each image, as this network is told 3"):
+    with pytest.raises(
+        UserError, match="labels: found none, expected one for each image, as this network is conditional on 3"
+    ):
         network(torch.randn(2, 3, 8, 8), torch.tensor([5, 9]), 0)
 
 
 def test_each_class_is_drawn_as_often_as_the_data_has_it_whatever_the_batch() -> None:
-    counts = [5, 0, 1, 2]
-    labels, other = (image_labels(counts, seed, 0, 8000) for seed in (3, 4))
-    parts = [image_labels(counts, 3, first, 1000) for first in range(0, 8000, 1000)]
-    assert torch.equal(torch.cat(parts), labels)  # type: ignore[arg-type]
-    assert not torch.equal(other, labels)  # type: ignore[arg-type]
+    classes = Classes([5, 0, 1, 2])
+    labels, other = (classes.draw(seed, 0, 8000) for seed in (3, 4))
+    parts = [classes.draw(3, first, 1000) for first in range(0, 8000, 1000)]
+    assert torch.equal(torch.cat(parts), labels)
+    assert not torch.equal(other, labels)
     shares = {label: (labels == label).double().mean().item() for label in (0, 1, 2, -1)}
     assert shares == {0: pytest.approx(5 / 8, abs=0.03), 1: 0, 2: pytest.approx(1 / 8, abs=0.02), -1: shares[-1]}
     assert shares[-1] == pytest.approx(2 / 8, abs=0.02), "the last count is of images without a class"
@@ -139,7 +134,7 @@ def test_sampling_tells_the_denoiser_the_class_of_every_image_at_every_level() -
 
 
 def test_a_step_tells_the_network_the_class_of_each_of_its_images(images: ArrayImages, tmp_path: Path) -> None:
-    run = conditional_run()
+    run = class_run()
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, accumulation=2))
     training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, lambda _: None, ABOUT)
     seen: list[tuple[int, int]] = []
@@ -197,14 +192,14 @@ def test_a_class_there_is_not_is_named(model: TrainedModel) -> None:
         model.sample(1, label="darc")
     with pytest.raises(UserError, match=r"^label: found '7', expected one of dark, bright\.$"):
         model.sample(1, label=7)  # type: ignore[arg-type]
-    never = dataclasses.replace(model, description={**model.description, "label_counts": [5, 0, 0]})
+    never = dataclasses.replace(model, classes=Classes([5, 0, 0], CLASSES.names))
     with pytest.raises(UserError, match=r"^label: found 'bright', expected one of dark\.$"):
         never.sample(1, label="bright")
-    unnamed = dataclasses.replace(model, description={**model.description, "labels": []})
+    unnamed = dataclasses.replace(model, classes=Classes(CLASSES.counts))
     with pytest.raises(UserError, match=r"^label: found 'dark', expected none, as the model does not name its classes"):
         unnamed.sample(1, label="dark")
-    plain = dataclasses.replace(model, run=conditional_run(num_classes=0))
-    with pytest.raises(UserError, match=r"^label: found 'dark', expected none, as this model is told no classes"):
+    plain = dataclasses.replace(model, classes=None)
+    with pytest.raises(UserError, match=r"^label: found 'dark', expected none, as this model is unconditional"):
         plain.sample(1, label="dark")
 
 
@@ -213,4 +208,4 @@ def test_training_with_classes_needs_to_know_how_often_each_comes(
     images: ArrayImages, tmp_path: Path, about: dict[str, object]
 ) -> None:
     with pytest.raises(UserError, match=r"^model\.num_classes: found 2 and label counts \[.*\] with the model"):
-        train(conditional_run(), images, tmp_path, "abc", say=lambda _: None, description=about)
+        train(class_run(), images, tmp_path, "abc", say=lambda _: None, description=about)

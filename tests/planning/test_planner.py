@@ -68,7 +68,7 @@ def test_a_plan_predicts_what_its_schedule_alone_does(
     run = run_of(lift=lift, **how)
     plan = Planner(run, DATA, sorted({*points, 100, 300, 600})).plan(points)
     schedule = Schedule.dvdp(points)
-    expected = band_errors(schedule, DATA, **how, lift_std=DATA if lift == "data" else None)
+    expected = band_errors(schedule, DATA, **how, lift=lift)
     assert plan.band_errors == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert plan.lift_losses == pytest.approx(lift_losses(schedule, DATA, 32))
 
@@ -86,9 +86,9 @@ def test_costs_are_those_that_training_and_sampling_have(points: tuple[int, ...]
     run = run_of(points, share=share)
     plan = Planner(run, DATA, points).plan(points)
     assert plan.training_speedup == pytest.approx(1 / relative_flops(run))
-    calls = sum(n * network_flops(run.model, run.resolution >> level) for level, n in enumerate(plan.calls))
+    calls = sum(n * network_flops(run.model, run.resolution >> level) for level, n in enumerate(plan.nfe))
     assert plan.sampling_speedup == pytest.approx(40 * network_flops(run.model, run.resolution) / calls)
-    assert sum(plan.calls) == 40
+    assert sum(plan.nfe) == 40
     measured = Planner(run, DATA, points, [8.0, 4.0, 2.0, 1.0]).plan(points)
     assert measured.training_speedup == pytest.approx(1 / sum(s / 2**k for k, s in enumerate(plan.shares)))
 
@@ -181,7 +181,7 @@ def test_levels_end_where_resolution_network_steps_or_bands_do() -> None:
     assert most_levels(dataclasses.replace(run_of(), sampling=run_of(steps=3).sampling), len(DATA)) == 2
     with pytest.raises(UserError, match=r"^turning_points: found 1 steps and data of 5 bands, expected at least 2"):
         most_levels(run_of(steps=1), len(DATA))
-    with pytest.raises(UserError, match=r"^model.channel_mult: found 2 stages"):
+    with pytest.raises(UserError, match=r"^model\.channel_mult: found 2 stages"):
         most_levels(run_of(resolution=6), len(DATA))
 
 
@@ -190,7 +190,7 @@ def test_levels_end_where_resolution_network_steps_or_bands_do() -> None:
     [
         ((100, 200, 300), None, r"^turning_points: found \[100, 200, 300\], expected at most 2, the bands"),
         ((100, 200), [3.0, 1.0], r"^costs: found 2 numbers, expected one for each of 3 levels"),
-        ((100, 200, 300, 400, 500), None, r"^model.channel_mult: found 2 stages"),
+        ((100, 200, 300, 400, 500), None, r"^model\.channel_mult: found 2 stages"),
     ],
 )
 def test_a_plan_that_cannot_be_is_one_sentence(points: tuple[int, ...], costs: list[float] | None, text: str) -> None:

@@ -43,7 +43,7 @@ def ran(
     client: MlflowClient,
     points: tuple[int, ...],
     scores: list[float],
-    kind: str = "",
+    process: str = "",
     data: tuple[str, int] = ("cifar10", 32),
     speed: tuple[float, float] | None = None,
     sampling: dict[str, Any] | None = None,
@@ -56,10 +56,11 @@ def ran(
         speed: images a second in training, and seconds a sample.
     """
     name, resolution = data
+    process = process or ("dvdp" if points else "ddpm")
     sampled = {"solver": "ddpm", "steps": 1000, "count": 50_000, **(sampling or {})}
     tree = {
         "dataset": {"name": name, "resolution": resolution},
-        "settings": [{"name": "s", "process": kind or ("dvdp" if points else "ddpm"), "turning_points": list(points)}],
+        "settings": [{"name": "s", "process": process, "turning_points": list(points)}],
         "seeds": list(range(len(scores))),
         "model": SMALL,
         "training": {"images": 640, "batch": 16, "budget": "images"},
@@ -166,10 +167,10 @@ def test_scores_on_other_terms_are_marked_and_the_footnote_says_what_differs(pro
     ("change", "differs"),
     [
         ({"sampling": {"solver": "ddim"}}, "ddim, not ddpm"),
-        ({"sampling": {"timestep_spacing": "quadratic"}}, "quadratic timestep_spacing"),
+        ({"sampling": {"timestep_spacing": "quadratic"}}, "quadratic timesteps"),
         ({"sampling": {"lift": "data"}}, "a lift with the variance of the data"),
         ({"model": {**SMALL, "networks": "per_level"}}, "one for each level, not one network for all levels"),
-        ({"model": {**SMALL, "num_classes": 10}}, "a network that is told classes"),
+        ({"model": {**SMALL, "num_classes": 10}}, "a class-conditional network"),
     ],
 )
 def test_true_fid_by_other_means_than_the_papers_is_marked_too(

@@ -219,7 +219,7 @@ def test_the_command_draws_the_class_it_is_asked_for(tmp_path: Path, capsys: pyt
         ({"count": 1, "solver": "dim"}, r"^solver: found 'dim' \(did you mean 'ddim'\?\), expected one of"),
         ({"count": 1, "steps": 1}, "^steps: found 1, expected at least 2"),
         ({"count": 1, "steps": 0}, "^steps: found 0, expected at least 2"),
-        ({"count": 1, "label": "7"}, "^label: found '7', expected none, as this model is told no classes"),
+        ({"count": 1, "label": "7"}, "^label: found '7', expected none, as this model is unconditional"),
         ({"seed": 1}, "Model is missing inputs"),
     ],
 )

@@ -28,8 +28,9 @@ torch.set_num_threads(1)
     "dataset": {"resolution": 8},
     "settings": [{"name": "wide", "process": "dvdp", "turning_points": [500]}],
     # Few pixels and many weights: a checkpoint takes longer than a step.
-    "model": {"model_channels": 192, "channel_mult": [1], "attention_factors": [1], "num_head_channels": 64,
-              "num_classes": 0},
+    "model": {
+        "model_channels": 192, "channel_mult": [1], "attention_factors": [1], "num_head_channels": 64, "num_classes": 0,
+    },
     "training": {"images": 64, "budget": "images", "batch": 4, "warmup_images": 0, "checkpoint_images": 4,
                  "keep_checkpoints": 2, "preview_images": 0, "optimizer": "adamw", "precision": "fp32"},
     "sampling": {"steps": 4},

@@ -29,6 +29,7 @@ def tiny_run(**training: object) -> Run:
             "channel_mult": [1, 2],
             "attention_factors": [2],
             "num_head_channels": 8,
+            "num_classes": 0,
             "dropout": 0.1,
             "num_classes": 0,
         },
@@ -350,9 +351,9 @@ def test_a_lift_with_the_datas_variance_needs_its_std_with_the_model(tmp_path: P
     std = [3.0, 3.0, 0.9]
     train(run, images, tmp_path, "abc", say=quiet, description={"band_std": std})
     model = load_model(tmp_path / "weights.safetensors")
-    assert model.lift_std == std
+    assert model.process.band_std == std
     found = model.sample(2)
-    plain = dataclasses.replace(model, run=tiny_run(images=16)).sample(2)
+    plain = load_model(tmp_path / "weights.safetensors", sampling=tiny_run(images=16).sampling).sample(2)
     assert not torch.equal(found, plain), "the lift adds more"
 
 
