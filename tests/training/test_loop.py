@@ -31,7 +31,6 @@ def tiny_run(**training: object) -> Run:
             "num_head_channels": 8,
             "num_classes": 0,
             "dropout": 0.1,
-            "num_classes": 0,
         },
         "training": {
             "images": 160,
