@@ -25,7 +25,7 @@ def test_repro_makes_everything_that_is_declared(reproduced: Project) -> None:
     folder = reproduced.folder
     assert set(json.loads((folder / "reports" / "metrics.json").read_text())) == {"ddpm", "dvdp-600"}
     page = (folder / "reports" / "index.html").read_text()
-    assert "2 settings, 1 seed, 16 px images, networks told 10 classes" in page
+    assert "2 settings, 1 seed, 16 px images, class-conditional with 10 classes" in page
     assert page.count("data:image/png;base64,") >= 4
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page), "readable without a server"
     assert reproduced.run("dvc", "status").stdout.strip() == "Data and pipelines are up to date."
