@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -40,16 +40,13 @@ def locked(path: Path, patience: float = math.inf) -> Iterator[bool]:
     Yields whether the lock was got within ``patience`` seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + patience
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    yield False
-                    return
-                time.sleep(0.2)
-            else:
-                yield True
-                return
+    lock = FileLock(path, timeout=-1 if patience == math.inf else patience, poll_interval=0.2)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
