@@ -152,7 +152,7 @@ def logged_since_checkpoint(project: Project, training: list[psutil.Process]) ->
         return False
     signal_all(training, signal.SIGSTOP)
     for folder in project.runs().values():
-        saved = max((int(path.stem) for path in folder.glob("checkpoints/*")), default=0)
+        saved = max((int(path.stem) for path in folder.glob("checkpoints/[0-9]*.safetensors")), default=0)
         if saved and ledger.read(folder / "metrics.jsonl")[-1].images > saved:
             return True
     signal_all(training, signal.SIGCONT)
