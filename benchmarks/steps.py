@@ -126,7 +126,7 @@ def make_run(turning_points: tuple[int, ...], resolution: int, model: ModelParam
 
 def start(run: Run, pixels: NDArray[np.uint8], device: torch.device) -> Training:
     """The state of a training before its first step."""
-    return Training(run, ArrayImages(pixels), Path(), "benchmark", False, device, None, print)
+    return Training(run, ArrayImages(pixels), Path(), "benchmark", False, device, None)
 
 
 def measure(

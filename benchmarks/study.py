@@ -36,6 +36,7 @@ from dvdp.identity import sampling_hash, training_hash
 from dvdp.models.export import load_model
 from dvdp.models.flops import training_images
 from dvdp.training.loop import train
+from pipelines.logs import to_terminal
 
 
 def main() -> None:
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for data, runs and samples")
     parser.add_argument("--out", type=Path, required=True, help="results, JSON")
     options = parser.parse_args()
+    to_terminal()
     torch.set_num_threads(1)
     params = read_params(options.params)
     store = prepared(params, options.work / params.dataset.name, options.path)

@@ -37,6 +37,7 @@ from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process, sample_job, seconds_per_sample
 from pipelines.jobs.score import check_scorable, score_job
 from pipelines.jobs.train import train_job
+from pipelines.logs import to_terminal
 from pipelines.provenance import DVC_HASH, GIT_COMMIT, check_data_is_locked, provenance
 from pipelines.reports.comparison import Result, Row, best, compare, legend, table
 from pipelines.reports.page import Report, draw_samples, write_report
@@ -78,6 +79,8 @@ def experiment(
         A failed state that says which settings failed and why, if any did (they do not stop the others), or that
         MLflow was unavailable.
     """
+    # A scheduled flow runs without the CLI.
+    to_terminal()
     params = read_params(params_file, overrides or ())
     if reports is None:
         check_data_is_locked(DataPaths.of(params).store)

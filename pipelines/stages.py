@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -18,13 +19,15 @@ from dvdp.evaluation.reference import export_statistics, make_reference
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.score import _gpu_here, extractor_of
 
+logger = logging.getLogger("dvdp.stages")
+
 
 def prepare_data(params: Params) -> None:
     """DVC stage ``prepare``: raw images to LMDB."""
     places = DataPaths.of(params)
     metadata = prepare(params.dataset, places.store, places.data / "prepare.json")
     left_out = f"{metadata.skipped} skipped" + (f", {metadata.duplicates} duplicates" if metadata.duplicates else "")
-    print(f"{metadata.count:,} images of {metadata.resolution} px in {places.store}, {left_out}")
+    logger.info("%s images of %s px in %s, %s", f"{metadata.count:,}", metadata.resolution, places.store, left_out)
 
 
 def verify_data(params: Params) -> str:
@@ -81,7 +84,7 @@ def make_extractor(params: Params) -> None:
         store.metadata.digest,
         places.extractor,
     )
-    print(f"extractor: {info.task}, {100 * info.accuracy:.1f} % right on images held out")
+    logger.info("extractor: %s, %.1f %% right on images held out", info.task, 100 * info.accuracy)
 
 
 def make_references(params: Params) -> None:
@@ -96,10 +99,11 @@ def make_references(params: Params) -> None:
         params.evaluation.kid_subset,
         _gpu_here(params),
     )
-    print(f"reference: {reference.count:,} images; two real halves score {reference.anchors['halves']['metrics']}")
+    halves = reference.anchors["halves"]["metrics"]
+    logger.info("reference: %s images; two real halves score %s", f"{reference.count:,}", halves)
 
 
 def export_references(params: Params, out: Path) -> None:
     """The reference that is there, as an ``.npz`` file for others."""
     export_statistics(DataPaths.of(params).reference, out)
-    print(f"reference: mean and covariance of the features of {params.dataset.name} in {out}")
+    logger.info("reference: mean and covariance of the features of %s in %s", params.dataset.name, out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 
 from dvdp.config import Params, Run, SettingParams
 from dvdp.data.store import StoreMetadata
@@ -13,6 +14,8 @@ from dvdp.files import write_atomically
 from dvdp.planning.planner import Plan, Planner
 from dvdp.planning.search import candidate_points, cheapest, most_levels, search
 from pipelines.jobs.job import prepared_store
+
+logger = logging.getLogger("dvdp.turning_points")
 
 
 def resolve(params: Params) -> Params:
@@ -76,7 +79,7 @@ def _choice(params: Params, setting: SettingParams, metadata: StoreMetadata) -> 
         content = {"turning_points": chosen.turning_points, "why": why, "for": about}
         write_atomically(path, json.dumps(content, indent=2) + "\n")
     kept = json.loads(path.read_text())
-    print(f"{setting.name}: turning points {kept['turning_points']}, {kept['why']} (kept in {path})")
+    logger.info("%s: turning points %s, %s (kept in %s)", setting.name, kept["turning_points"], kept["why"], path)
     return tuple(kept["turning_points"])
 
 

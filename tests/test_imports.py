@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "pipelines.addresses": set(),
     "pipelines.provenance": {"dvdp"},
     "pipelines.stages": {"dvdp", "pipelines.jobs"},
-    "pipelines.jobs": {"dvdp"},
+    "pipelines.logs": set(),
+    "pipelines.jobs": {"dvdp", "pipelines.logs"},
     "pipelines.tracking": {"dvdp", "pipelines.jobs", "pipelines.provenance"},
     "pipelines.turning_points": {"dvdp", "pipelines.jobs", "pipelines.tracking"},
     "pipelines.reports": {"dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.provenance"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     },
     "pipelines.experiment": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
-        "pipelines.provenance",
+        "pipelines.provenance", "pipelines.logs",
     },
     "pipelines.cli": {"dvdp", "pipelines"},
     "infra": {"dvdp", "pipelines"},

@@ -55,6 +55,7 @@ from dvdp.planning.search import candidate_points, frontier, search
 from dvdp.training import ledger
 from dvdp.training.levels import level_counts
 from dvdp.training.loop import train
+from tests.logs import InterruptedHere, stop_after
 
 # What the cases call things -> what the library calls them.
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
@@ -176,9 +177,9 @@ def make_images(pixels: np.ndarray, labels: np.ndarray | None = None) -> ArrayIm
     return ArrayImages(pixels, labels)
 
 
-def train_run(run: Run, images: ArrayImages, folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
+def train_run(run: Run, images: ArrayImages, folder: Path) -> None:
     told = {"label_counts": [8, 9, 7, 6], "band_std": [*DATA_STD[: len(run.turning_points)], 0.7]}
-    train(run, images, folder, "recorded", description=told, say=say)
+    train(run, images, folder, "recorded", description=told)
 
 
 def ema_weights(folder: Path) -> Tensor:
@@ -540,21 +541,13 @@ def several(runs: Mapping[str, Mapping[str, Any]]) -> Cases:
     return {name: tensor for run, options in runs.items() for name, tensor in trained(run, options).items()}
 
 
-class StoppedHere(Exception):  # noqa: N818
-    """What is thrown into a run to stop it."""
-
-
 def stopped_and_resumed() -> Cases:
     """A run that was stopped after a checkpoint and a log goes on to the bits of one that was not."""
 
-    def stop(line: str) -> None:
-        if " 32 / " in line:
-            raise StoppedHere
-
     with tempfile.TemporaryDirectory() as folder:
         train_run(make_run(**RESUMED), training_images_of(RESUMED), Path(folder) / "whole")
-        with pytest.raises(StoppedHere):
-            train_run(make_run(**RESUMED), training_images_of(RESUMED), Path(folder) / "stopped", stop)
+        with pytest.raises(InterruptedHere), stop_after(32):
+            train_run(make_run(**RESUMED), training_images_of(RESUMED), Path(folder) / "stopped")
         train_run(make_run(**RESUMED), training_images_of(RESUMED), Path(folder) / "stopped")
         whole, stopped = ((ema_weights(p), logged(p)) for p in (Path(folder) / "whole", Path(folder) / "stopped"))
     assert torch.equal(whole[0], stopped[0]), "the stopped run has other weights than the undisturbed one"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ from dvdp.training.levels import level_counts, parts
 from dvdp.training.optimizer import build_optimizers, pack_optimizers, unpack_optimizers
 from dvdp.training.transfer import to_device
 
-Say = Callable[[str], None]
+logger = logging.getLogger("dvdp.training")
 #: Shows previews: (images seen, samples as uint8 (n, 3, H, W), file to write).
 Preview = Callable[[int, Tensor, Path], None]
 #: Seconds to wait for another process that trains the same run: one whose driver was killed is about to end.
@@ -65,7 +66,6 @@ def train(
     device: torch.device | str = "cpu",
     description: Mapping[str, Any] | None = None,
     preview: Preview | None = None,
-    say: Say = print,
 ) -> None:
     """Train a run to its end, going on from its newest checkpoint.
 
@@ -79,7 +79,6 @@ def train(
         description: goes into the header of the weights, beside the run; see :meth:`TrainedModel.of
             <dvdp.models.export.TrainedModel.of>` for what of the data it has to tell.
         preview: turns samples from the EMA weights into a picture.
-        say: prints a line.
 
     Raises:
         UserError: a checkpoint is damaged or of another configuration, the batch does not divide over ranks, the
@@ -98,7 +97,7 @@ def train(
                 raise UserError(f"'{folder}' holds the finished run {trained}, expected {training_hash}.")
             return
         with explained() if run.training.compile else contextlib.nullcontext():
-            training = Training(run, images, folder, training_hash, flip, device, preview, say, description)
+            training = Training(run, images, folder, training_hash, flip, device, preview, description)
             training.run_to_end(seen)
 
 
@@ -142,11 +141,10 @@ class Training:
         flip: bool,
         device: torch.device,
         preview: Preview | None,
-        say: Say,
         description: Mapping[str, Any] | None = None,
     ) -> None:
         self.run, self.images, self.folder, self.hash = run, images, folder, training_hash
-        self.flip, self.device, self.preview, self.say = flip, device, preview, say
+        self.flip, self.device, self.preview = flip, device, preview
         self.rank, self.world_size = _rank(), dist.get_world_size() if dist.is_initialized() else 1
         self.total = training_images(run)
         self.description = {
@@ -328,7 +326,7 @@ class Training:
         expected = estimate(self.run, trial, try_level, self.device)
         self.window.zero_()
         write_atomically(self.folder / "estimate.json", json.dumps(asdict(expected), indent=2) + "\n")
-        self.say(f"{self._name()}: {expected.sentence()}")
+        logger.info("%s: %s", self._name(), expected.sentence())
 
     def _log(self, seen: int, rate: float) -> None:
         window = self.window.clone()
@@ -357,10 +355,9 @@ class Training:
         if self.rank == 0:
             ledger.append(self.folder / "metrics.jsonl", seen, metrics)
             left = (self.total - seen) / rate
-            self.say(
-                f"{self._name()}: {seen:,} / {self.total:,} images, loss {metrics['loss']:.4f},"
-                f" {rate:.0f} images/s, {metrics['memory_gib']:.2f} GiB, {left:.0f} s left"
-            )
+            name, images = self._name(), f"{seen:,} / {self.total:,} images"
+            text = "%s: %s, loss %.4f, %.0f images/s, %.2f GiB, %.0f s left"
+            logger.info(text, name, images, metrics["loss"], rate, metrics["memory_gib"], left)
 
     def _checkpoint(self, seen: int) -> None:
         if self.world_size > 1:
@@ -390,7 +387,7 @@ class Training:
         unpack_optimizers(self.optimizers, checkpoint.tensors)
         if self.rank == 0:
             self.window.copy_(checkpoint.tensors["window"])
-            self.say(f"{self._name()}: going on after {seen:,} of {self.total:,} images")
+            logger.info("%s: going on after %s of %s images", self._name(), f"{seen:,}", f"{self.total:,}")
 
     def _preview(self, seen: int, show: Preview) -> None:
         options = self.run.sampling.options(self.run.training.preview_steps)

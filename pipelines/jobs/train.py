@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,9 @@ from dvdp.training.loop import is_finished
 from pipelines.jobs.cluster import restored_interrupt
 from pipelines.jobs.job import Job
 from pipelines.jobs.paths import DataPaths
+from pipelines.logs import to_file
+
+logger = logging.getLogger("dvdp.jobs")
 
 
 def train_job(job: Job, description: Mapping[str, str]) -> Path:
@@ -30,7 +34,7 @@ def train_job(job: Job, description: Mapping[str, str]) -> Path:
     lock = job.folder / "driver.lock"
     with locked(lock, patience=0) as free:
         if not free:
-            print(f"{job.name}: waiting for another process that trains the same run ({lock})")
+            logger.info("%s: waiting for another process that trains the same run (%s)", job.name, lock)
     with locked(lock):
         if not is_finished(job.folder):
             store = ImageStore(DataPaths.of(job.params).store)
@@ -129,25 +133,21 @@ def worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     folder = Path(config["folder"])
 
-    def say(line: str) -> None:
-        with (folder / LOG).open("a") as file:
-            file.write(line + "\n")
-
     def preview(_: int, samples: torch.Tensor, path: Path) -> None:
         save_png(grid(samples), path)
 
     try:
-        train(
-            Run.from_description(config["run"]),
-            ImageStore(Path(config["store"])),
-            folder,
-            config["training_hash"],
-            flip=config["flip"],
-            device=get_device(),
-            description=config["description"],
-            preview=preview,
-            say=say,
-        )
+        with to_file(folder / LOG):
+            train(
+                Run.from_description(config["run"]),
+                ImageStore(Path(config["store"])),
+                folder,
+                config["training_hash"],
+                flip=config["flip"],
+                device=get_device(),
+                description=config["description"],
+                preview=preview,
+            )
     except UserError as error:
         # Raised here, Ray would try again.
         name = f"mistake-{config['attempt']}-{get_context().get_world_rank()}.txt"

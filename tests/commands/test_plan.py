@@ -30,6 +30,7 @@ from pipelines.jobs.job import jobs
 from pipelines.tracking.history import Trained, trained_settings
 from pipelines.tracking.runs import DATASET_DIGEST, SAMPLING_HASH, Status, open_run
 from pipelines.turning_points import resolve
+from tests.logs import hearing
 from tests.tracking.support import empty_store
 
 TREE: dict[str, Any] = {
@@ -294,16 +295,18 @@ def test_a_fit_orders_settings_it_has_not_seen_and_finds_no_order_in_chance() ->
 # --- turning_points: auto ---------------------------------------------------------------------------------------
 
 
-def chosen_points(capsys: pytest.CaptureFixture[str]) -> tuple[tuple[int, ...], str]:
-    (job,) = jobs(resolve(read_params()))
+def chosen_points() -> tuple[tuple[int, ...], str]:
+    said: list[str] = []
+    with hearing(said.append):
+        (job,) = jobs(resolve(read_params()))
     assert job.params.settings[0].turning_points == job.run.turning_points
-    return job.run.turning_points, capsys.readouterr().out
+    return job.run.turning_points, "\n".join(said)
 
 
 def test_auto_takes_what_the_command_would_and_keeps_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     params = write_params(settings=[AUTO])
     assert params.runs() == []
-    points, said = chosen_points(capsys)
+    points, said = chosen_points()
     assert f"chosen: turning points {list(points)}, the fastest of" in said
     assert "by the planner alone, as MLflow holds no trained settings like it" in said
     assert main(["plan"]) == 0
@@ -311,17 +314,17 @@ def test_auto_takes_what_the_command_would_and_keeps_it(project: Path, capsys: p
 
     # What is trained later does not move what was chosen; another tolerance is another choice.
     train(empty_store(project), (700,), [1.0])
-    assert chosen_points(capsys) == (points, said)
+    assert chosen_points() == (points, said)
     write_params(settings=[{**AUTO, "tolerance": 0.05}])
-    assert chosen_points(capsys)[0] != points
+    assert chosen_points()[0] != points
 
 
-def test_auto_stays_within_what_was_trained(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_stays_within_what_was_trained(project: Path) -> None:
     client = empty_store(project)
     train(client, (430,), [5.0])
     train(client, (610, 800), [5.0])
     write_params(settings=[AUTO])
-    points, said = chosen_points(capsys)
+    points, said = chosen_points()
     assert points[0] == 430
     assert "with T_1 within 430 to 610, which settings that were trained cover" in said
 

@@ -28,7 +28,7 @@ def tiny_run() -> Run:
 
 def train(folder: Path) -> None:
     images = np.random.default_rng(0).integers(0, 255, (16, 3, 8, 8), dtype=np.uint8)
-    loop.train(tiny_run(), ArrayImages(images), folder, "abc", say=lambda _: None)
+    loop.train(tiny_run(), ArrayImages(images), folder, "abc")
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

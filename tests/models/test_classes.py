@@ -72,9 +72,7 @@ def images() -> ArrayImages:
 @pytest.fixture(scope="module")
 def model(images: ArrayImages, tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     folder, shown = tmp_path_factory.mktemp("classes"), []
-    train(
-        class_run(), images, folder, "abc", say=lambda _: None, description=ABOUT, preview=lambda *x: shown.append(x[1])
-    )
+    train(class_run(), images, folder, "abc", description=ABOUT, preview=lambda *x: shown.append(x[1]))
     (preview,) = shown
     assert ((preview.double().mean(dim=(1, 2, 3)) > 125).numpy() == (drawn(8) == 1)).all(), "each has its class"
     return load_model(folder / "weights.safetensors")
@@ -136,7 +134,7 @@ def test_sampling_tells_the_denoiser_the_class_of_every_image_at_every_level() -
 def test_a_step_tells_the_network_the_class_of_each_of_its_images(images: ArrayImages, tmp_path: Path) -> None:
     run = class_run()
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, accumulation=2))
-    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, lambda _: None, ABOUT)
+    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, ABOUT)
     seen: list[tuple[int, int]] = []
 
     def loss(network: torch.nn.Module, level: int, part: Tensor, labels: Tensor) -> Tensor:
@@ -208,4 +206,4 @@ def test_training_with_classes_needs_to_know_how_often_each_comes(
     images: ArrayImages, tmp_path: Path, about: dict[str, object]
 ) -> None:
     with pytest.raises(UserError, match=r"^model\.num_classes: found 2 and label counts \[.*\] with the model"):
-        train(class_run(), images, tmp_path, "abc", say=lambda _: None, description=about)
+        train(class_run(), images, tmp_path, "abc", description=about)

@@ -36,7 +36,7 @@ torch.set_num_threads(1)
     "sampling": {"steps": 4},
 }).runs()
 pictures = np.random.default_rng(0).integers(0, 256, (16, 3, 8, 8), dtype=np.uint8)
-train(run, ArrayImages(pictures), Path(sys.argv[1]), "abc", say=lambda line: None)
+train(run, ArrayImages(pictures), Path(sys.argv[1]), "abc")
 """
 
 

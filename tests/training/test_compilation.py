@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from dvdp.config import Run, parse_params
 from dvdp.data.loading import ArrayImages
 from dvdp.training.loop import train
+from tests.logs import InterruptedHere, stop_after
 
 IMAGES = ArrayImages(np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dtype=np.uint8))
 
@@ -34,28 +35,15 @@ def tiny_run(*, compiled: bool) -> Run:
     return parse_params(tree).runs()[0]
 
 
-class InterruptedHere(Exception):  # noqa: N818
-    """What a test throws into a run."""
-
-
-def stop_after_32(line: str) -> None:
-    if " 32 / " in line:
-        raise InterruptedHere
-
-
-def quiet(_: str) -> None:
-    pass
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 def test_a_compiled_network_trains_as_the_other_does_and_resumes_to_the_bit(tmp_path: Path) -> None:
     run = tiny_run(compiled=True)
-    train(tiny_run(compiled=False), IMAGES, tmp_path / "eager", "abc", say=quiet)
-    train(run, IMAGES, tmp_path / "whole", "abc", say=quiet)
-    with pytest.raises(InterruptedHere):
-        train(run, IMAGES, tmp_path / "broken", "abc", say=stop_after_32)
-    train(run, IMAGES, tmp_path / "broken", "abc", say=quiet)
+    train(tiny_run(compiled=False), IMAGES, tmp_path / "eager", "abc")
+    train(run, IMAGES, tmp_path / "whole", "abc")
+    with pytest.raises(InterruptedHere), stop_after(32):
+        train(run, IMAGES, tmp_path / "broken", "abc")
+    train(run, IMAGES, tmp_path / "broken", "abc")
     eager, whole, broken = (load_file(tmp_path / name / "weights.safetensors") for name in ("eager", "whole", "broken"))
     for name, weight in eager.items():
         torch.testing.assert_close(whole[name], weight, atol=1e-4, rtol=1e-3)
@@ -68,10 +56,10 @@ def test_without_a_compiler_one_sentence_says_what_to_do(tmp_path: Path) -> None
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from tests.training.test_compilation import IMAGES, quiet, tiny_run\n"
+        "from tests.training.test_compilation import IMAGES, tiny_run\n"
         "from dvdp.errors import UserError\n"
         "from dvdp.training.loop import train\n"
-        "try: train(tiny_run(compiled=True), IMAGES, Path(sys.argv[1]), 'abc', say=quiet)\n"
+        "try: train(tiny_run(compiled=True), IMAGES, Path(sys.argv[1]), 'abc')\n"
         "except UserError as error: print(error)\n"
     )
     environment = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

@@ -18,6 +18,7 @@ from dvdp.models.flops import relative_flops, training_images
 from dvdp.training import checkpoints, ledger
 from dvdp.training.ema import EMA
 from dvdp.training.loop import Training, train
+from tests.logs import InterruptedHere, hearing, stop_after
 
 
 def tiny_run(**training: object) -> Run:
@@ -64,22 +65,6 @@ def images() -> ArrayImages:
     return ArrayImages(pictures)
 
 
-def quiet(_: str) -> None:
-    pass
-
-
-class InterruptedHere(Exception):  # noqa: N818
-    """What a test throws into a run."""
-
-
-def stop_after(seen: int):
-    def say(line: str) -> None:
-        if f" {seen} / " in line:
-            raise InterruptedHere
-
-    return say
-
-
 @pytest.mark.parametrize(
     ("prediction_type", "precision", "optimizer"),
     [
@@ -96,7 +81,7 @@ def test_training_lowers_the_loss_of_every_target(
     settings = {"precision": precision, "optimizer": optimizer}
     run = tiny_run(images=1600, learning_rate=5e-3, log_images=400, preview_images=0, **settings)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, prediction_type=prediction_type))
-    train(run, images, tmp_path, "abc", say=quiet)
+    train(run, images, tmp_path, "abc")
     losses = [entry.metrics["loss"] for entry in ledger.read(tmp_path / "metrics.jsonl")]
     assert losses[-1] < 0.9 * losses[0]
 
@@ -106,11 +91,11 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(
     tmp_path: Path, images: ArrayImages, optimizer: str
 ) -> None:
     run = tiny_run(optimizer=optimizer)
-    train(run, images, tmp_path / "whole", "abc", flip=True, say=quiet)
+    train(run, images, tmp_path / "whole", "abc", flip=True)
     for stop in (72, 120):
-        with pytest.raises(InterruptedHere):
-            train(run, images, tmp_path / "broken", "abc", flip=True, say=stop_after(stop))
-    train(run, images, tmp_path / "broken", "abc", flip=True, say=quiet)
+        with pytest.raises(InterruptedHere), stop_after(stop):
+            train(run, images, tmp_path / "broken", "abc", flip=True)
+    train(run, images, tmp_path / "broken", "abc", flip=True)
 
     whole, broken = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "broken"))
     assert whole.keys() == broken.keys()
@@ -142,30 +127,31 @@ def test_the_images_of_the_next_step_are_read_before_a_log_waits_and_none_after_
     counted = Counted(np.stack([images[i][0] for i in range(len(images))]))
     counted.read, logged = [], []
 
-    def say(line: str) -> None:
+    def hear(line: str) -> None:
         logged.append((int(found[1]) if (found := re.search(r" (\d+) / ", line)) else 0, len(counted.read)))
 
     run = tiny_run(preview_images=0)
-    train(run, counted, tmp_path / "whole", "abc", say=say)
+    with hearing(hear):
+        train(run, counted, tmp_path / "whole", "abc")
     ahead = [(seen, min(seen + 8, 160)) for seen in (24, 48, 72, 96, 120, 144, 160)]
     assert logged == [(0, 0), *ahead]
     assert len(counted.read) == 160
     whole = counted.read
 
     counted.read = []
-    with pytest.raises(InterruptedHere):
-        train(run, counted, tmp_path / "broken", "abc", say=stop_after(72))
+    with pytest.raises(InterruptedHere), stop_after(72):
+        train(run, counted, tmp_path / "broken", "abc")
     assert counted.read == whole[:80]
     # It goes on after what steps have seen, not after what was read.
     counted.read = []
-    train(run, counted, tmp_path / "broken", "abc", say=quiet)
+    train(run, counted, tmp_path / "broken", "abc")
     assert counted.read == whole[56:]
     # Killed between the last checkpoint and the weights, it has nothing left to read.
     weights = tmp_path / "broken" / "weights.safetensors"
     content = weights.read_bytes()
     weights.unlink()
     counted.read = []
-    train(run, counted, tmp_path / "broken", "abc", say=quiet)
+    train(run, counted, tmp_path / "broken", "abc")
     assert counted.read == []
     assert weights.read_bytes() == content
 
@@ -175,15 +161,15 @@ def test_a_run_leaves_weights_metrics_estimate_previews_and_the_last_checkpoints
 ) -> None:
     shown: list[tuple[int, tuple[int, ...]]] = []
     said: list[str] = []
-    train(
-        tiny_run(keep_checkpoints=2),
-        images,
-        tmp_path,
-        "abc",
-        description={"dataset": "noise"},
-        preview=lambda seen, samples, _: shown.append((seen, tuple(samples.shape))),
-        say=said.append,
-    )
+    with hearing(said.append):
+        train(
+            tiny_run(keep_checkpoints=2),
+            images,
+            tmp_path,
+            "abc",
+            description={"dataset": "noise"},
+            preview=lambda seen, samples, _: shown.append((seen, tuple(samples.shape))),
+        )
     assert shown == [(80, (2, 3, 16, 16)), (160, (2, 3, 16, 16))]
     assert [path.stem for path in checkpoints.find(tmp_path / "checkpoints")] == ["000000000112", "000000000160"]
     assert [e.images for e in ledger.read(tmp_path / "metrics.jsonl")] == [24, 48, 72, 96, 120, 144, 160]
@@ -195,28 +181,29 @@ def test_a_run_leaves_weights_metrics_estimate_previews_and_the_last_checkpoints
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, images: ArrayImages) -> None:
-    train(tiny_run(), images, tmp_path, "abc", say=quiet)
+    train(tiny_run(), images, tmp_path, "abc")
     before = (tmp_path / "weights.safetensors").stat().st_mtime_ns
     said: list[str] = []
-    train(tiny_run(), images, tmp_path, "abc", say=said.append)
+    with hearing(said.append):
+        train(tiny_run(), images, tmp_path, "abc")
     assert (tmp_path / "weights.safetensors").stat().st_mtime_ns == before
     assert not said
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path, images: ArrayImages) -> None:
-    with pytest.raises(InterruptedHere):
-        train(tiny_run(), images, tmp_path, "abc", say=stop_after(72))
+    with pytest.raises(InterruptedHere), stop_after(72):
+        train(tiny_run(), images, tmp_path, "abc")
     with pytest.raises(UserError, match="belongs to configuration abc, expected xyz"):
-        train(tiny_run(), images, tmp_path, "xyz", say=quiet)
+        train(tiny_run(), images, tmp_path, "xyz")
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, images: ArrayImages) -> None:
-    with pytest.raises(InterruptedHere):
-        train(tiny_run(), images, tmp_path, "abc", say=stop_after(72))
+    with pytest.raises(InterruptedHere), stop_after(72):
+        train(tiny_run(), images, tmp_path, "abc")
     path = checkpoints.find(tmp_path / "checkpoints")[-1]
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=path.name):
-        train(tiny_run(), images, tmp_path, "abc", say=quiet)
+        train(tiny_run(), images, tmp_path, "abc")
 
 
 @pytest.mark.parametrize("counts", [[8, 0, 0], [3, 2, 3], [0, 1, 7]])
@@ -225,7 +212,7 @@ def test_a_step_follows_the_gradient_of_the_mean_loss_over_its_images(
     tmp_path: Path, images: ArrayImages, counts: list[int], accumulation: int
 ) -> None:
     run = tiny_run(accumulation=accumulation)
-    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
+    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None)
     # A loss that tells images and levels apart, without a draw: its gradient is the mean of its parts'.
     weights = next(training.network.parameters())
     batch = torch.arange(8, dtype=torch.uint8).reshape(8, 1, 1, 1).expand(8, 3, 16, 16)
@@ -247,7 +234,7 @@ def test_what_is_tried_before_training_goes_through_the_network_in_the_parts_of_
 ) -> None:
     # {333, 600}: of 60 images 20, 16 and 24 a step; of full size 15 at once.
     run = dataclasses.replace(tiny_run(batch=60, accumulation=4, levels=levels), turning_points=(333, 600))
-    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
+    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None)
     seen: list[tuple[int, int]] = []
 
     def loss(network: torch.nn.Module, level: int, part: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -274,7 +261,7 @@ def test_activations_computed_again_take_less_memory_and_give_the_same_weights(
         # Its dropout draws, and must draw the same again.
         run = tiny_run(activation_checkpointing=activation_checkpointing, precision=precision, levels="all")
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, networks=networks))  # type: ignore[arg-type]
-        training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
+        training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None)
         kept = 0
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -294,7 +281,7 @@ def test_activations_computed_again_take_less_memory_and_give_the_same_weights(
 def test_timesteps_of_a_batch_are_one_from_each_of_equal_parts_of_the_level(
     tmp_path: Path, images: ArrayImages
 ) -> None:
-    training = Training(tiny_run(), images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
+    training = Training(tiny_run(), images, tmp_path, "abc", False, torch.device("cpu"), None)
     seen: list[torch.Tensor] = []
     training.network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
     for step in range(200):
@@ -310,7 +297,7 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_over_the_cool_down(
     tmp_path: Path, images: ArrayImages
 ) -> None:
     run = tiny_run(warmup_images=40, cooldown=0.5, learning_rate=1.0, log_images=8, preview_images=0)
-    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
+    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None)
     rates = []
     training.update = lambda *_: rates.append(training.learning_rate)  # type: ignore[method-assign]
     for step in range(20):
@@ -325,7 +312,7 @@ def test_one_network_a_level_trains_the_one_of_its_level_alone_and_resumes_to_th
 ) -> None:
     run = tiny_run(preview_images=0)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, networks="per_level"))
-    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, quiet)
+    training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None)
     before = {name: tensor.clone() for name, tensor in training.network.state_dict().items()}
     training.update(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), [0, 8, 0])
     moved = {
@@ -333,10 +320,10 @@ def test_one_network_a_level_trains_the_one_of_its_level_alone_and_resumes_to_th
     }
     assert moved == {"1"}
 
-    train(run, images, tmp_path / "whole", "abc", say=quiet)
-    with pytest.raises(InterruptedHere):
-        train(run, images, tmp_path / "broken", "abc", say=stop_after(72))
-    train(run, images, tmp_path / "broken", "abc", say=quiet)
+    train(run, images, tmp_path / "whole", "abc")
+    with pytest.raises(InterruptedHere), stop_after(72):
+        train(run, images, tmp_path / "broken", "abc")
+    train(run, images, tmp_path / "broken", "abc")
     whole, broken = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     assert load_model(tmp_path / "whole" / "weights.safetensors").sample(2, steps=3).shape == (2, 3, 16, 16)
@@ -346,9 +333,9 @@ def test_a_lift_with_the_datas_variance_needs_its_std_with_the_model(tmp_path: P
     run = tiny_run(images=16)
     run = dataclasses.replace(run, sampling=dataclasses.replace(run.sampling, lift="data"))
     with pytest.raises(UserError, match=r"sampling\.lift: found 'data' and no band std"):
-        train(run, images, tmp_path, "abc", say=quiet)
+        train(run, images, tmp_path, "abc")
     std = [3.0, 3.0, 0.9]
-    train(run, images, tmp_path, "abc", say=quiet, description={"band_std": std})
+    train(run, images, tmp_path, "abc", description={"band_std": std})
     model = load_model(tmp_path / "weights.safetensors")
     assert model.process.band_std == std
     found = model.sample(2)
@@ -359,7 +346,7 @@ def test_a_lift_with_the_datas_variance_needs_its_std_with_the_model(tmp_path: P
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(tmp_path: Path, images: ArrayImages) -> None:
     run = tiny_run(learning_rate=1e30, clip_norm=1e30, warmup_images=0)
     with pytest.raises(UserError, match="loss: found"):
-        train(run, images, tmp_path, "abc", say=quiet)
+        train(run, images, tmp_path, "abc")
 
 
 def test_the_average_is_held_apart_and_follows_the_weights() -> None:

@@ -1,0 +1,44 @@
+"""Where status lines go: what the loggers below ``dvdp`` are told, in one format, to the terminal or to a file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+FORMAT = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+
+
+class _Terminal(logging.Handler):
+    """Prints to what is stdout at the time, which a test or a progress bar may have exchanged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
+def to_terminal() -> None:
+    """Print status lines from now on; a second call changes nothing."""
+    if not any(isinstance(handler, _Terminal) for handler in logging.getLogger("dvdp").handlers):
+        _add(_Terminal())
+
+
+@contextlib.contextmanager
+def to_file(path: Path) -> Iterator[None]:
+    """Add status lines to a file while the block runs."""
+    handler = _add(logging.FileHandler(path, delay=True))
+    try:
+        yield
+    finally:
+        logging.getLogger("dvdp").removeHandler(handler)
+        handler.close()
+
+
+def _add(handler: logging.Handler) -> logging.Handler:
+    handler.setFormatter(FORMAT)
+    logger = logging.getLogger("dvdp")
+    logger.setLevel(logging.INFO)
+    # Prefect and Ray have handlers of their own at the root: each line is written once.
+    logger.propagate = False
+    logger.addHandler(handler)
+    return handler
