@@ -73,15 +73,18 @@ def train_on_workers(
     Raises:
         UserError: the training loop's, or the workers failed too often.
     """
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train import BackendConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     attempt = uuid.uuid4().hex
 
     resources: dict[str, float] = {"CPU": params.threads, **({"GPU": 1} if params.gpu else {})}
-    trainer = TorchTrainer(
+    # One rank needs no process group, whose store would listen on all addresses, at a port that may be taken by then.
+    alone = params.num_workers == 1
+    trainer = DataParallelTrainer(
         worker,
         train_loop_config={
             "run": run.describe(),
@@ -101,7 +104,7 @@ def train_on_workers(
             storage_path=str((folder / "ray").resolve()),
             failure_config=FailureConfig(max_failures=params.max_failures, controller_failure_limit=3),
         ),
-        torch_config=TorchConfig(backend="nccl" if params.gpu else "gloo"),
+        backend_config=BackendConfig() if alone else TorchConfig(backend="nccl" if params.gpu else "gloo"),
     )
     with restored_interrupt(), following(folder / LOG):
         try:
