@@ -32,7 +32,7 @@ SolverName = Literal["ddpm", "ddim", "dpm++2m", "sde-dpm++2m", "deis2", "deis3"]
 TimestepSpacing = Literal["uniform", "quadratic", "logsnr"]
 
 Name = Annotated[str, Field(max_length=100, pattern="^[A-Za-z0-9_-]+$")]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Timesteps = Annotated[int, Field(ge=1, le=100_000)]
 Images = Annotated[int, Field(ge=1, le=10**12)]
 ImagesOrNone = Annotated[int, Field(ge=0, le=10**12)]
@@ -91,8 +91,8 @@ class DatasetParams(Section):
     """Processes that decode, resize and encode; 0 does it in the one that reads and writes. The result is the same."""
     flip: bool = False
     """Mirror images at random when training."""
-    max_skipped: Share = 0.01
-    """Share of unreadable images above which preparing fails."""
+    max_skipped: Fraction = 0.01
+    """Fraction of unreadable images above which preparing fails."""
 
     def __post_init__(self) -> None:
         from dvdp.data.sources import SOURCES
@@ -138,7 +138,7 @@ class SettingParams(Section):
     name: Name
     process: ProcessName
     turning_points: Integers | Literal["auto"] = ()
-    """``"auto"``: what :mod:`pipelines.commands.plan` chooses once the data set is known."""
+    """``"auto"``: what :mod:`pipelines.turning_points` chooses once the data set is known."""
     tolerance: Annotated[float | None, Field(ge=0, le=10**6)] = None
     """Of ``auto``: the error that turning points may add to DDPM's, see :attr:`dvdp.planning.planner.Plan.excess`."""
     overrides: dict[Overridable, dict[str, Any]] = Field(default_factory=dict)
@@ -169,7 +169,7 @@ class ModelParams(Section):
     attention_factors: Integers = (4,)
     """Downsampling factors, within the network, of the stages that have self-attention."""
     num_head_channels: Annotated[int, Field(ge=1, le=4096)] = 32
-    dropout: Share = 0.0
+    dropout: Fraction = 0.0
     networks: Literal["shared", "per_level"] = "shared"
     """One network for all levels, or one for each, of this size each."""
     num_classes: Annotated[int, Field(ge=0, le=10**6)] = 10
@@ -225,8 +225,8 @@ class TrainingParams(Section):
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
     warmup_images: ImagesOrNone = 1_000
-    cooldown: Share = 0.7
-    """Share of the images, the last ones, over which the learning rate falls linearly to 0."""
+    cooldown: Fraction = 0.7
+    """Fraction of the images, the last ones, over which the learning rate falls linearly to 0."""
     clip_norm: Annotated[float, Field(gt=0, le=1e30)] = 1.0
     precision: Precision = "fp32"
     ema_halflife_images: Images = 5_000
@@ -267,7 +267,7 @@ class SamplingParams(Section):
     count: Images = 256
     steps: Timesteps = 100
     solver: SolverName = "ddpm"
-    eta: Share = 0.0
+    eta: Fraction = 0.0
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
     clip: bool = True
     timestep_spacing: TimestepSpacing = "uniform"

@@ -375,15 +375,10 @@ def report(
     """Write the paper's tables with its numbers and ours side by side, from MLflow."""
     params = _read(file, changes, services=True)
     from pipelines.reports.paper_page import write_tables
-    from pipelines.tracking.connection import TrackingUnavailable
+    from pipelines.tracking.connection import answering
 
-    try:
+    with answering("holds our scores"):
         written = write_tables(params, Path(out))
-    except TrackingUnavailable:
-        raise UserError(
-            "MLFLOW_TRACKING_URI: found no answer from MLflow there, which holds our scores, expected a server that"
-            " runs; start it, or unset the variable to use mlflow.db here."
-        ) from None
     print("\n".join([written.found, *map(str, written.files)]))
 
 

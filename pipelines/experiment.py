@@ -1,13 +1,12 @@
 """The flow ``experiment``: train, sample, score and register every setting, then compare them.
 
-Prefect shows and schedules it; the work itself is :mod:`pipelines.stages`, the notes of it :mod:`pipelines.tracking`.
+Prefect shows and schedules it; the work itself is :mod:`pipelines.jobs`, the notes of it :mod:`pipelines.tracking`.
 A setting that fails does not stop the others; the flow then ends failed. Whatever is finished is not done again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -93,7 +92,7 @@ def experiment(
         futures, listed = {}, jobs(resolve(params))
         # The longest first, so that none runs on alone.
         for job in sorted(listed, key=_length, reverse=True):
-            # As many at a time as there is slots for; after Ctrl-C, which is heard here, none begins any more.
+            # As many at a time as there are slots; after Ctrl-C, which is heard here, none begins any more.
             slots.acquire()
             futures[job.name] = run_setting.submit(job, slots)
             futures[job.name].add_done_callback(lambda _: slots.release())
@@ -179,7 +178,7 @@ def register(job: Job, record: ScoreRecord) -> None:
         run.set_metrics(measured, step=training_images(job.run))
         run.log_json("score.json", json.loads(record.to_json()))
         run.log_file(job.folder / "estimate.json")
-        run.log_json("params.json", json.loads(json.dumps(dataclasses.asdict(job.params), default=str)))
+        run.log_json("params.json", job.params.describe())
         run.log_file(draw_samples(job, job.folder / "pictures" / f"samples-{job.sampling_hash}.png"), "pictures")
         run.log_file(draw_process(job), "pictures")
         registry.register(

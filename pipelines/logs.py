@@ -1,4 +1,4 @@
-"""Where status lines go: what the loggers below ``dvdp`` are told, in one format, to the terminal or to a file."""
+"""Where status lines go: what is logged below ``dvdp``, in one format, to the terminal or to a file."""
 
 from __future__ import annotations
 

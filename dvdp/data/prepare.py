@@ -16,11 +16,10 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dvdp.config import DatasetParams
 from dvdp.data.parallel import mapped
 from dvdp.data.records import Form, Records, encode
 from dvdp.data.sources import SOURCES, Item, Pixels, Source, UnreadableImageError
@@ -29,6 +28,9 @@ from dvdp.data.store import StoreMetadata
 from dvdp.data.writer import StoreWriter, Tally
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
+
+if TYPE_CHECKING:
+    from dvdp.config import DatasetParams
 
 #: A chunk is as many images as are about so many bytes when raw, between so few and so many of them..
 _RAW_BYTES, _FEWEST, _MOST = 4 << 20, 4, 256

@@ -120,9 +120,9 @@ def _agree(number: int, device: torch.device) -> int:
     """What rank 0 says."""
     if not dist.is_initialized():
         return number
-    told = torch.tensor(number, device=device)
-    dist.broadcast(told, src=0)
-    return int(told)
+    agreed = torch.tensor(number, device=device)
+    dist.broadcast(agreed, src=0)
+    return int(agreed)
 
 
 def _rank() -> int:

@@ -63,7 +63,7 @@ def sample(params: Params, chosen: list[Job]) -> None:
 
 
 def draw(weights: str, count: int, device: str, out: Path, **options: int | str | None) -> None:
-    """One picture of images from a weights file; ``options`` are those of :meth:`dvdp.models.export.Model.sample`."""
+    """One picture of images from a weights file; for ``options`` see :meth:`dvdp.models.export.TrainedModel.sample`."""
     if count < 1:
         raise UserError(f"--count: found {count}, expected at least 1.")
     if device == "cuda" and not torch.cuda.is_available():

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -39,7 +38,7 @@ from dvdp.training.loop import is_finished
 from pipelines.jobs.cluster import cluster, on_workers
 from pipelines.jobs.job import Job
 from pipelines.jobs.paths import DataPaths
-from pipelines.jobs.sample import SHARD_IMAGES
+from pipelines.jobs.sample import SHARD_IMAGES, images_in
 from pipelines.jobs.score import check_scorable, extractor_of
 
 KIND = "dvdp audited states 1"
@@ -172,7 +171,7 @@ def _missing(audit: AuditJob) -> list[tuple[Any, ...]]:
         )
         for start in sorted(audit.starts, key=lambda start: start != SOLVER)
         for first, size in shards
-        if _images_in(audit.folder(start) / f"{first:08d}.npy") < size
+        if images_in(audit.folder(start) / f"{first:08d}.npy") < size
     ]
 
 
@@ -252,7 +251,3 @@ def _notes(audit: AuditJob) -> dict[str, str]:
         "reference": audit.reference.sha256,
         "extractor_sha256": audit.reference.extractor_sha256,
     }
-
-
-def _images_in(path: Path) -> int:
-    return len(np.load(path, mmap_mode="r", allow_pickle=False)) if path.exists() else 0

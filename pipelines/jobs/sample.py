@@ -57,7 +57,7 @@ def missing_shards(job: Sampled) -> list[tuple[int, int]]:
     count = job.run.sampling.count
     # On a GPU a task is a new process, which takes seconds to start; small tasks keep all cores of a CPU busy.
     most = SHARD_IMAGES if job.params.cluster.gpu else min(SHARD_IMAGES, job.run.sampling.batch)
-    there = {int(path.stem): _images_in(path) for path in job.samples.glob("*.npy")}
+    there = {int(path.stem): images_in(path) for path in job.samples.glob("*.npy")}
     missing, first = [], 0
     while first < count:
         size = there.get(first, 0)
@@ -102,7 +102,7 @@ def _write_batch(path: Path, images: Callable[[], Tensor], begun: float) -> floa
 def seconds_per_sample(job: Job) -> float:
     """Of sampling, on one worker, loading excluded."""
     paths = sorted(job.samples.glob("*.npy"))
-    return sum(float(path.with_suffix(".seconds").read_text()) for path in paths) / sum(map(_images_in, paths))
+    return sum(float(path.with_suffix(".seconds").read_text()) for path in paths) / sum(map(images_in, paths))
 
 
 def draw_process(job: Job) -> Path:
@@ -138,5 +138,6 @@ def draw_process_on_worker(
     figures.save_png(figures.process_picture(model.process, forward, back, title), Path(picture))
 
 
-def _images_in(path: Path) -> int:
+def images_in(path: Path) -> int:
+    """Number of images in a shard; 0 where there is none."""
     return len(np.load(path, mmap_mode="r", allow_pickle=False)) if path.exists() else 0

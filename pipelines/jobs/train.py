@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dvdp.config import ClusterParams, Run
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError

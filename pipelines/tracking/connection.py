@@ -43,24 +43,27 @@ def there_is_a_store() -> bool:
 
 
 @contextlib.contextmanager
-def reading(what: str) -> Iterator[MlflowClient]:
-    """A client for a command that cannot do without MLflow's answer.
+def answering(what: str) -> Iterator[None]:
+    """For a command that cannot do without MLflow's answer: raise UserError where :func:`reaching` finds none.
 
     Args:
         what: MLflow has that is read, e.g. "holds our scores".
-
-    Raises:
-        UserError: MLflow does not answer.
     """
-    client = connect()
     try:
-        with reaching(client, Path()):
-            yield client
+        yield
     except TrackingUnavailable:
         raise UserError(
             f"MLFLOW_TRACKING_URI: found no answer from MLflow there, which {what}, expected a server that runs; start"
             " it, or unset the variable to use mlflow.db here."
         ) from None
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[MlflowClient]:
+    """A client to read with; raises UserError as :func:`answering` does."""
+    client = connect()
+    with answering(what), reaching(client, Path()):
+        yield client
 
 
 def connect(project: Path | str = ".") -> MlflowClient:

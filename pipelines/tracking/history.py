@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as Entry
 
 from dvdp.config import Params, ProcessName, Run, parse_params
+from dvdp.errors import UserError
 from dvdp.evaluation.records import ScoreRecord, mean_and_spread, score_differences
 from dvdp.identity import training_identity
 from pipelines.tracking.connection import reading, there_is_a_store
@@ -90,7 +91,8 @@ def _scored_runs(params: Params, run: Run, digest: str) -> Iterator[tuple[Run, S
                 continue
             text = read_text(client, entry.info.run_id, "score.json")
             if text is not None:
-                yield alike, ScoreRecord.from_json(text)
+                with contextlib.suppress(UserError):  # of another release
+                    yield alike, ScoreRecord.from_json(text)
 
 
 def _finished(client: MlflowClient, experiment: str, *wanted: str) -> list[Entry]:
