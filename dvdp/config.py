@@ -207,7 +207,7 @@ class ModelParams(Section):
 class TrainingParams(Section):
     """How a network is trained. Progress is counted in images."""
 
-    images: Images = 24_000
+    images: Images = 18_000
     """Images that DDPM is trained on."""
     budget: Literal["flops", "images"] = "flops"
     """What settings have in common: training FLOPs (a cheaper setting sees more images), or images."""
@@ -235,12 +235,12 @@ class TrainingParams(Section):
     ema_halflife_images: Images = 5_000
     ema_ramp: Annotated[float, Field(gt=0, le=10**6)] = 0.1
     """The half-life is at most this share of the images seen so far."""
-    checkpoint_images: Images = 16_000
+    checkpoint_images: Images = 12_000
     """Images between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
     log_images: Images = 3_200
     """Images between log lines."""
-    preview_images: ImagesOrNone = 30_000
+    preview_images: ImagesOrNone = 15_000
     """Images between previews; 0 for none."""
     preview_count: Annotated[int, Field(ge=1, le=10_000)] = 16
     preview_steps: Timesteps = 50
