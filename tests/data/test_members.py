@@ -132,6 +132,15 @@ def test_links_and_members_that_are_no_files_are_counted(tmp_path: Path) -> None
     assert tally(path) == expected
 
 
+def test_backslashes_of_zips_from_windows_separate_folders(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for system, name in ((0, "cat\\"), (0, "cat\\a.png"), (0, "..\\evil.png"), (3, "dog/b\\c.png")):
+            member = zipfile.ZipInfo(name)
+            member.create_system = system
+            archive.writestr(member, png())
+    assert tally(tmp_path / "x.zip") == {"read": ["cat/a.png", "dog/b\\c.png"], "outside": ["../evil.png"]}
+
+
 def test_a_part_of_an_archive_counts_its_own_members_alone(tmp_path: Path) -> None:
     files: dict[str, bytes | None] = {"train/a.png": png(), "train/a.txt": b"x", "test/b.png": png(), "c.txt": b"x"}
     for path in everywhere(tmp_path, files):
