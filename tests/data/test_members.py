@@ -544,12 +544,24 @@ def test_ordinary_zips_are_read_whole(tmp_path: Path) -> None:
     assert read(path) == 40
 
 
+@pytest.mark.slow
+def test_zips_of_more_members_than_their_end_can_count_are_read(tmp_path: Path) -> None:
+    whole = zip_bytes({f"{i}.png": b"" for i in range(65_537)})
+    (tmp_path / "x.zip").write_bytes(whole)
+    assert sum(1 for _ in image_files(tmp_path / "x.zip")) == 65_537
+    # As programs without Zip64 end it: without its records of 76 bytes.
+    end = bytearray(whole[-22:])
+    end[8:12] = struct.pack("<2H", 1, 1)
+    (tmp_path / "x.zip").write_bytes(whole[:-98] + end)
+    assert sum(1 for _ in image_files(tmp_path / "x.zip")) == 65_537
+
+
 def test_damage_within_zips_never_costs_images_silently(tmp_path: Path) -> None:
     files = pictures(3)
     whole = zip_bytes({**files, "notes.txt": b"text"})
     path = tmp_path / "x.zip"
     silent: Counter[int] = Counter()
-    for place in range(len(whole)):
+    for place in range(0, len(whole), 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         try:
             found = tally(path)
@@ -560,7 +572,7 @@ def test_damage_within_zips_never_costs_images_silently(tmp_path: Path) -> None:
         assert sum(len(names) for names in found.values()) == 4, place
         silent[number] += 1
     assert silent[3] > 0
-    assert sum(count for number, count in silent.items() if number < 3) <= 12
+    assert sum(count for number, count in silent.items() if number < 3) <= 6
 
 
 def test_memory_of_names_is_bounded_for_masks_of_a_tar(tmp_path: Path) -> None:

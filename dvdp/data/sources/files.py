@@ -486,17 +486,16 @@ def _read_zip_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes
 
 def _check_directory(path: Path, archive: zipfile.ZipFile) -> None:
     """Raise BadZipFile if the zip holds members that its directory does not list, or anything after its end."""
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
-        start = max(0, size - 22 - 0xFFFF - 76)
-        file.seek(start)
+        start = file.seek(max(0, size - 22 - 0xFFFF))
         tail = file.read()
         end = tail.rfind(b"PK\x05\x06")
-        number, comment = *struct.unpack_from("<H", tail, end + 10), *struct.unpack_from("<H", tail, end + 20)
-        if number == 0xFFFF and tail[end - 76 : end - 72] == b"PK\x06\x06":
-            (number,) = struct.unpack_from("<Q", tail, end - 76 + 32)
-        if number != len(archive.infolist()):
-            raise zipfile.BadZipFile(f"its directory lists {len(archive.infolist()):,} members, its end {number:,}")
+        number, comment = struct.unpack_from("<10xH8xH", tail, end)
+        # Zip64 has the number elsewhere, and programs without it count from 0 again after 65,535.
+        listed = len(archive.infolist())
+        if number not in (listed & 0xFFFF, 0xFFFF):
+            raise zipfile.BadZipFile(f"its directory lists {listed:,} members, its end {number:,}")
         if start + end + 22 + comment != size:
             raise zipfile.BadZipFile(f"{size - start - end - 22 - comment:,} bytes follow its end")
         previous, place = None, 0
