@@ -282,9 +282,10 @@ def test_an_entry_that_cannot_be_read_is_left_out_alone(tmp_path: Path) -> None:
 
 def test_folders_deeper_than_a_path_may_be_are_counted(tmp_path: Path) -> None:
     here = os.open(tmp_path, os.O_RDONLY)
-    for _ in range(3000):
-        os.mkdir("d", dir_fd=here)
-        inner = os.open("d", os.O_RDONLY, dir_fd=here)
+    # Deeper than functions may call each other, then longer than a path may be.
+    for name in ["d"] * 1100 + ["d" * 200] * 12:
+        os.mkdir(name, dir_fd=here)
+        inner = os.open(name, os.O_RDONLY, dir_fd=here)
         os.close(here)
         here = inner
     os.close(here)

@@ -233,9 +233,11 @@ def _printable(name: str) -> str:
 
 def _entries(root: str) -> Iterator[tuple[str, str, str]]:
     """(name within root, path, why it is left out by its name and kind) of all files, and of folders without a list."""
-    pending: list[tuple[str, str, str, frozenset[tuple[int, int]]]] = [("", root, "", frozenset())]
+    pending = [("", root, "", 0)]
+    above: list[tuple[int, int]] = []  # The folders that the present one is in.
     while pending:
-        name, folder, why, above = pending.pop()
+        name, folder, why, depth = pending.pop()
+        del above[depth:]
         try:
             status = os.stat(folder)  # noqa: PTH116 (as above)
             with os.scandir(folder) as found:
@@ -251,6 +253,7 @@ def _entries(root: str) -> Iterator[tuple[str, str, str]]:
         if identity in above:
             yield name, folder, why or "link"
             continue
+        above.append(identity)
         stems = cache(partial(_stems, [entry.name for entry in entries]))
         folders = []
         for entry in entries:
@@ -258,7 +261,7 @@ def _entries(root: str) -> Iterator[tuple[str, str, str]]:
             left = why or _by_name([entry.name])
             try:
                 if entry.is_dir():
-                    folders.append((inside, entry.path, left, above | {identity}))
+                    folders.append((inside, entry.path, left, depth + 1))
                     continue
                 if not entry.is_file():
                     entry.stat()  # Raises for a broken link.
