@@ -13,6 +13,7 @@ import random
 import shutil
 import struct
 import subprocess
+import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -28,7 +29,7 @@ from dvdp.data.prepare import prepare
 from dvdp.data.sources import SOURCES, ImageFolder, Item, UnreadableImageError
 from dvdp.data.sources import files as files_module
 from dvdp.data.sources.files import fingerprint, image_files, members
-from dvdp.data.sources.formats import FORMATS, format_of, formats
+from dvdp.data.sources.formats import FORMATS, PLUGINS, format_of, formats
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from tests.data.support import add_link, encoded, make_images, make_tar, make_zip, png
@@ -199,7 +200,18 @@ def test_no_decoder_starts_another_program(tmp_path: Path, monkeypatch: pytest.M
     assert not {"EPS", "WMF", "IPTC", "MPEG", "HDF5", "GRIB", "BUFR"} & set(formats())
 
 
-@pytest.mark.skipif(bool({"HEIF", "JXL"} & set(formats())), reason="the plugins are installed")
+@pytest.fixture
+def _without_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if they were not installed."""
+    for name, (module, *_) in PLUGINS.items():
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.delitem(Image.OPEN, name, raising=False)
+    formats.cache_clear()
+    yield
+    formats.cache_clear()
+
+
+@pytest.mark.usefixtures("_without_plugins")
 def test_formats_of_plugins_name_the_extra_to_install(tmp_path: Path) -> None:
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50)
     unpacked(tmp_path, {"a.heic": heic, "b.jxl": b"\xff\x0a" + bytes(50), "c.png": png(), "d.jpg": heic})
