@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from dvdp.data.parallel import mapped
+from dvdp.data.places import check_places, check_space, writing
 from dvdp.data.records import Form, Records, encode
 from dvdp.data.sources import SOURCES, Item, Pixels, Source, UnreadableImageError
+from dvdp.data.sources.base import totals
 from dvdp.data.sources.files import fingerprint
 from dvdp.data.store import StoreMetadata
 from dvdp.data.writer import StoreWriter, Tally
@@ -73,15 +75,16 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
 
     Args:
         out: the store's folder; replaced, at the very end, if it is there.
-        report: a JSON file for what was found: counts, images left out by name, digest, std of the bands. Also
-            written when too many are unreadable. The same images give the same report.
+        report: a JSON file for what was found: counts, what was left out by reason and name, digest, std of the bands.
+            Also written when too many are unreadable. The same images give the same report.
 
     Raises:
-        UserError: the source is missing or wrong, more than ``max_skipped`` of its images are unreadable, the disk is
-            full, a worker was killed, or another preparation of the same store is running.
+        UserError: store or report cannot be written where they are to be, the source is missing or wrong, there is no
+            space for it, more than ``max_skipped`` of its images are unreadable, the disk is full, a worker was
+            killed, or another preparation of the same store is running.
     """
     lock = out.with_name(f".{out.name}.lock")
-    with _writing(lock):
+    with writing(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     with locked(lock, patience=0) as free:
@@ -89,8 +92,11 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
             raise UserError(
                 f"data set: another preparation of '{out}' is running and holds '{lock}'; wait for it, or end it."
             )
+        check_places(out, report)
         source = SOURCES[params.source](params.path)
         form = Form(params.resolution, params.encoding, params.jpeg_quality if params.encoding == "jpeg" else None)
+        if not params.deduplicate:
+            check_space(out, form, source.count)
         with StoreWriter(
             out,
             name=params.name,
@@ -132,6 +138,9 @@ def _fill(writer: StoreWriter, source: Source, form: Form, params: DatasetParams
             "dataset.workers: a process that prepares images was ended from outside, often for lack of memory; run the"
             f" same command, which goes on from here, with fewer than {params.workers}."
         ) from None
+    if vanished := max(0, source.count - tally.position):
+        tally.skip(f"{vanished:,} more", "not there any more when they were to be read", vanished)
+        tally.position = source.count
     _check_skipped(tally, params, source, report)
     if not writer.count:
         raise UserError(f"dataset: all {source.count} images are unreadable, expected at least one.")
@@ -189,8 +198,9 @@ def _check_skipped(tally: Tally, params: DatasetParams, source: Source, report: 
         return
     _write_report(report, params, source, tally, {"failed": "too many unreadable images"})
     name, reason = next(iter(tally.skipped_images.items()))
+    several = f"; {totals(tally.skipped_reasons)}" if len(tally.skipped_reasons) > 1 else ""
     raise UserError(
-        f"dataset: found {tally.skipped} unreadable images among {source.count}, '{name}' first ({reason}),"
+        f"dataset: found {tally.skipped} unreadable images among {source.count}, '{name}' first ({reason}{several}),"
         f" expected at most {params.max_skipped:g} of them by dataset.max_skipped; mend or remove them"
         + (f", '{report}' names them." if report else ".")
     )
@@ -239,21 +249,15 @@ def _write_report(path: Path | None, params: DatasetParams, source: Source, tall
         "source": params.source,
         "images_found": source.count,
         "skipped": tally.skipped,
+        "skipped_reasons": [{"reason": reason, "images": n} for reason, n in tally.skipped_reasons.items()],
         "skipped_images": tally.skipped_images,
         "duplicates": tally.duplicates,
         "duplicate_images": [{"image": name, "equals": index} for name, index in tally.duplicate_images.items()],
+        "left_out": [
+            {"reason": reason, "files": n, "names": source.left_out.names[reason]}
+            for reason, n in source.left_out.counts.items()
+        ],
         **more,
     }
-    with _writing(path):
+    with writing(path):
         write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"data set: cannot write '{path}' ({error.strerror}), expected free space on its disk and the right to"
-            " write; mend that and run the same command, which goes on from here."
-        ) from None

@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from dvdp.data.sources.base import Item
+from dvdp.data.sources.base import Item, LeftOut
 from dvdp.data.sources.files import open_tar_member, opened_tar
 from dvdp.errors import UserError
 
@@ -39,6 +39,7 @@ class Cifar10:
 
     needs: str | None = None
     labels: tuple[str, ...] = CIFAR10_LABELS
+    left_out = LeftOut()
 
     def __init__(self, path: Path | None, url: str = CIFAR10_URL, md5: str = CIFAR10_MD5) -> None:
         self._path = path or _downloaded(url, md5)
@@ -81,9 +82,16 @@ class Cifar10:
     def _batches(self) -> Iterator[list[tuple[str, int, Callable[[], IO[bytes]]]]]:
         """(name, bytes, opener) of each file, by name: the archive itself has them in another order."""
         if self._path.is_dir():
-            yield [
-                (p.name, p.stat().st_size, partial(_open_file, p)) for p in sorted(self._path.glob("data_batch_*.bin"))
-            ]
+            try:
+                yield [
+                    (p.name, p.stat().st_size, partial(_open_file, p))
+                    for p in sorted(self._path.glob("data_batch_*.bin"))
+                ]
+            except OSError as error:
+                raise UserError(
+                    f"dataset.path: cannot read '{error.filename}' ({error.strerror}), expected a file of CIFAR-10;"
+                    " unpack the binary version again."
+                ) from None
             return
         with opened_tar(self._path) as archive:
             members = {PurePosixPath(m.name).name: m for m in archive.getmembers() if m.isfile()}
