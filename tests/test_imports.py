@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "dvdp.files": {"dvdp.errors"},
     "dvdp.tensors": {"dvdp.errors"},
     "dvdp.diffusion": {"dvdp.errors"},
-    "dvdp.config": {"dvdp.errors", "dvdp.diffusion", "dvdp.data"},
+    "dvdp.yaml_files": {"dvdp.errors"},
+    "dvdp.config": {"dvdp.errors", "dvdp.yaml_files", "dvdp.diffusion", "dvdp.data"},
     "dvdp.data": {"dvdp.errors", "dvdp.files", "dvdp.diffusion"},
     "dvdp.models": {"dvdp.errors", "dvdp.files", "dvdp.tensors", "dvdp.config", "dvdp.diffusion"},
     "dvdp.training": {
