@@ -9,8 +9,8 @@ record, which is written turn by turn, and in the table. An iteration is what th
 memory: the copy to the device, the step, the average. DDPM and DVDP take turns. On a CPU, seconds are of processor time
 by thread, as other work may keep it busy.
 
-Runs from a bare checkout with torch, numpy, pyyaml, safetensors and tqdm, on a GPU where there is one. ``--toy`` takes
-a network that is tiny, to see that it runs.
+Runs from a bare checkout with torch, numpy, ruamel.yaml, safetensors and tqdm, on a GPU where there is one. ``--toy``
+takes a network that is tiny, to see that it runs.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ defaults are those of the demo, ``params.yaml``. A :class:`Run` is one setting w
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import re
 import typing
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 import pydantic
-import yaml
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
+from dvdp.diffusion.spans import check_steps, level_spans
 from dvdp.errors import UserError, did_you_mean
 from dvdp.precision import fastest_precision
+from dvdp.yaml_files import parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from dvdp.diffusion.schedule import Schedule
@@ -32,16 +35,60 @@ Attenuation = Literal["cosine", "squared_cosine", "circular", "linear"]
 SolverName = Literal["ddpm", "ddim", "dpm++2m", "sde-dpm++2m", "deis2", "deis3"]
 TimestepSpacing = Literal["uniform", "quadratic", "logsnr"]
 
-Name = Annotated[str, Field(max_length=100, pattern="^[A-Za-z0-9_-]+$")]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Timesteps = Annotated[int, Field(ge=1, le=100_000)]
-Images = Annotated[int, Field(ge=1, le=10**12)]
-ImagesOrNone = Annotated[int, Field(ge=0, le=10**12)]
-Batch = Annotated[int, Field(ge=1, le=10**6)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Processes = Annotated[int, Field(ge=0, le=1024)]
-Integers = Annotated[tuple[int, ...], Field(max_length=10)]
-Multiples = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=10)]
+
+def _whole(value: Any) -> Any:
+    """1e6 as a whole number, as YAML has no other way to write it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _at_least(least: float) -> AfterValidator:
+    """A bound of numbers of which zero and below are refused as such."""
+
+    def check(value: float) -> float:
+        if value < least:
+            raise PydanticCustomError("greater_than_equal", "too small", {"ge": least})
+        return value
+
+    return AfterValidator(check)
+
+
+def _path(value: Any) -> Any:
+    if isinstance(value, Path | None) or (isinstance(value, str) and 0 < len(value) <= 1000 and "\0" not in value):
+        return value
+    raise PydanticCustomError("path", "no path")
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable() or not value or value != value.strip():
+        raise PydanticCustomError("printable", "not printable")
+    return value
+
+
+# A boolean is no number here, text is neither, and a number is no boolean: YAML says which it is.
+Flag = Annotated[bool, Field(strict=True)]
+Real = Annotated[float, Field(strict=True)]
+Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
+Text = Annotated[str, Field(strict=True)]
+File = Annotated[Path, BeforeValidator(_path)]
+
+Name = Annotated[Text, Field(max_length=100, pattern="^[A-Za-z0-9_-]+$")]
+Fraction = Annotated[Real, Field(ge=0, le=1)]
+Timesteps = Annotated[Whole, Field(ge=1, le=10_000)]
+Images = Annotated[Whole, Field(ge=1, le=10**12)]
+ImagesOrNone = Annotated[Whole, Field(ge=0, le=10**12)]
+Batch = Annotated[Whole, Field(ge=1, le=10**6)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
+Processes = Annotated[Whole, Field(ge=0, le=256)]
+Integers = Annotated[tuple[Annotated[Whole, Field(ge=-(10**6), le=10**6)], ...], Field(max_length=10)]
+Multiples = Annotated[tuple[Annotated[Whole, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=10)]
+
+# What a machine bears of products: pixels of a batch (uint8: 3 GiB) and of a picture, bytes of samples, settings with
+# their seeds, and weights of a network (fp32: 8 GiB).
+MOST_BATCH_PIXELS = 2**30
+MOST_PICTURE_PIXELS = 2**27
+MOST_SAMPLE_BYTES = 2**40
+MOST_RUNS = 1000
+MOST_WEIGHTS = 2**31
 
 S = TypeVar("S")
 
@@ -75,22 +122,22 @@ class DatasetParams(Section):
 
     name: Name = "digits"
     """Names the registered models and the reports."""
-    source: str = "digits"
+    source: Annotated[Text, Field(max_length=100)] = "digits"
     """One of :data:`dvdp.data.sources.SOURCES`."""
-    path: Path | None = None
+    path: File | None = None
     """Folder or archive of the source, which says whether it needs one."""
-    resolution: Annotated[int, Field(ge=4, le=4096)] = 32
+    resolution: Annotated[Whole, Field(ge=4, le=4096)] = 32
     """Side of the square images, in pixels."""
     encoding: Literal["raw", "png", "jpeg"] = "raw"
-    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    jpeg_quality: Annotated[Whole, Field(ge=1, le=100)] = 95
     """Of encoding jpeg."""
-    deduplicate: bool = False
+    deduplicate: Flag = False
     """Leave out images that equal an earlier one once they are resized."""
-    shard_gib: Annotated[float, Field(gt=0, le=1024)] = 8.0
+    shard_gib: Annotated[Real, Field(gt=0, le=1024), _at_least(2**-14)] = 8.0
     """A file of the store that has grown to this many GiB is closed, and the next one begun."""
     workers: Processes = 0
     """Processes that decode, resize and encode; 0 does it in the one that reads and writes. The result is the same."""
-    flip: bool = False
+    flip: Flag = False
     """Mirror images at random when training."""
     max_skipped: Fraction = 0.01
     """Fraction of unreadable images above which preparing fails."""
@@ -100,7 +147,10 @@ class DatasetParams(Section):
 
         if self.source not in SOURCES:
             hint = did_you_mean(self.source, SOURCES)
-            raise UserError(f"source: found '{self.source}'{hint}, expected one of {', '.join(SOURCES)}")
+            raise UserError(f"source: found {_shown(self.source)}{hint}, expected one of {', '.join(SOURCES)}")
+        if self.workers * self.resolution**2 > MOST_BATCH_PIXELS:
+            most = MOST_BATCH_PIXELS // self.resolution**2
+            raise UserError(f"workers: found {self.workers}, expected at most {most} at {self.resolution} px")
         needs = SOURCES[self.source].needs
         if needs and self.path is None:
             raise UserError(f"path: found nothing, expected {needs}")
@@ -112,10 +162,10 @@ class ScheduleParams(Section):
 
     timesteps: Timesteps = 1000
     base: Literal["linear", "cosine"] = "linear"
-    shift: Annotated[float, Field(ge=-100, le=100)] = 0.0
+    shift: Annotated[Real, Field(ge=-20, le=20)] = 0.0
     """Added to the base's log-SNR, in nats."""
     attenuation: Attenuation = "cosine"
-    floor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    floor: Annotated[Real, Field(gt=0, le=1), _at_least(1e-6)] = 0.1
 
     def build(self, process: ProcessName, turning_points: tuple[int, ...]) -> Schedule:
         """The schedule of a setting."""
@@ -140,7 +190,7 @@ class SettingParams(Section):
     process: ProcessName
     turning_points: Integers | Literal["auto"] = ()
     """``"auto"``: what :mod:`pipelines.turning_points` chooses once the data set is known."""
-    tolerance: Annotated[float | None, Field(ge=0, le=10**6)] = None
+    tolerance: Annotated[Real | None, Field(ge=0, le=10**6)] = None
     """Of ``auto``: the error that turning points may add to DDPM's, see :attr:`dvdp.planning.planner.Plan.excess`."""
     overrides: dict[Overridable, dict[str, Any]] = Field(default_factory=dict)
     """Other values for this setting alone: {section: {key: value}}."""
@@ -161,19 +211,19 @@ class ModelParams(Section):
     """The UNet of Dhariwal & Nichol (2021), and what it predicts."""
 
     prediction_type: PredictionType = "v_prediction"
-    model_channels: Annotated[int, Field(ge=4, le=4096, multiple_of=4)] = 16
+    model_channels: Annotated[Whole, Field(ge=4, le=4096, multiple_of=4)] = 16
     """Width of the first stage; multiple of 4."""
     channel_mult: Multiples = (1, 2, 4)
     """Width of each stage over ``model_channels``; each stage has half the resolution of the one before."""
-    num_res_blocks: Annotated[int, Field(ge=1, le=100)] = 1
+    num_res_blocks: Annotated[Whole, Field(ge=1, le=32)] = 1
     """Residual blocks a stage."""
     attention_factors: Integers = (4,)
     """Downsampling factors, within the network, of the stages that have self-attention."""
-    num_head_channels: Annotated[int, Field(ge=1, le=4096)] = 32
+    num_head_channels: Annotated[Whole, Field(ge=1, le=4096)] = 32
     dropout: Fraction = 0.0
     networks: Literal["shared", "per_level"] = "shared"
     """One network for all levels, or one for each, of this size each."""
-    num_classes: Annotated[int, Field(ge=0, le=10**6)] = 10
+    num_classes: Annotated[Whole, Field(ge=0, le=10**6)] = 10
     """Number of classes in the data set, for a class-conditional network; 0 for an unconditional one."""
 
     def __post_init__(self) -> None:
@@ -191,6 +241,11 @@ class ModelParams(Section):
                     f"num_head_channels: found {self.num_head_channels}, expected a divisor of {width},"
                     f" the width at factor {factor}"
                 )
+
+    def about_weights(self) -> int:
+        """Number of the network's weights, within a factor of 2."""
+        squares = sum((self.model_channels * multiplier) ** 2 for multiplier in self.channel_mult)
+        return (45 * self.num_res_blocks + 27) * squares + 4 * self.model_channels * self.num_classes
 
     def check_resolution(self, resolution: int, levels: int) -> None:
         """Raise UserError unless this network can halve the smallest level of such images often enough."""
@@ -215,34 +270,34 @@ class TrainingParams(Section):
     """Images a step, over all ranks and accumulated parts."""
     accumulation: Batch = 1
     """At most the pixels of 1/accumulation of the batch, at full size, go through the network at once."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Flag = False
     """Activations are computed again in the backward pass: less memory, more time, the same weights."""
-    compile: bool = False
+    compile: Flag = False
     """The network by torch.compile, for each level and number of images by itself."""
     levels: LevelDraw = "all"
     """Of a step: all of them, each with its share of the batch, or one, with the whole batch."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """AdamW, or Muon for the matrices of the network and AdamW for the rest."""
-    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 2e-3
-    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    learning_rate: Annotated[Real, Field(gt=0, le=100)] = 2e-3
+    weight_decay: Annotated[Real, Field(ge=0, le=100)] = 0.0
     warmup_images: ImagesOrNone = 1_000
     cooldown: Fraction = 0.7
     """Fraction of the images, the last ones, over which the learning rate falls linearly to 0."""
-    clip_norm: Annotated[float, Field(gt=0, le=1e30)] = 1.0
+    clip_norm: Annotated[Real, Field(gt=0, le=10**9)] = 1.0
     precision: Precision = "auto"
     """Of the forward and backward pass; ``auto`` is what :func:`dvdp.precision.fastest_precision` says, see
     :meth:`Params.run`."""
     ema_halflife_images: Images = 5_000
-    ema_ramp: Annotated[float, Field(gt=0, le=10**6)] = 0.1
+    ema_ramp: Annotated[Real, Field(gt=0, le=10**6)] = 0.1
     """The half-life is at most this share of the images seen so far."""
     checkpoint_images: Images = 12_000
     """Images between checkpoints."""
-    keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
+    keep_checkpoints: Annotated[Whole, Field(ge=1, le=1000)] = 2
     log_images: Images = 3_200
     """Images between log lines."""
     preview_images: ImagesOrNone = 15_000
     """Images between previews; 0 for none."""
-    preview_count: Annotated[int, Field(ge=1, le=10_000)] = 16
+    preview_count: Annotated[Whole, Field(ge=1, le=10_000)] = 16
     preview_steps: Timesteps = 50
     loader_workers: Processes = 0
 
@@ -251,15 +306,15 @@ class TrainingParams(Section):
 class ClusterParams(Section):
     """What a run may use. Addresses come from the environment (``RAY_ADDRESS``)."""
 
-    num_workers: Annotated[int, Field(ge=1, le=10_000)] = 1
+    num_workers: Annotated[Whole, Field(ge=1, le=1024)] = 1
     """Ranks of one training run, and workers that sample."""
-    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    threads: Annotated[Whole, Field(ge=1, le=256)] = 1
     """CPU threads a worker."""
-    gpu: bool = False
+    gpu: Flag = False
     """One GPU for each worker."""
-    max_failures: Annotated[int, Field(ge=0, le=1000)] = 2
+    max_failures: Annotated[Whole, Field(ge=0, le=100)] = 2
     """Worker failures after which a run gives up."""
-    storage: Path = Path("runs")
+    storage: File = Path("runs")
     """Checkpoints, samples and metrics of every run; all nodes of a cluster must see this folder."""
 
 
@@ -267,12 +322,12 @@ class ClusterParams(Section):
 class SamplingParams(Section):
     """How images are drawn for scores and pictures; see :func:`dvdp.diffusion.sampling.sample`."""
 
-    count: Images = 256
+    count: Annotated[Whole, Field(ge=1, le=10**7)] = 256
     steps: Timesteps = 100
     solver: SolverName = "ddpm"
     eta: Fraction = 0.0
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
-    clip: bool = True
+    clip: Flag = True
     timestep_spacing: TimestepSpacing = "uniform"
     """Of the timesteps within a level; see :mod:`dvdp.diffusion.timesteps`."""
     share: Integers | Literal["length", "cost"] = "length"
@@ -301,19 +356,19 @@ class EvaluationParams(Section):
 
     extractor: Literal["labels", "rotation", "inception"] = "labels"
     """A small network trained on the data set itself (its labels, or 4-way rotation), or Inception (real FID)."""
-    inception_weights: Path | None = None
+    inception_weights: File | None = None
     """A local weights file in place of torch-fidelity's download; checked by SHA-256."""
-    samples: Annotated[int, Field(ge=4, le=10**9)] = 256
+    samples: Annotated[Whole, Field(ge=4, le=200_000)] = 256
     """Generated images to score; at most ``sampling.count``."""
-    kid_subset: Annotated[int, Field(ge=2, le=10**6)] = 100
-    extractor_epochs: Annotated[int, Field(ge=1, le=10_000)] = 10
+    kid_subset: Annotated[Whole, Field(ge=2, le=10_000)] = 100
+    extractor_epochs: Annotated[Whole, Field(ge=1, le=1000)] = 10
 
 
 @section
 class TrackingParams(Section):
     """Names in MLflow. Its address comes from the environment (``MLFLOW_TRACKING_URI``), else a local file."""
 
-    experiment: Annotated[str, Field(min_length=1, max_length=100)] = "dvdp"
+    experiment: Annotated[Text, Field(max_length=100), AfterValidator(_printable)] = "dvdp"
     model: Name = "dvdp"
     """Registered models are called ``<model>-<dataset>``."""
 
@@ -324,7 +379,7 @@ class Params(Section):
 
     dataset: DatasetParams = Field(default_factory=DatasetParams)
     schedule: ScheduleParams = ScheduleParams()
-    settings: Annotated[tuple[SettingParams, ...], Field(max_length=1000)] = (
+    settings: Annotated[tuple[SettingParams, ...], Field(max_length=100)] = (
         SettingParams("ddpm", "ddpm"),
         SettingParams("dvdp-600", "dvdp", (600,)),
         SettingParams("dvdp-300-600", "dvdp", (300, 600)),
@@ -343,6 +398,11 @@ class Params(Section):
             raise UserError(f"settings: found the names {names}, expected at least one setting and no name twice")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds: found {list(self.seeds)}, expected at least one and none twice")
+        if len(names) * len(self.seeds) > MOST_RUNS:
+            raise UserError(
+                f"seeds: found {len(self.seeds)} for each of {len(names)} settings, expected at most {MOST_RUNS:,} runs"
+                " in all"
+            )
         if self.evaluation.kid_subset > self.evaluation.samples:
             raise UserError(
                 f"evaluation.kid_subset: found {self.evaluation.kid_subset}, expected at most evaluation.samples,"
@@ -437,21 +497,37 @@ class Run(Section):
         return self.schedule.build(self.process, self.turning_points)
 
     def check(self) -> None:
-        """Raise UserError for what would fail later: before any work."""
-        from dvdp.diffusion.timesteps import share_steps
-
-        schedule = self.build_schedule()
-        if self.resolution % 2**schedule.levels:
+        """Raise UserError for what would fail later, or be more than a machine bears: before any work."""
+        spans = level_spans(self.turning_points, self.schedule.timesteps)
+        levels = len(self.turning_points)
+        if self.resolution % 2**levels:
             raise UserError(
-                f"dataset.resolution: found {self.resolution}, expected a multiple of {2**schedule.levels} for"
-                f" {schedule.levels} turning points"
+                f"dataset.resolution: found {self.resolution}, expected a multiple of {2**levels} for"
+                f" {levels} turning points"
             )
-        self.model.check_resolution(self.resolution, schedule.levels)
+        self.model.check_resolution(self.resolution, levels)
         for prefix, steps in (("sampling.", self.sampling.steps), ("training.preview_", self.training.preview_steps)):
             try:
-                share_steps(schedule, steps, self.sampling.timestep_spacing, self.sampling.options(steps)["share"])
+                check_steps(spans, steps, self.sampling.options(steps)["share"])
             except UserError as error:
                 raise UserError(f"{prefix}{error}") from None
+        for key, found, images, most in (
+            ("training.batch", self.training.batch, 1, MOST_BATCH_PIXELS),
+            ("training.loader_workers", self.training.loader_workers, self.training.batch, MOST_BATCH_PIXELS),
+            ("training.preview_count", self.training.preview_count, 1, MOST_PICTURE_PIXELS),
+            ("sampling.batch", self.sampling.batch, 1, MOST_BATCH_PIXELS),
+            ("sampling.count", self.sampling.count, 1, MOST_SAMPLE_BYTES // 3),
+        ):
+            allowed = most // (images * self.resolution**2)
+            if found > allowed:
+                each = "" if images == 1 else f" and {images} images each"
+                raise UserError(f"{key}: found {found}, expected at most {allowed:,} at {self.resolution} px{each}")
+        weights = self.model.about_weights() * (levels + 1 if self.model.networks == "per_level" else 1)
+        if weights > MOST_WEIGHTS:
+            raise UserError(
+                f"model.model_channels: found a network of about {weights:.1e} weights, expected at most"
+                f" {MOST_WEIGHTS:.1e}; make it narrower, with fewer blocks or fewer classes"
+            )
 
     def describe(self) -> dict[str, Any]:
         """As plain JSON data; the inverse of :meth:`from_description`."""
@@ -475,16 +551,40 @@ def read_params(path: Path | str = "params.yaml", overrides: Sequence[str] = ())
     Raises:
         UserError: the file is missing, is no YAML, or something in it is wrong; the text names the key.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"params: found no file '{path}', expected a params.yaml; give its path with --params.")
-    try:
-        tree = yaml.load(path.read_bytes(), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"params: '{path}' is no YAML: {' '.join(str(error).split())}.") from None
+    tree = _read_tree(Path(path))
     for text in overrides:
         tree = _override(tree, text)
-    return parse_params(tree if tree is not None else {}, " ".join([str(path), *(f"-S {text}" for text in overrides)]))
+    return parse_params(tree, " ".join([str(path), *(f"-S {_short(text)}" for text in overrides)]))
+
+
+def check_says_every_key(path: Path | str = "params.yaml") -> None:
+    """Raise UserError for a key that a params file leaves to its default, whose change DVC would not see."""
+    tree = _read_tree(Path(path))
+    for name, default in Params().describe().items():
+        keys = default if isinstance(default, dict) else ()
+        said = tree.get(name, ())
+        missing = [f"{name}.{key}" for key in keys if key not in said] if name in tree else [name]
+        if missing:
+            raise UserError(
+                f"{path}: {missing[0]}: found nothing, expected a value for every key, as DVC knows no defaults; write"
+                f" them with `dvdp params --params {path} --out {path}`."
+            )
+
+
+def _read_tree(path: Path) -> Any:
+    """The tree of a params file as it stands; an empty file is an empty one."""
+    missing = UserError(f"params: found no file '{path}', expected a params.yaml; give its path with --params.")
+    try:
+        if not path.is_file():
+            raise missing
+        tree = read_yaml(path)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise missing from None
+        raise UserError(f"params: cannot read '{path}' ({error.strerror}), expected a params.yaml.") from None
+    except UserError as error:
+        raise error if error is missing else UserError(f"params: {str(error).rstrip('.')}.") from None
+    return {} if tree is None else tree
 
 
 def parse_params(tree: Mapping[str, Any], source: str = "params") -> Params:
@@ -497,25 +597,17 @@ def parse_params(tree: Mapping[str, Any], source: str = "params") -> Params:
     return params
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Plain YAML, where a key given twice is an error instead of the last one winning."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _override(tree: Any, text: str) -> Any:
     key, equals, value = text.partition("=")
     if not (key and equals):
-        raise UserError(f"-S: found '{text}', expected KEY=VALUE, such as training.batch=64.")
+        raise UserError(f"-S: found '{_short(text)}', expected KEY=VALUE, such as training.batch=64.")
+    key = _short(key)
     try:
-        parsed = yaml.load(value, _UniqueKeys)
-    except yaml.YAMLError:
-        raise UserError(f"-S {key}: found '{value}', expected YAML, such as 64, linear or [300, 600].") from None
+        parsed = parse_yaml(value)
+    except UserError:
+        raise UserError(
+            f"-S {key}: found '{_short(value)}', expected YAML, such as 64, linear or [300, 600]."
+        ) from None
     try:
         return _replaced(tree, Params().describe(), key.split("."), parsed)
     except UserError as error:
@@ -570,6 +662,9 @@ EXPECTED = {
     "invalid_key": "a word",
     "dataclass_type": "keys with values",
     "dict_type": "keys with values",
+    "bool_type": "true or false",
+    "path": "a path",
+    "printable": "a name without spaces around it and without characters that cannot be printed",
     "missing": "a value",
 }
 
@@ -578,12 +673,12 @@ def _sentence(error: pydantic.ValidationError, kind: type) -> str:
     """What is wrong first, without a full stop: key, found, expected."""
     first, *others = error.errors()
     where, problem = _keys(first["loc"]), first["type"]
-    key = ".".join(map(str, where))
+    key = ".".join(str(part) if re.fullmatch(r"[\w-]{1,60}", str(part)) else _shown(part) for part in where)
     if problem == "value_error":
         return f"{key + '.' if key else ''}{str(first['ctx']['error']).rstrip('.')}"
     if problem in ("unexpected_keyword_argument", "extra_forbidden") or first["loc"][-1] == "[key]":
         known = _known_keys(kind, where[:-1])
-        return f"{key}: unknown key{did_you_mean(str(where[-1]), known)}, expected one of {', '.join(known)}"
+        return f"{key}: unknown key{did_you_mean(_short(str(where[-1])), known)}, expected one of {', '.join(known)}"
     # Where several kinds of values are allowed there is an error for each.
     alike = [first, *(other for other in others if _keys(other["loc"]) == where)]
     texts = (EXPECTED.get(e["type"], e["msg"].removeprefix("Input should be ")) for e in alike)
@@ -594,8 +689,13 @@ def _sentence(error: pydantic.ValidationError, kind: type) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    return _short(str(value) if isinstance(value, datetime.date) else repr(value))
+
+
+def _short(text: str) -> str:
+    """In one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= 100 else f"{line[:100]}..."
 
 
 def _keys(location: tuple[int | str, ...]) -> list[int | str]:

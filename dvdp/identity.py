@@ -16,7 +16,8 @@ from dvdp.models.flops import training_images
 
 #: Sources whose change changes trained weights; see :func:`syntax_digest` for what counts as a change.
 TRAINING_SOURCES = (
-    "diffusion/bands.py", "diffusion/schedule.py", "diffusion/process.py", "diffusion/randomness.py",
+    "diffusion/spans.py", "diffusion/bands.py", "diffusion/schedule.py", "diffusion/process.py",
+    "diffusion/randomness.py",
     "models/pixels.py", "models/ops.py", "models/unet.py", "models/denoiser.py",
     "training/levels.py", "training/optimizer.py", "training/compilation.py", "training/ema.py", "training/loop.py",
     "data/transforms.py", "data/loading.py",

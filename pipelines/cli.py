@@ -76,10 +76,12 @@ def _sentence(error: typer.TyperException) -> str:
 
 def _read(file: str, changes: Sequence[str], services: bool = False) -> Params:
     """The params; with ``services`` MLflow and Prefect are those of this project folder, unless others are named."""
-    from dvdp.config import read_params
+    from dvdp.config import check_says_every_key, read_params
     from pipelines.addresses import services_environment
 
     params = read_params(file, changes)
+    if "DVC_STAGE" in os.environ:
+        check_says_every_key(file)
     for name, value in services_environment(Path()).items() if services else ():
         os.environ.setdefault(name, value)
     return params
@@ -136,11 +138,10 @@ def print_params(
     out: str | None = Option(None, metavar="FILE", help="Write them to a file, such as params.yaml."),
 ) -> None:
     """Print the params with every key, as `dvc repro` needs them in params.yaml: those of a preset, or with changes."""
-    import yaml
-
     from dvdp.files import write_atomically
+    from dvdp.yaml_files import dump_yaml
 
-    text = yaml.safe_dump(_read(file, changes).describe(), sort_keys=False)
+    text = dump_yaml(_read(file, changes).describe())
     if out:
         write_atomically(Path(out), text)
     else:

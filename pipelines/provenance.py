@@ -6,9 +6,8 @@ import contextlib
 import subprocess
 from pathlib import Path
 
-import yaml
-
 from dvdp.errors import UserError
+from dvdp.yaml_files import read_yaml
 
 #: Tags that lead back to where a run, or a version of a model, comes from.
 GIT_COMMIT = "dvdp.git_commit"
@@ -29,7 +28,7 @@ def provenance(project: Path | str = ".", store: Path | None = None) -> dict[str
     tags: dict[str, str] = {}
     lock = Path(project) / "dvc.lock"
     if store is not None and lock.is_file():
-        stages = yaml.safe_load(lock.read_text()).get("stages", {})
+        stages = (read_yaml(lock) or {}).get("stages", {})
         for out in (out for stage in stages.values() for out in stage.get("outs", [])):
             if Path(out["path"]) == store and "md5" in out:
                 tags[DVC_HASH] = out["md5"]

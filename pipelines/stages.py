@@ -1,4 +1,7 @@
-"""The stages of ``dvc.yaml`` before the experiment, as plain functions."""
+"""The stages of ``dvc.yaml`` before the experiment, as plain functions.
+
+Each imports what it needs when it is called: torch and albumentations take seconds, and most stages need but one.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,17 @@ import logging
 import math
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from dvdp.config import Params
-from dvdp.data.prepare import prepare
 from dvdp.data.store import ImageStore
-from dvdp.data.verify import verify
-from dvdp.evaluation import figures
-from dvdp.evaluation.extractors import inception_extractor, train_extractor
-from dvdp.evaluation.reference import export_statistics, make_reference
 from pipelines.jobs.paths import DataPaths
-from pipelines.jobs.score import _gpu_here, extractor_of
 
 logger = logging.getLogger("dvdp.stages")
 
 
 def prepare_data(params: Params) -> None:
     """DVC stage ``prepare``: raw images to LMDB."""
+    from dvdp.data.prepare import prepare
+
     places = DataPaths.of(params)
     metadata = prepare(params.dataset, places.store, places.data / "prepare.json")
     found = json.loads((places.data / "prepare.json").read_bytes())
@@ -39,6 +35,8 @@ def prepare_data(params: Params) -> None:
 
 def verify_data(params: Params) -> str:
     """Check every image of the prepared data set; one line for people, or a UserError that names the damaged ones."""
+    from dvdp.data.verify import verify
+
     store = DataPaths.of(params).store
     metadata = verify(store, max(1, params.dataset.workers))
     return f"{metadata.count:,} images in {store} are as they were prepared, digest {metadata.digest}"
@@ -69,6 +67,11 @@ SHEET_IMAGES, SHEET_SIDE = 64, 256
 
 def data_sheet(params: Params, out: Path) -> Path:
     """A picture of images from all over the prepared data set."""
+    import numpy as np
+    from PIL import Image
+
+    from dvdp.evaluation import figures
+
     store = ImageStore(DataPaths.of(params).store)
     chosen = np.unique(np.linspace(0, len(store) - 1, SHEET_IMAGES).round().astype(int)).tolist()
     shrink = math.ceil(store.metadata.resolution / SHEET_SIDE)
@@ -78,6 +81,8 @@ def data_sheet(params: Params, out: Path) -> Path:
 
 def make_extractor(params: Params) -> None:
     """DVC stage ``extractor``: train the network that scores are made with (Inception needs no training)."""
+    from dvdp.evaluation.extractors import inception_extractor, train_extractor
+
     places = DataPaths.of(params)
     if params.evaluation.extractor == "inception":
         places.extractor.mkdir(parents=True, exist_ok=True)
@@ -96,6 +101,9 @@ def make_extractor(params: Params) -> None:
 
 def make_references(params: Params) -> None:
     """DVC stage ``reference``: features of the real images."""
+    from dvdp.evaluation.reference import make_reference
+    from pipelines.jobs.score import _gpu_here, extractor_of
+
     places = DataPaths.of(params)
     store = ImageStore(places.store)
     reference = make_reference(
@@ -112,5 +120,7 @@ def make_references(params: Params) -> None:
 
 def export_references(params: Params, out: Path) -> None:
     """The reference that is there, as an ``.npz`` file for others."""
+    from dvdp.evaluation.reference import export_statistics
+
     export_statistics(DataPaths.of(params).reference, out)
     logger.info("reference: mean and covariance of the features of %s in %s", params.dataset.name, out)

@@ -15,5 +15,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def fp32_on_every_machine() -> Iterator[None]:
     """``precision: auto`` is fp32 in the tests' own process, so that they compute the same on every machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dvdp.precision.cpu_capabilities", dict)
+        patch.setattr("dvdp.precision.cpu_instructions", set)
         yield

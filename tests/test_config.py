@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,10 +15,11 @@ import torch
 import yaml
 
 from dvdp import UserError, config
-from dvdp.config import Params, parse_params, read_params
+from dvdp.config import Params, check_says_every_key, parse_params, read_params
 from dvdp.diffusion.schedule import ATTENUATIONS
 from dvdp.diffusion.solvers import SOLVERS
 from dvdp.diffusion.timesteps import TIMESTEP_SPACINGS
+from dvdp.yaml_files import dump_yaml
 
 PROJECT = next(folder for folder in Path(__file__).parents if (folder / "params.yaml").exists())
 
@@ -196,6 +200,52 @@ def test_a_folder_is_no_params_file(tmp_path: Path) -> None:
         read_params(tmp_path)
 
 
+def test_what_is_no_readable_file_is_answered_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dangling").symlink_to(tmp_path / "missing")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (
+        tmp_path / "dangling",
+        tmp_path / "circle",
+        tmp_path / "pipe",
+        Path("/dev/zero"),
+        Path(),
+        Path("a\0b"),
+    ):
+        with pytest.raises(UserError, match="found no file"):
+            read_params(path)
+    with pytest.raises(UserError, match=r"cannot read .*File name too long"):
+        read_params(tmp_path / ("a" * 300))
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    (tmp_path / "params.yaml").touch()
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(UserError, match=r"cannot read .*Permission denied") as caught:
+        read_params(tmp_path / "params.yaml")
+    check_sentence(str(caught.value).replace(str(tmp_path), ""))
+
+
+def test_what_dvc_reads_must_say_every_key(tmp_path: Path) -> None:
+    check_says_every_key(PROJECT / "params.yaml")
+    path = tmp_path / "params.yaml"
+    path.write_text(dump_yaml(Params().describe()))
+    check_says_every_key(path)
+    for section, values in Params().describe().items():
+        tree, name = Params().describe(), section
+        if isinstance(values, dict):
+            name = f"{section}.{tree[section].popitem()[0]}"
+        else:
+            del tree[section]
+        path.write_text(dump_yaml(tree))
+        with pytest.raises(UserError) as caught:
+            check_says_every_key(path)
+        check_sentence(str(caught.value), f"{path}: {name}: found nothing, expected a value for every key")
+
+
 def test_empty_file_is_the_demo_and_the_demo_says_every_key(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text("# nothing but a comment\n")
@@ -261,6 +311,47 @@ def test_mistake_in_an_override_is_answered_with_one_sentence(override: str, par
     with pytest.raises(UserError) as caught:
         read_params(PROJECT / "params.yaml", [override])
     check_sentence(str(caught.value), *parts)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("schedule.timesteps=1000000000", "schedule.timesteps: found 1000000000, expected at most 10000"),
+        ("settings.1.overrides.schedule.timesteps=1000000000", "found 1000000000, expected at most 10000"),
+        ("settings.1.overrides.sampling.batch=2000000", "sampling.batch: found 2000000, expected at most 1000000"),
+        ("settings.1.overrides.training.batch=true", "training.batch: found True, expected a whole number"),
+        ("training.learning_rate=.inf", "training.learning_rate: found inf, expected a finite number"),
+        ("training.compile=yes", "training.compile: found 'yes', expected true or false"),
+        (f"seeds={list(range(400))}", "seeds: found 400 for each of 3 settings, expected at most 1,000 runs in all"),
+        ("seeds=&a [*a]", "-S seeds: found '&a [*a]', expected YAML"),
+        ("a." * 5000 + "b=1", "unknown key"),
+        ("training.batch=" + "9" * 5000, "-S training.batch: found '999"),
+    ],
+)
+def test_overrides_have_the_same_bounds(override: str, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_params(PROJECT / "params.yaml", [override])
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("timesteps", [1, 2, 11, 1000, 10_000])
+@pytest.mark.parametrize("shift", [-20.0, 20.0])
+def test_every_schedule_that_is_allowed_can_be_built(timesteps: int, shift: float) -> None:
+    """So params are checked without the tables, whose arithmetic needs torch."""
+    last = timesteps - 1
+    chosen = {(), (1,), (last,), tuple(range(1, 11)), tuple(range(last - 9, timesteps))}
+    for points in chosen:
+        if any(not a < b for a, b in pairwise((0, *points, timesteps))):
+            continue
+        for base in ("linear", "cosine"):
+            for floor in (1e-6, 1.0):
+                for attenuation in get_args(config.Attenuation):
+                    section = config.ScheduleParams(timesteps, base, shift, attenuation, floor)
+                    schedule = section.build("dvdp", points)
+                    assert schedule.signal.float().min() > 0
+                    assert schedule.noise[:, 1:].float().min() > 0
+            config.ScheduleParams(timesteps, base, shift).build("subspace", points)
 
 
 def test_sections_check_themselves_without_a_file() -> None:

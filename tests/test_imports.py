@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 PROJECT = Path(__file__).parents[1]
 #: What each package may import of ours, at any depth of a function, beside itself. Small modules count as packages.
@@ -19,7 +21,8 @@ MAY_IMPORT = {
     "dvdp.tensors": {"dvdp.errors"},
     "dvdp.diffusion": {"dvdp.errors"},
     "dvdp.precision": set(),
-    "dvdp.config": {"dvdp.errors", "dvdp.precision", "dvdp.diffusion", "dvdp.data"},
+    "dvdp.yaml_files": {"dvdp.errors"},
+    "dvdp.config": {"dvdp.errors", "dvdp.precision", "dvdp.yaml_files", "dvdp.diffusion", "dvdp.data"},
     "dvdp.data": {"dvdp.errors", "dvdp.files", "dvdp.diffusion"},
     "dvdp.models": {"dvdp.errors", "dvdp.files", "dvdp.tensors", "dvdp.config", "dvdp.diffusion"},
     "dvdp.training": {
@@ -50,6 +53,8 @@ MAY_IMPORT = {
     "pipelines.cli": {"dvdp", "pipelines"},
     "infra": {"dvdp", "pipelines"},
 }  # fmt: skip
+#: Ten images, in place of the embedded ones, whose source is scikit-learn.
+FOLDER = ["-S", "dataset.source=image_folder", "-S", "dataset.path=images", "-S", "dataset.name=ten"]
 SERVERS = {"ray", "prefect", "mlflow", "dvc"}
 
 
@@ -166,6 +171,44 @@ def test_import_is_quick_beyond_torch_and_drags_in_nothing_optional() -> None:
     optional = {"lmdb", "ray", "mlflow", "prefect", "dvc", "matplotlib", "sklearn", "albumentations"}
     assert not optional & set(found["config"])
     assert not (optional | {"yaml"}) & set(found["dvdp"])
+
+
+HEAVY = {"torch", "torchvision", "torch_fidelity", "scipy", "sklearn", "matplotlib", "cv2", "albumentations", "lmdb",
+    "ray", "prefect", "mlflow", "dvc", "pandas", "requests", "jinja2", "psutil", "yaml"}  # fmt: skip
+#: What each command may import of that; what it does not name here would cost each start of it seconds.
+COMMANDS: dict[str, tuple[list[str], set[str]]] = {
+    "help": (["--help"], set()),
+    "check": (["check"], set()),
+    "params": (["params"], set()),
+    "a mistake in params": (["experiment", "-S", "training.batch=0"], set()),
+    "prepare": (["prepare", *FOLDER], {"cv2", "albumentations", "scipy", "lmdb", "yaml"}),
+    "verify": (["verify", *FOLDER], {"lmdb"}),
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder with ten images, prepared."""
+    folder = tmp_path_factory.mktemp("start")
+    (folder / "images").mkdir()
+    for i in range(10):
+        Image.new("RGB", (32, 32), (20 * i, 100, 50)).save(folder / "images" / f"{i}.png")
+    (folder / "params.yaml").write_text((PROJECT / "params.yaml").read_text())
+    code = "from pipelines.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    subprocess.run([sys.executable, "-c", code, "prepare", *FOLDER], cwd=folder, env=environment, check=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_imports_only_what_it_needs(name: str, prepared: Path) -> None:
+    command, allowed = COMMANDS[name]
+    code = "from pipelines.cli import main; import sys; main(sys.argv[1:]); print('\\n', *sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    whole = [sys.executable, "-c", code, *command]
+    done = subprocess.run(whole, capture_output=True, text=True, check=True, cwd=prepared, env=environment)
+    found = {module.partition(".")[0] for module in done.stdout.splitlines()[-1].split()}
+    assert HEAVY & found <= allowed
 
 
 TRAINING = """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,44 +13,59 @@ from dvdp import precision
 from dvdp.config import Run, parse_params
 from dvdp.errors import UserError
 from dvdp.identity import training_hash
-from dvdp.precision import cpu_capabilities, fastest_precision
+from dvdp.precision import BF16_INSTRUCTIONS, cpu_instructions, fastest_precision
 
-#: As torch 2.15 lists them, of an Intel CPU with AMX, an AMD one of 2022, an ARM one, and Intel and AMD ones before.
+#: Beginnings of /proc/cpuinfo, shortened: Intel with AMX, AMD of 2022, ARM; Intel, AMD and ARM before.
 WITH_BF16 = [
-    {"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True, "amx_tile": True, "amx_bf16": True},
-    {"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True, "amx_bf16": False},
-    {"architecture": "arm64", "neon": True, "bf16": True, "sve": False},
+    "processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu avx512f avx512_bf16 amx_bf16 amx_tile\nbugs\t\t: x\n",
+    "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f avx512_bf16 avx512_vnni\n",
+    "processor\t: 0\nBogoMIPS\t: 2100.00\nFeatures\t: fp asimd sve i8mm bf16 dgh\n",
 ]
 WITHOUT = [
-    {"architecture": "x86_64", "avx2": True, "avx512_f": True, "avx512_vnni": True, "avx512_bf16": False},
-    {"architecture": "x86_64", "avx2": True},
-    {"architecture": "arm64", "neon": True, "bf16": False},
-    {},
+    "processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu avx2 avx512f avx512_vnni\nbugs\t\t: amx_bf16\n",
+    "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2\n",
+    "processor\t: 0\nFeatures\t: fp asimd svebf16x\n",
+    "processor\t: 0\n",
 ]
 
 
-@pytest.mark.parametrize("capabilities", WITH_BF16)
-def test_a_cpu_with_bf16_instructions_trains_in_bf16(
-    capabilities: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(precision, "cpu_capabilities", lambda: capabilities)
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Makes this machine's CPU that of a text of Linux."""
+
+    def become(text: str) -> None:
+        (tmp_path / "cpuinfo").write_text(text)
+        monkeypatch.setattr(precision, "cpu_instructions", lambda: cpu_instructions(tmp_path / "cpuinfo"))
+
+    return become
+
+
+@pytest.mark.parametrize("text", WITH_BF16)
+def test_a_cpu_with_bf16_instructions_trains_in_bf16(text: str, machine: Callable[[str], None]) -> None:
+    machine(text)
     assert fastest_precision(gpu=False) == "bf16"
 
 
-@pytest.mark.parametrize("capabilities", WITHOUT)
+@pytest.mark.parametrize("text", WITHOUT)
 def test_a_cpu_without_bf16_instructions_trains_in_fp32_and_a_gpu_in_bf16(
-    capabilities: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+    text: str, machine: Callable[[str], None]
 ) -> None:
-    monkeypatch.setattr(precision, "cpu_capabilities", lambda: capabilities)
+    machine(text)
     assert fastest_precision(gpu=False) == "fp32"
     assert fastest_precision(gpu=True) == "bf16"
 
 
-def test_torch_lists_the_instructions_and_an_older_one_those_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "architecture" in cpu_capabilities()
+def test_elsewhere_than_on_linux_torch_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = {"architecture": "arm64", "neon": True, "bf16": True, "sve": False, "l1d_cache_size": 49152}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: listed)
+    assert cpu_instructions(tmp_path / "missing") == {"neon", "bf16"}
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert cpu_capabilities() == {"avx512_bf16": True}
+    assert cpu_instructions(tmp_path / "missing") == set()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux")
+def test_linux_and_torch_agree_on_this_cpu() -> None:
+    assert cpu_instructions() & BF16_INSTRUCTIONS == cpu_instructions(Path("missing")) & BF16_INSTRUCTIONS
 
 
 def _run(tree: Mapping[str, Any]) -> Run:
@@ -57,18 +73,18 @@ def _run(tree: Mapping[str, Any]) -> Run:
 
 
 def test_a_run_records_the_precision_that_auto_was_and_its_hash_is_that_of_the_precision(
-    monkeypatch: pytest.MonkeyPatch,
+    machine: Callable[[str], None],
 ) -> None:
     hashes = {}
-    for capabilities, expected in ((WITHOUT[0], "fp32"), (WITH_BF16[0], "bf16")):
-        monkeypatch.setattr(precision, "cpu_capabilities", lambda found=capabilities: found)
+    for text, expected in ((WITHOUT[0], "fp32"), (WITH_BF16[0], "bf16")):
+        machine(text)
         auto, said = _run({}), _run({"training": {"precision": expected}})
         assert auto == said
         assert auto.describe()["training"]["precision"] == expected
         assert Run.from_description(auto.describe()) == auto
         hashes[expected] = training_hash(auto, "digest", False, 1)
     assert hashes["fp32"] != hashes["bf16"]
-    monkeypatch.setattr(precision, "cpu_capabilities", lambda: WITHOUT[0])
+    machine(WITHOUT[0])
     assert _run({"cluster": {"gpu": True}}).training.precision == "bf16"
     override = {"name": "ddpm", "process": "ddpm", "overrides": {"training": {"precision": "bf16"}}}
     assert _run({"settings": [override]}).training.precision == "bf16"

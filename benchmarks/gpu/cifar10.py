@@ -13,8 +13,8 @@ The feature network is trained on the same images, on the CPU, and left in ``ext
 ``--extractor`` it is one that was trained before, so that none of the GPU's time goes there. Networks are trained as
 the demo trains them: by Muon, with all levels in a step.
 
-Runs from a bare checkout with torch, numpy, pillow, pyyaml, safetensors and tqdm. With ``--toy`` it takes seconds on a
-CPU, but for the feature network.
+Runs from a bare checkout with torch, numpy, pillow, ruamel.yaml, safetensors and tqdm. With ``--toy`` it takes seconds
+on a CPU, but for the feature network.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ Modes: *eager*; *channels_last*, eager with weights in that layout; *compiled*, 
 each level and number of images by itself: ``first_seconds`` says how long that takes. Of ``training.levels: all``, what
 is measured is the first step; others may have an image of a level more or less.
 
-Runs from a bare checkout with torch, numpy, pillow, pyyaml, safetensors and tqdm. Batches are the paper's: 128 images
-to train and 256 to sample at 32 px, 24 and 64 at 256 px. Each measurement is written at once, and ``--seconds`` ends
-the run wherever it is, so that a run cut short keeps what it has. With ``--toy`` it runs in seconds on a CPU, to see
-that it does.
+Runs from a bare checkout with torch, numpy, pillow, ruamel.yaml, safetensors and tqdm. Batches are the paper's: 128
+images to train, 256 to sample at 32 px, 24 and 64 at 256 px. Each measurement is written at once, and ``--seconds``
+ends the run wherever it is, so that a run cut short keeps what it has. With ``--toy`` it runs in seconds on a CPU, to
+see that it does.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +14,11 @@ from numpy.typing import NDArray
 # Read when albumentations is imported: without it, it asks the network for a newer version.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-import albumentations as A
-import cv2
+# It would import torch, which takes two seconds, for a transform that nobody here uses.
+sys.modules.setdefault("albumentations.pytorch", ModuleType("albumentations.pytorch"))
+
+import albumentations as A  # noqa: E402
+import cv2  # noqa: E402
 
 # OpenCV's own threads can hang in a forked loader worker, and fight for the cores with those of other workers.
 cv2.setNumThreads(0)

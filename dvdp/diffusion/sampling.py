@@ -18,7 +18,8 @@ from dvdp.diffusion import bands
 from dvdp.diffusion.process import Process, Variance
 from dvdp.diffusion.randomness import ImageNoise
 from dvdp.diffusion.solvers import make_solver
-from dvdp.diffusion.timesteps import Share, step_grid
+from dvdp.diffusion.spans import Share
+from dvdp.diffusion.timesteps import step_grid
 from dvdp.errors import UserError
 
 Denoiser = Callable[..., Tensor]

@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from dvdp.diffusion.spans import level_shares, level_spans
 from dvdp.errors import UserError, did_you_mean
 
 
@@ -41,12 +41,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         K, T = len(self.turning_points), self.timesteps
-        bounds = (0, *self.turning_points, T)
-        if any(a >= b for a, b in pairwise(bounds)):
-            raise UserError(
-                f"turning_points: found {list(self.turning_points)}, expected rising whole numbers"
-                f" between 1 and {T - 1}; put them in order and inside the range."
-            )
+        level_spans(self.turning_points, T)
         if self.signal.shape != (K + 1, T + 1) or self.noise.shape != (K + 1, T + 1):
             raise UserError(
                 f"schedule: found tables of shape {tuple(self.signal.shape)} and {tuple(self.noise.shape)},"
@@ -55,15 +50,15 @@ class Schedule:
         if self.signal.dtype != torch.float64 or self.noise.dtype != torch.float64:
             raise UserError("schedule: the tables must be float64.")
         if not (self.signal > 0).all():
-            raise UserError("schedule: some signal is not above 0; raise process.floor or process.shift.")
+            raise UserError("schedule: some signal is not above 0; raise schedule.floor or schedule.shift.")
         if not ((self.signal[:, 0] == 1).all() and (self.noise[:, 0] == 0).all()):
             raise UserError("schedule: column 0 must be clean data, signal 1 and noise 0.")
         if not (self.noise[:, 1:] > 0).all():
-            raise UserError("schedule: some noise after t = 0 is not above 0; lower process.shift.")
+            raise UserError("schedule: some noise after t = 0 is not above 0; lower schedule.shift.")
         ratio = self.signal[:, 1:] / self.noise[:, 1:]
         if not (ratio.diff(dim=1) < 0).all():
             raise UserError(
-                "schedule: signal / noise must fall strictly with t in every band; bring process.shift nearer 0."
+                "schedule: signal / noise must fall strictly with t in every band; bring schedule.shift nearer 0."
             )
 
     @property
@@ -78,12 +73,11 @@ class Schedule:
 
     def span(self, level: int) -> tuple[int, int]:
         """(T_k, T_{k+1}): the state lives at ``level`` for T_k < t <= T_{k+1}."""
-        bounds = (0, *self.turning_points, self.timesteps)
-        return bounds[level], bounds[level + 1]
+        return level_spans(self.turning_points, self.timesteps)[level]
 
     def shares(self) -> list[float]:
         """The share of timesteps that each level holds, finest level first."""
-        return [(high - low) / self.timesteps for low, high in map(self.span, range(self.levels + 1))]
+        return level_shares(self.turning_points, self.timesteps)
 
     @staticmethod
     def ddpm(timesteps: int = 1000, base: str = "linear", shift: float = 0.0) -> Schedule:

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dvdp.diffusion.schedule import Schedule
+from dvdp.diffusion.spans import Share, check_steps, level_spans
 from dvdp.errors import UserError, did_you_mean
-
-#: How steps are shared among levels: by name, or as the NFE of each level, finest first.
-Share = Literal["length", "cost"] | Sequence[int]
 
 
 def _log_snr(schedule: Schedule) -> Tensor:
@@ -52,24 +49,11 @@ def share_steps(
             f"timestep_spacing: found '{timestep_spacing}'{did_you_mean(timestep_spacing, TIMESTEP_SPACINGS)},"
             f" expected one of {', '.join(TIMESTEP_SPACINGS)}."
         )
-    spans = [schedule.span(level) for level in range(schedule.levels + 1)]
-    timesteps = [high - low for low, high in spans]
-    if not len(spans) <= steps <= schedule.timesteps:
-        raise UserError(
-            f"steps: found {steps}, expected at least {len(spans)} (one for each level)"
-            f" and at most {schedule.timesteps} (the timesteps of the process)."
-        )
+    spans = level_spans(schedule.turning_points, schedule.timesteps)
+    check_steps(spans, steps, share)
     if not isinstance(share, str):
-        given = list(share)
-        fits = len(given) == len(spans) and all(1 <= n <= most for n, most in zip(given, timesteps, strict=True))
-        if not fits or sum(given) != steps:
-            raise UserError(
-                f"share: found {given}, expected the NFE of {len(spans)} levels, finest first, each at least 1"
-                f" and at most its timesteps, {timesteps}, and {steps} (steps) in all."
-            )
-        return given
-    if share not in ("length", "cost"):
-        raise UserError(f"share: found '{share}', expected 'length', 'cost' or a list of NFE.")
+        return list(share)
+    timesteps = [high - low for low, high in spans]
     coordinate = TIMESTEP_SPACINGS[timestep_spacing](schedule).tolist()
     lengths = [coordinate[high] - coordinate[max(low, _start(coordinate))] for low, high in spans]
     weights = [max(length, 0.0) * (2**level if share == "cost" else 1) for level, length in enumerate(lengths)]

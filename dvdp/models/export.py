@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dvdp import tensors
-from dvdp.config import Run, SamplingParams
+from dvdp.config import MOST_BATCH_PIXELS, Run, SamplingParams
 from dvdp.diffusion.process import Process
 from dvdp.diffusion.sampling import Progress, sample
 from dvdp.errors import UserError
@@ -94,6 +94,11 @@ class TrainedModel:
         """
         if label is not None and self.classes is None:
             raise UserError(f"label: found '{label}', expected none, as this model is unconditional; leave it out.")
+        if count * self.resolution**2 > MOST_BATCH_PIXELS:
+            raise UserError(
+                f"count: found {count}, expected at most {MOST_BATCH_PIXELS // self.resolution**2:,} images of"
+                f" {self.resolution} px at a time; draw the others from another 'first' on."
+            )
         asked = None if label is None or self.classes is None else self.classes.label(str(label))
         given = {"seed": seed, "solver": solver, "eta": eta, "variance": variance, "clip": clip}
         chosen = {name: value for name, value in given.items() if value is not None}

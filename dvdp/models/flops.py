@@ -1,25 +1,56 @@
-"""What images cost: FLOPs of the network, counted, and the number of training images of a budget."""
+"""What images cost: FLOPs of the network, and the number of training images of a budget.
+
+They are counted from the sizes alone, as the UNet would take seconds to build; a test compares them with torch's count.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from dvdp.config import ModelParams, Run
-from dvdp.models.unet import UNet
+from dvdp.diffusion.spans import level_shares
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def network_flops(model: ModelParams, resolution: int) -> int:
     """FLOPs of one forward pass of one image of this resolution (a multiply-add is two)."""
-    with torch.device("meta"):
-        network, x, t = UNet(model), torch.empty(1, 3, resolution, resolution), torch.empty(1)
-        labels = torch.zeros(1, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(x, t, 0, labels)
-    return counter.get_total_flops()
+    widths = [model.model_channels * multiplier for multiplier in model.channel_mult]
+    embedding, last = 4 * model.model_channels, len(widths) - 1
+    pixels = [(resolution >> i) ** 2 for i in range(len(widths))]
+
+    def block(inputs: int, outputs: int, stage: int) -> int:
+        convolutions = 9 * inputs * outputs + 9 * outputs**2 + (inputs * outputs if inputs != outputs else 0)
+        return pixels[stage] * convolutions + 2 * embedding * outputs
+
+    def upsampling(width: int, stage: int) -> int:
+        # Its first convolution runs as a transposed one, with 4x4 taps on the pixels of the coarser stage.
+        return block(width, width, stage - 1) + (16 * pixels[stage] - 9 * pixels[stage - 1]) * width**2
+
+    def attention(width: int, stage: int) -> int:
+        return 4 * pixels[stage] * width**2 + 2 * pixels[stage] ** 2 * width
+
+    def stage(inputs: int, i: int) -> int:
+        return block(inputs, widths[i], i) + (attention(widths[i], i) if 2**i in model.attention_factors else 0)
+
+    width = model.model_channels
+    skips = [width]
+    total = width * embedding + embedding**2 + 27 * width * pixels[0]
+    for i, outputs in enumerate(widths):
+        for _ in range(model.num_res_blocks):
+            total += stage(width, i)
+            width = outputs
+            skips.append(width)
+        if i < last:
+            total += block(width, width, i + 1)
+            skips.append(width)
+    total += 2 * block(width, width, last) + attention(width, last)
+    for i, outputs in reversed(list(enumerate(widths))):
+        for j in range(model.num_res_blocks + 1):
+            total += stage(width + skips.pop(), i)
+            width = outputs
+            if i > 0 and j == model.num_res_blocks:
+                total += upsampling(width, i)
+    return 2 * (total + 27 * width * pixels[0])
 
 
 def level_flops(run: Run) -> list[int]:
@@ -29,7 +60,8 @@ def level_flops(run: Run) -> list[int]:
 
 def mean_flops(run: Run) -> float:
     """Expected forward FLOPs of one training image, over the levels' shares."""
-    return sum(share * cost for share, cost in zip(run.build_schedule().shares(), level_flops(run), strict=True))
+    shares = level_shares(run.turning_points, run.schedule.timesteps)
+    return sum(share * cost for share, cost in zip(shares, level_flops(run), strict=True))
 
 
 def relative_flops(run: Run) -> float:

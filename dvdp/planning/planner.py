@@ -19,7 +19,8 @@ from dvdp.config import Run
 from dvdp.diffusion.process import Process, Variance
 from dvdp.diffusion.schedule import Schedule
 from dvdp.diffusion.solvers import Solver, make_solver
-from dvdp.diffusion.timesteps import Share, step_grid
+from dvdp.diffusion.spans import Share
+from dvdp.diffusion.timesteps import step_grid
 from dvdp.errors import UserError
 from dvdp.models.flops import network_flops
 

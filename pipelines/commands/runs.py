@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dvdp.config import Params
+from dvdp.config import MOST_PICTURE_PIXELS, Params
 from dvdp.errors import UserError
 from dvdp.evaluation.figures import grid, save_png
 from dvdp.models.export import load_model
@@ -68,4 +68,10 @@ def draw(weights: str, count: int, device: str, out: Path, **options: int | str 
         raise UserError(f"--count: found {count}, expected at least 1.")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: found no GPU that torch can use here, expected one; leave out --device.")
-    print(save_png(grid(load_model(weights, device).sample(count, **options)), out))  # type: ignore[arg-type]
+    model = load_model(weights, device)
+    if count * model.resolution**2 > MOST_PICTURE_PIXELS:
+        most = MOST_PICTURE_PIXELS // model.resolution**2
+        raise UserError(
+            f"--count: found {count}, expected at most {most:,} images of {model.resolution} px in a picture."
+        )
+    print(save_png(grid(model.sample(count, **options)), out))  # type: ignore[arg-type]

@@ -244,6 +244,14 @@ def test_params_are_printed_with_every_key_and_with_overrides(
     assert "dvdp-600 seed 0" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["prepare", "extractor", "reference", "experiment"])
+def test_a_stage_of_dvc_needs_every_key_said(answer: Answer, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("DVC_STAGE", command)
+    said = answer(command, change=lambda tree: tree["dataset"].pop("flip"))
+    assert said.startswith("params.yaml: dataset.flip: found nothing, expected a value for every key")
+    assert "`dvdp params --params params.yaml --out params.yaml`" in said
+
+
 def test_help_lists_every_command_without_importing_torch() -> None:
     code = "import sys; from pipelines.cli import main; main(['--help']); print({'torch', 'ray'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -152,7 +152,7 @@ def _run(client: MlflowClient) -> tuple[str, str]:
 
 def test_requirements_are_the_slim_core_and_mlflow_without_addresses() -> None:
     names = {line.split(">")[0].split("=")[0] for line in requirements()}
-    assert names == {"filelock", "numpy", "pillow", "pydantic", "pyyaml", "safetensors", "torch", "tqdm", "mlflow"}
+    assert names == {"filelock", "numpy", "pillow", "pydantic", "ruamel.yaml", "safetensors", "torch", "tqdm", "mlflow"}
     assert not any(mark in line for line in requirements() for mark in ("://", "@", "extra", "-"))
 
 

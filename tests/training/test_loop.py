@@ -344,7 +344,7 @@ def test_a_lift_with_the_datas_variance_needs_its_std_with_the_model(tmp_path: P
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(tmp_path: Path, images: ArrayImages) -> None:
-    run = tiny_run(learning_rate=1e30, clip_norm=1e30, warmup_images=0)
+    run = tiny_run(learning_rate=100.0, clip_norm=1e9, warmup_images=0)
     with pytest.raises(UserError, match="loss: found"):
         train(run, images, tmp_path, "abc")
 
