@@ -28,6 +28,7 @@ from dvdp.data.store import StoreMetadata
 from dvdp.data.writer import StoreWriter, Tally
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
+from dvdp.text import FILE, LABEL, shown
 
 if TYPE_CHECKING:
     from dvdp.config import DatasetParams
@@ -89,14 +90,14 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
             raise UserError(
                 f"data set: another preparation of '{out}' is running and holds '{lock}'; wait for it, or end it."
             )
-        source = SOURCES[params.source](params.path)
+        source = _opened(params)
         form = Form(params.resolution, params.encoding, params.jpeg_quality if params.encoding == "jpeg" else None)
         with StoreWriter(
             out,
             name=params.name,
             source=params.source,
             form=form,
-            labels=source.labels,
+            labels=[shown(label, LABEL) for label in source.labels],
             deduplicate=params.deduplicate,
             shard_bytes=round(params.shard_gib * 2**30),
             identity=_identity(params, source),
@@ -106,6 +107,16 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
             # Before the store is in place: a kill in between is made up for by the same command.
             _write_report(report, params, source, writer.tally, _of_store(metadata))
     return metadata
+
+
+def _opened(params: DatasetParams) -> Source:
+    try:
+        return SOURCES[params.source](params.path)
+    except OSError as error:  # Of the path as a whole, such as a name that is too long.
+        raise UserError(
+            f"dataset.path: cannot read '{params.path}' ({error.strerror}), expected a path that may be read; correct"
+            " it."
+        ) from None
 
 
 def _fill(writer: StoreWriter, source: Source, form: Form, params: DatasetParams, report: Path | None) -> None:
@@ -138,11 +149,11 @@ def _fill(writer: StoreWriter, source: Source, form: Form, params: DatasetParams
 
 
 def _raw(item: Item, index: dict[str, int]) -> _Raw:
-    label = -1 if item.label is None else index[item.label]
+    name, label = shown(item.name, FILE), -1 if item.label is None else index[item.label]
     try:
-        return _Raw(item.name, label, item.read(), item.decode)
+        return _Raw(name, label, item.read(), item.decode)
     except UnreadableImageError as error:
-        return _Raw(item.name, label, b"", item.decode, str(error))
+        return _Raw(name, label, b"", item.decode, str(error))
 
 
 def _chunks(raws: Iterable[_Raw], resolution: int) -> Iterator[list[_Raw]]:
