@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, da
 import pydantic
 import yaml
 from pydantic import ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from dvdp.errors import UserError, did_you_mean
 
@@ -32,6 +34,16 @@ SolverName = Literal["ddpm", "ddim", "dpm++2m", "sde-dpm++2m", "deis2", "deis3"]
 TimestepSpacing = Literal["uniform", "quadratic", "logsnr"]
 
 Name = Annotated[str, Field(max_length=100, pattern="^[A-Za-z0-9_-]+$")]
+
+
+def _local(path: Any) -> Any:
+    if path == "" or "\0" in str(path):
+        raise PydanticCustomError("path_type", "a path")
+    return os.path.expanduser(path) if isinstance(path, str) else path  # noqa: PTH111 (leaves what it cannot expand)
+
+
+#: A path of this machine; ``~`` is the home folder.
+LocalPath = Annotated[Path, pydantic.BeforeValidator(_local)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Timesteps = Annotated[int, Field(ge=1, le=100_000)]
 Images = Annotated[int, Field(ge=1, le=10**12)]
@@ -76,7 +88,7 @@ class DatasetParams(Section):
     """Names the registered models and the reports."""
     source: str = "digits"
     """One of :data:`dvdp.data.sources.SOURCES`."""
-    path: Path | None = None
+    path: LocalPath | None = None
     """Folder or archive of the source, which says whether it needs one."""
     resolution: Annotated[int, Field(ge=4, le=4096)] = 32
     """Side of the square images, in pixels."""
@@ -256,7 +268,7 @@ class ClusterParams(Section):
     """One GPU for each worker."""
     max_failures: Annotated[int, Field(ge=0, le=1000)] = 2
     """Worker failures after which a run gives up."""
-    storage: Path = Path("runs")
+    storage: LocalPath = Path("runs")
     """Checkpoints, samples and metrics of every run; all nodes of a cluster must see this folder."""
 
 
@@ -298,7 +310,7 @@ class EvaluationParams(Section):
 
     extractor: Literal["labels", "rotation", "inception"] = "labels"
     """A small network trained on the data set itself (its labels, or 4-way rotation), or Inception (real FID)."""
-    inception_weights: Path | None = None
+    inception_weights: LocalPath | None = None
     """A local weights file in place of torch-fidelity's download; checked by SHA-256."""
     samples: Annotated[int, Field(ge=4, le=10**9)] = 256
     """Generated images to score; at most ``sampling.count``."""
@@ -313,6 +325,12 @@ class TrackingParams(Section):
     experiment: Annotated[str, Field(min_length=1, max_length=100)] = "dvdp"
     model: Name = "dvdp"
     """Registered models are called ``<model>-<dataset>``."""
+
+    def __post_init__(self) -> None:
+        if not self.experiment.isprintable() or self.experiment != self.experiment.strip():
+            raise UserError(
+                f"experiment: found {self.experiment!r}, expected printable characters, and no space at an end"
+            )
 
 
 @section
@@ -554,7 +572,8 @@ EXPECTED = {
     "int_from_float": "a whole number",
     "float_type": "a number",
     "float_parsing": "a number",
-    "string_type": "text",
+    "string_type": "text, in quotes where it looks like a number",
+    "path_type": "a path, in quotes where it looks like a number",
     "invalid_key": "a word",
     "dataclass_type": "keys with values",
     "dict_type": "keys with values",
