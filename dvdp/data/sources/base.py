@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dvdp.data.sources.formats import HEAD_BYTES, format_of, formats, missing
+
 Pixels = NDArray[np.uint8]
 
 
@@ -61,7 +63,7 @@ def decode(content: bytes) -> Pixels:
         UnreadableImageError: it cannot be decoded, or its pixels have no agreed range (32-bit).
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=formats()) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode == "F":
@@ -80,7 +82,9 @@ def decode(content: bytes) -> Pixels:
     except UnreadableImageError:
         raise
     except UnidentifiedImageError:
-        raise UnreadableImageError("no image in a known format") from None
+        found = format_of(content[:HEAD_BYTES])
+        absent = found is not None and found not in formats()
+        raise UnreadableImageError(missing(found) if absent else "no image in a known format") from None
     except Exception as error:  # Pillow's decoders raise whatever they trip over.
         raise UnreadableImageError(" ".join(f"{type(error).__name__}: {error}".split())) from None
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from dvdp.data.sources.base import Item, decode
-from dvdp.data.sources.files import IMAGE_SUFFIXES, image_files, looked_through
+from dvdp.data.sources.files import image_files, looked_through
+from dvdp.data.sources.formats import FORMATS
 from dvdp.errors import UserError
 
 
@@ -28,14 +29,12 @@ class ImageFolder:
         self._path = path
         self.count = 0
         folders: set[tuple[str, ...]] = set()
-        for name, _ in looked_through(self._path):
-            self.count += 1
-            folders.add(PurePosixPath(name).parts[:-1])
+        for member in looked_through(self._path):
+            if not member.left_out:
+                self.count += 1
+                folders.add(PurePosixPath(member.name).parts[:-1])
         if not self.count:
-            raise UserError(
-                f"dataset.path: found no images in '{self._path}', expected files that end in"
-                f" {', '.join(IMAGE_SUFFIXES)}."
-            )
+            raise UserError(f"dataset.path: found no images in '{self._path}', expected files of {', '.join(FORMATS)}.")
         self._root = next(iter(folders))
         for folder in folders:
             while self._root != folder[: len(self._root)]:
