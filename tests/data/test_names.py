@@ -87,11 +87,21 @@ def test_names_in_archives_may_be_of_any_encoding_and_length(tmp_path: Path) -> 
         *short, long = labels_of(path, tmp_path / path.stem)
         assert short == [r"a|\u000a<b>", "café", r"caf\xe9"]
         assert (len(long), long[:82]) == (100, "y" * 82)
-    # A zip without a mark has names in code page 437, or in UTF-8 by some programs.
-    assert labels_of(make_zip(tmp_path / "x.zip", {"café/a.png": png(), "b/a.png": png()}), tmp_path / "zip") == (
-        "b",
-        "café",
+
+
+def test_names_in_a_zip_without_the_mark_of_utf_8_are_utf_8_or_of_code_page_437(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "x.zip", {"été/a.png": png(), "\u202e/b.png": png()})
+    assert labels_of(path, tmp_path / "marked") == ("été", r"\u202e")
+    content = bytearray(path.read_bytes())
+    for header, flags in ((b"PK\x03\x04", 7), (b"PK\x01\x02", 9)):
+        for place in (i for i in range(len(content)) if content.startswith(header, i)):
+            content[place + flags] &= ~8
+    path.write_bytes(content)
+    assert labels_of(path, tmp_path / "utf-8") == ("été", r"\u202e")
+    path.write_bytes(
+        content.replace("été".encode(), "été".encode("cp437") + b"ab").replace(b"\xe2\x80\xae", b"\xff\x80x")
     )
+    assert labels_of(path, tmp_path / "cp437") == (r"\u00a0Çx", "étéab")
 
 
 def test_paths_that_cannot_be_opened_are_one_sentence(tmp_path: Path) -> None:

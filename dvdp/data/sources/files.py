@@ -67,7 +67,7 @@ class Member:
     """One entry of a folder or an archive; folders are none, but for those that cannot be listed."""
 
     name: str
-    """Its path within the root, with "/"; bytes that are no UTF-8 stand as ``\\xe9``."""
+    """Its path within the root, with "/", as it is; :mod:`dvdp.text` makes it printable."""
     left_out: str
     """Why it is not read as an image, in a few words that many members share; "" for an image."""
     read: Reader
@@ -102,7 +102,7 @@ def members(path: Path) -> Iterator[Member]:
     if found.is_dir():
         for name, file, why in _entries(str(found)):
             read = partial(_read_file, file)
-            yield Member(_printable(name), why or _by_content(name, partial(_head_of_file, file)), read)
+            yield Member(name, why or _by_content(name, partial(_head_of_file, file)), read)
         return
     below = PurePosixPath(path.relative_to(found))
     yield from _zip_members(found, below) if _is_zip(found) else _tar_members(found, below)
@@ -206,10 +206,6 @@ def _stems(names: Iterable[str]) -> frozenset[str]:
 
 def _unreadable(error: OSError) -> str:
     return f"unreadable ({error.strerror or type(error).__name__})"
-
-
-def _printable(name: str) -> str:
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 # Folders
@@ -350,7 +346,7 @@ def _tar_entries(path: Path, below: PurePosixPath) -> Iterator[tuple[tarfile.Tar
     with _streamed_tar(path) as archive:
         last = "its start"
         while (member := _next(path, archive, last)) is not None:
-            last = f"'{_printable(member.name)}'"
+            last = f"'{member.name}'"
             # The archive would keep every member it has seen.
             archive.members.clear()  # type: ignore[attr-defined]
             found = None if member.isdir() else _archived(member.name, below)
@@ -382,7 +378,7 @@ def _tar_members(path: Path, below: PurePosixPath) -> Iterator[Member]:
                 file: Any = open_tar_member(archive, member)
                 why = _by_content(name, partial(file.peek, HEAD_BYTES))
             read = partial(_read_opened, path, file)
-        yield Member(_printable(name), why, read)
+        yield Member(name, why, read)
 
 
 @lru_cache(maxsize=1)
@@ -439,10 +435,10 @@ def _zip_members(path: Path, below: PurePosixPath) -> Iterator[Member]:
     with _archive_errors(path), zipfile.ZipFile(path) as archive:
         _check_directory(path, archive)
         listed = archive.infolist()
-        paths = (_archived(member.filename, below) for member in listed if not member.is_dir())
+        paths = (_archived(_zip_name(member), below) for member in listed if not member.is_dir())
         stems = cache(lambda: _stems(found[0] for found in paths if found and not found[1]))
         for member in listed:
-            found = None if member.is_dir() else _archived(member.filename, below)
+            found = None if member.is_dir() else _archived(_zip_name(member), below)
             if not found:
                 continue
             name, why = found
@@ -454,7 +450,14 @@ def _zip_members(path: Path, below: PurePosixPath) -> Iterator[Member]:
                     " password; unpack it and give the folder."
                 )
             why = why or _by_neighbours(name, stems) or _by_content(name, partial(_head_in_zip, archive, member))
-            yield Member(_printable(name), why, partial(_read_zip_member, archive, member))
+            yield Member(name, why, partial(_read_zip_member, archive, member))
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """Without the mark of UTF-8 a name is in code page 437, or in UTF-8 all the same by some programs, as of macOS."""
+    with contextlib.suppress(UnicodeError):
+        return member.filename if member.flag_bits & 0x800 else member.filename.encode("cp437").decode()
+    return member.filename
 
 
 def _head_in_zip(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
@@ -493,7 +496,7 @@ def _check_directory(path: Path, archive: zipfile.ZipFile) -> None:
                     place += sum(struct.unpack("<2H", file.read(4)))
                 file.seek(place)
                 if place > begin or b"PK\x03\x04" in file.read(min(begin - place, _ZIP_HEADER)):
-                    after = f"after '{_printable(previous.filename)}'" if previous else "at its start"
+                    after = f"after '{previous.filename}'" if previous else "at its start"
                     raise zipfile.BadZipFile(f"its directory does not list what lies {after}")
             if member:
                 name = member.orig_filename.encode("utf-8" if member.flag_bits & 0x800 else "cp437")
