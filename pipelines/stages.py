@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -26,8 +27,14 @@ def prepare_data(params: Params) -> None:
     """DVC stage ``prepare``: raw images to LMDB."""
     places = DataPaths.of(params)
     metadata = prepare(params.dataset, places.store, places.data / "prepare.json")
-    left_out = f"{metadata.skipped} skipped" + (f", {metadata.duplicates} duplicates" if metadata.duplicates else "")
-    logger.info("%s images of %s px in %s, %s", f"{metadata.count:,}", metadata.resolution, places.store, left_out)
+    found = json.loads((places.data / "prepare.json").read_bytes())
+    reasons = [f"{entry['images']:,} unreadable ({entry['reason']})" for entry in found["skipped_reasons"]]
+    reasons += [f"{metadata.duplicates:,} duplicates"] if metadata.duplicates else []
+    reasons += [f"{entry['files']:,} {entry['reason']}" for entry in found["left_out"]]
+    logger.info(
+        "%s images of %s px in %s, left out: %s",
+        f"{metadata.count:,}", metadata.resolution, places.store, ", ".join(reasons) or "nothing",
+    )  # fmt: skip
 
 
 def verify_data(params: Params) -> str:

@@ -42,7 +42,8 @@ from benchmarks.timing import clock
 from dvdp.config import ModelParams, TrainingParams
 from dvdp.data.loading import ArrayImages
 from dvdp.data.sources import UnreadableImageError, decode
-from dvdp.data.sources.files import IMAGE_SUFFIXES, looked_through
+from dvdp.data.sources.files import image_files
+from dvdp.data.sources.formats import FORMATS
 from dvdp.diffusion.randomness import generator
 from dvdp.diffusion.sampling import sample
 from dvdp.errors import UserError
@@ -233,14 +234,12 @@ def read_files(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.integer] | Non
     Where there is a folder ``train``, only what is below it.
     """
     try:
-        files = {PurePosixPath(name): read() for name, read in looked_through(path)}
+        files = {PurePosixPath(name): read() for name, read in image_files(path)}
     except UserError as error:
         raise UserError(str(error).replace("dataset.path", "--images")) from None
     files = {name: content for name, content in files.items() if "train" in name.parts[:-1]} or files
     if not files:
-        raise UserError(
-            f"--images: found no images in '{path}', expected files that end in {', '.join(IMAGE_SUFFIXES)}."
-        )
+        raise UserError(f"--images: found no images in '{path}', expected files of {', '.join(FORMATS)}.")
     images = []
     for name, content in tqdm(files.items(), desc="images", disable=None):
         try:

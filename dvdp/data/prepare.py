@@ -24,6 +24,7 @@ from dvdp.data.parallel import mapped
 from dvdp.data.records import Form, Records, encode
 from dvdp.data.sources import SOURCES, Item, Pixels, Source, UnreadableImageError
 from dvdp.data.sources.files import fingerprint
+from dvdp.data.sources.base import totals
 from dvdp.data.store import StoreMetadata
 from dvdp.data.writer import StoreWriter, Tally
 from dvdp.errors import UserError
@@ -205,6 +206,7 @@ def _check_skipped(tally: Tally, params: DatasetParams, source: Source, report: 
         f" expected at most {params.max_skipped:g} of them by dataset.max_skipped; mend or remove them"
         + (f", '{report}' names them." if report else ".")
     )
+    several = f"; {totals(tally.skipped_reasons)}" if len(tally.skipped_reasons) > 1 else ""
 
 
 def _identity(params: DatasetParams, source: Source) -> str:
@@ -255,9 +257,14 @@ def _write_report(path: Path | None, params: DatasetParams, source: Source, tall
         "duplicate_images": [{"image": name, "equals": index} for name, index in tally.duplicate_images.items()],
         **more,
     }
+        "skipped_reasons": [{"reason": reason, "images": n} for reason, n in tally.skipped_reasons.items()],
     with _writing(path):
         write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
+        "left_out": [
+            {"reason": reason, "files": n, "names": source.left_out.names[reason]}
+            for reason, n in source.left_out.counts.items()
+        ],
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +25,7 @@ from dvdp.data.duplicates import Seen
 from dvdp.data.lmdb_files import file_bytes, put, writable
 from dvdp.data.moments import Moments
 from dvdp.data.records import DIGEST_BYTES, Form, Records, decode
+from dvdp.data.sources.base import MOST_NAMES
 from dvdp.data.store import DIGESTS, METADATA, StoreMetadata, check_replaceable, key, shard_name
 from dvdp.errors import UserError
 from dvdp.files import sync_folder, write_atomically
@@ -31,8 +33,6 @@ from dvdp.files import sync_folder, write_atomically
 #: Images are committed when they are at least so many, and so many bytes if they were raw. (A tally is as long as eight
 #: raw images.)
 _COMMIT_IMAGES, _COMMIT_BYTES = 64, 8 << 20
-#: Left-out images that a tally names; beyond, it only counts them.
-MOST_NAMES = 100
 
 
 @dataclass
@@ -48,6 +48,8 @@ class Tally:
     skipped: int = 0
     skipped_images: dict[str, str] = field(default_factory=dict)
     """Why, by name; of the first ones."""
+    skipped_reasons: dict[str, int] = field(default_factory=dict)
+    """Number of all of them, by the reason without its numbers."""
     duplicates: int = 0
     duplicate_images: dict[str, int] = field(default_factory=dict)
     """Index of the equal image in the store, by name; of the first ones."""
@@ -57,6 +59,10 @@ class Tally:
         self.skipped += 1
         if len(self.skipped_images) < MOST_NAMES:
             self.skipped_images[name] = reason
+        kind = re.sub(r"\d[\d,.]*", "N", reason)
+        if kind not in self.skipped_reasons and len(self.skipped_reasons) >= MOST_NAMES:
+            kind = "other reasons"
+        self.skipped_reasons[kind] = self.skipped_reasons.get(kind, 0) + 1
 
     def leave_out(self, name: str, twin: int) -> None:
         """Count an image that equals one in the store."""

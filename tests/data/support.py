@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from dvdp.data.sources import Item, Pixels
+from dvdp.data.sources.base import LeftOut
 
 
 def png(value: int = 0, size: tuple[int, int] = (5, 4)) -> bytes:
@@ -115,6 +116,7 @@ class EndingSource:
 
     needs: str | None = None
     labels: tuple[str, ...] = ()
+    left_out = LeftOut()
     count = 6
 
     def __init__(self, path: Path | None) -> None:

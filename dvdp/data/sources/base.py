@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dvdp.data.sources.formats import HEAD_BYTES, format_of, formats, missing
 
 Pixels = NDArray[np.uint8]
+
+#: Left-out images and files that are named, for each reason; beyond, they are only counted.
+MOST_NAMES = 100
 
 
 class UnreadableImageError(Exception):
@@ -39,6 +42,29 @@ class Item:
         return self.decode(self.read())
 
 
+@dataclass
+class LeftOut:
+    """The files of a source that are not read, by the reason."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+    """Of the first ones."""
+
+    def add(self, name: str, reason: str) -> None:
+        """Count a file."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        if self.counts[reason] <= MOST_NAMES:
+            self.names.setdefault(reason, []).append(name)
+
+    def __str__(self) -> str:
+        return totals(self.counts)
+
+
+def totals(counts: Mapping[str, int]) -> str:
+    """In words, the most frequent first: ``12 other format, 3 hidden``."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda item: -item[1]))
+
+
 class Source(Protocol):
     """Images and what is known before reading them."""
 
@@ -47,6 +73,8 @@ class Source(Protocol):
     count: int
     labels: tuple[str, ...]
     """Names of the classes, sorted; empty if there are none."""
+    left_out: LeftOut
+    """Of a folder or an archive: its other files."""
 
     def __init__(self, path: Path | None) -> None: ...
 
@@ -83,8 +111,8 @@ def decode(content: bytes) -> Pixels:
         raise
     except UnidentifiedImageError:
         found = format_of(content[:HEAD_BYTES])
-        absent = found is not None and found not in formats()
-        raise UnreadableImageError(missing(found) if absent else "no image in a known format") from None
+        reason = missing(found) if found and found not in formats() else "no image in a known format"
+        raise UnreadableImageError(reason) from None
     except Exception as error:  # Pillow's decoders raise whatever they trip over.
         raise UnreadableImageError(" ".join(f"{type(error).__name__}: {error}".split())) from None
 

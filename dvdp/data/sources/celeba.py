@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dvdp.data.sources.base import Item, Pixels, decode, of_size
-from dvdp.data.sources.files import counted, image_files
+from dvdp.data.sources.files import checked, image_files
 
 CELEBA_COUNT = 202_599
 _SIZE = (178, 218)
@@ -34,7 +34,8 @@ class CelebA:
     def __init__(self, path: Path | None, count: int = CELEBA_COUNT) -> None:
         assert path is not None, "checked by DatasetParams"
         self._path = path
-        self.count = counted(self._path, count, "img_align_celeba")
+        self.count = count
+        self.left_out = checked(self._path, count, "img_align_celeba")
 
     def __iter__(self) -> Iterator[Item]:
         for name, read in image_files(self._path):

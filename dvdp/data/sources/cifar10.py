@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from dvdp.data.sources.base import Item
+from dvdp.data.sources.base import Item, LeftOut
 from dvdp.data.sources.files import open_tar_member, opened_tar
 from dvdp.errors import UserError
 
@@ -39,6 +39,7 @@ class Cifar10:
 
     needs: str | None = None
     labels: tuple[str, ...] = CIFAR10_LABELS
+    left_out = LeftOut()
 
     def __init__(self, path: Path | None, url: str = CIFAR10_URL, md5: str = CIFAR10_MD5) -> None:
         self._path = path or _downloaded(url, md5)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dvdp.data.sources.base import Item
+from dvdp.data.sources.base import Item, LeftOut
 
 
 class Digits:
     """scikit-learn's 1797 handwritten digits, 8 px, white on black."""
 
     needs: str | None = None
+    left_out = LeftOut()
 
     def __init__(self, path: Path | None) -> None:
         from sklearn.datasets import load_digits

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dvdp.data.sources.base import Item, Pixels, decode, of_size
-from dvdp.data.sources.files import counted, image_files
+from dvdp.data.sources.files import checked, image_files
 
 FFHQ_COUNT = 70_000
 #: Of the aligned faces and their thumbnails; the unaligned photographs, as many, have all sizes.
@@ -31,7 +31,8 @@ class Ffhq:
     def __init__(self, path: Path | None, count: int = FFHQ_COUNT) -> None:
         assert path is not None, "checked by DatasetParams"
         self._path = path
-        self.count = counted(self._path, count, "images1024x1024 or thumbnails128x128")
+        self.count = count
+        self.left_out = checked(self._path, count, "images1024x1024 or thumbnails128x128")
 
     def __iter__(self) -> Iterator[Item]:
         for name, read in image_files(self._path):

@@ -26,8 +26,8 @@ from typing import IO, Any, Self
 import numpy as np
 from tqdm import tqdm
 
-from dvdp.data.sources.base import UnreadableImageError
-from dvdp.data.sources.formats import HEAD_BYTES, IMAGE_SUFFIXES, left_out
+from dvdp.data.sources.base import LeftOut, UnreadableImageError
+from dvdp.data.sources.formats import HEAD_BYTES, IMAGE_SUFFIXES, reason_against
 from dvdp.errors import UserError
 
 #: How a zip starts: with its first member, or with its end if it has none.
@@ -113,20 +113,28 @@ def image_files(path: Path) -> Iterator[tuple[str, Reader]]:
     return ((member.name, member.read) for member in members(path) if not member.left_out)
 
 
-def looked_through(path: Path) -> Iterator[Member]:
-    """:func:`members` with a progress bar: to count them and look at their names."""
-    return iter(tqdm(members(path), desc="looking for images", unit="", disable=None, leave=False))
+def looked_through(path: Path, left_out: LeftOut) -> Iterator[Member]:
+    """The images among the :func:`members`, with a progress bar: to count them and look at their names.
+
+    The other members are added to ``left_out``.
+    """
+    for member in tqdm(members(path), desc="looking for images", unit="", disable=None, leave=False):
+        if member.left_out:
+            left_out.add(member.name, member.left_out)
+        else:
+            yield member
 
 
-def counted(path: Path, expected: int, content: str) -> int:
-    """The number of images, which must be that of the data set; raises UserError if it is another."""
-    count = sum(1 for member in looked_through(path) if not member.left_out)
+def checked(path: Path, expected: int, content: str) -> LeftOut:
+    """The files beside the images, whose number must be that of the data set; raises UserError if it is another."""
+    left_out = LeftOut()
+    count = sum(1 for _ in looked_through(path, left_out))
     if count != expected:
         raise UserError(
             f"dataset.path: found {count:,} images in '{path}', expected the {expected:,} of {content}; give these"
             " alone and whole, or read what you have with source image_folder."
         )
-    return count
+    return left_out
 
 
 def fingerprint(path: Path) -> str:
@@ -194,7 +202,7 @@ def _by_content(name: str, head: Callable[[], bytes]) -> str:
     if suffix in IMAGE_SUFFIXES:
         return ""
     try:
-        return left_out(suffix, head())
+        return reason_against(suffix, head())
     except OSError as error:
         return _unreadable(error)
 

@@ -76,7 +76,7 @@ def format_of(head: bytes) -> str | None:
     return next((name for name, pattern in _HEADS.items() if re.match(pattern, head, re.DOTALL)), None)
 
 
-def left_out(suffix: str, head: bytes) -> str:
+def reason_against(suffix: str, head: bytes) -> str:
     """Why a file of this suffix (lower case) and beginning is not read as an image; "" if it is."""
     found = format_of(head)
     if found is None or suffix in _RAW_SUFFIXES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from dvdp.data.sources.base import Item, decode
+from dvdp.data.sources.base import Item, LeftOut, decode
 from dvdp.data.sources.files import image_files, looked_through
 from dvdp.data.sources.formats import FORMATS
 from dvdp.errors import UserError
@@ -29,12 +29,15 @@ class ImageFolder:
         self._path = path
         self.count = 0
         folders: set[tuple[str, ...]] = set()
-        for member in looked_through(self._path):
-            if not member.left_out:
-                self.count += 1
-                folders.add(PurePosixPath(member.name).parts[:-1])
+        self.left_out = LeftOut()
+        for member in looked_through(self._path, self.left_out):
+            self.count += 1
+            folders.add(PurePosixPath(member.name).parts[:-1])
         if not self.count:
-            raise UserError(f"dataset.path: found no images in '{self._path}', expected files of {', '.join(FORMATS)}.")
+            instead = f"; of other files: {self.left_out}" if self.left_out.counts else ""
+            raise UserError(
+                f"dataset.path: found no images in '{self._path}'{instead}, expected files of {', '.join(FORMATS)}."
+            )
         self._root = next(iter(folders))
         for folder in folders:
             while self._root != folder[: len(self._root)]:

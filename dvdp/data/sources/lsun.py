@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dvdp.data.sources.base import Item, UnreadableImageError, decode
+from dvdp.data.sources.base import Item, LeftOut, UnreadableImageError, decode
 from dvdp.errors import UserError
 
 _FILE = "data.mdb"
@@ -28,6 +28,7 @@ class Lsun:
 
     needs: str | None = "the folder that a zip of LSUN unpacks to, such as bedroom_train_lmdb"
     labels: tuple[str, ...] = ()
+    left_out = LeftOut()
 
     def __init__(self, path: Path | None) -> None:
         assert path is not None, "checked by DatasetParams"
