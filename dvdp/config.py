@@ -90,6 +90,8 @@ class DatasetParams(Section):
     """One of :data:`dvdp.data.sources.SOURCES`."""
     path: LocalPath | None = None
     """Folder or archive of the source, which says whether it needs one."""
+    labels: Literal["auto", "none", "folders", "file"] = "auto"
+    """What says which class an image has; ``folders`` and ``file`` are for source image_folder alone."""
     resolution: Annotated[int, Field(ge=4, le=4096)] = 32
     """Side of the square images, in pixels."""
     encoding: Literal["raw", "png", "jpeg"] = "raw"
@@ -115,6 +117,8 @@ class DatasetParams(Section):
         needs = SOURCES[self.source].needs
         if needs and self.path is None:
             raise UserError(f"path: found nothing, expected {needs}")
+        if self.labels in ("folders", "file") and self.source != "image_folder":
+            raise UserError(f"labels: found '{self.labels}' beside source '{self.source}', expected auto or none")
 
 
 @section

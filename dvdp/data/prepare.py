@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -22,17 +23,19 @@ from tqdm import tqdm
 
 from dvdp.data.parallel import mapped
 from dvdp.data.records import Form, Records, encode
-from dvdp.data.sources import SOURCES, Item, Pixels, Source, UnreadableImageError
-from dvdp.data.sources.files import fingerprint
+from dvdp.data.sources import SOURCES, ImageFolder, Item, Pixels, Source, UnreadableImageError
 from dvdp.data.sources.base import totals
+from dvdp.data.sources.files import fingerprint
 from dvdp.data.store import StoreMetadata
 from dvdp.data.writer import StoreWriter, Tally
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
-from dvdp.text import FILE, LABEL, shown
+from dvdp.text import FILE, LABEL, printable, shown
 
 if TYPE_CHECKING:
     from dvdp.config import DatasetParams
+
+logger = logging.getLogger("dvdp.data")
 
 #: A chunk is as many images as are about so many bytes when raw, between so few and so many of them..
 _RAW_BYTES, _FEWEST, _MOST = 4 << 20, 4, 256
@@ -92,18 +95,21 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
                 f"data set: another preparation of '{out}' is running and holds '{lock}'; wait for it, or end it."
             )
         source = _opened(params)
+        labels = () if params.labels == "none" else source.labels
+        for remark in _remarks(source):
+            logger.info("%s", remark)
         form = Form(params.resolution, params.encoding, params.jpeg_quality if params.encoding == "jpeg" else None)
         with StoreWriter(
             out,
             name=params.name,
             source=params.source,
             form=form,
-            labels=[shown(label, LABEL) for label in source.labels],
+            labels=[shown(label, LABEL) for label in labels],
             deduplicate=params.deduplicate,
             shard_bytes=round(params.shard_gib * 2**30),
             identity=_identity(params, source),
         ) as writer:
-            _fill(writer, source, form, params, report)
+            _fill(writer, source, labels, form, params, report)
             metadata = writer.finish()
             # Before the store is in place: a kill in between is made up for by the same command.
             _write_report(report, params, source, writer.tally, _of_store(metadata))
@@ -112,6 +118,8 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
 
 def _opened(params: DatasetParams) -> Source:
     try:
+        if params.source == "image_folder":
+            return ImageFolder(params.path, params.labels)
         return SOURCES[params.source](params.path)
     except OSError as error:  # Of the path as a whole, such as a name that is too long.
         raise UserError(
@@ -120,10 +128,22 @@ def _opened(params: DatasetParams) -> Source:
         ) from None
 
 
-def _fill(writer: StoreWriter, source: Source, form: Form, params: DatasetParams, report: Path | None) -> None:
+def _remarks(source: Source) -> list[str]:
+    """What to know about how labels were found."""
+    return [f"labels: {printable(remark)}" for remark in getattr(source, "remarks", ())]
+
+
+def _fill(
+    writer: StoreWriter,
+    source: Source,
+    labels: Sequence[str],
+    form: Form,
+    params: DatasetParams,
+    report: Path | None,
+) -> None:
     """Write what is not there yet."""
     tally = writer.tally
-    index = {label: i for i, label in enumerate(source.labels)}
+    index = {label: i for i, label in enumerate(labels)}
     raws = (_raw(item, index) for item in islice(source, tally.position, None))
     chunks = mapped(partial(_prepared, form), _chunks(raws, form.resolution), params.workers)
     bar = tqdm(initial=tally.position, total=source.count, desc=f"prepare {params.name}", unit="image", disable=None)
@@ -150,7 +170,7 @@ def _fill(writer: StoreWriter, source: Source, form: Form, params: DatasetParams
 
 
 def _raw(item: Item, index: dict[str, int]) -> _Raw:
-    name, label = shown(item.name, FILE), -1 if item.label is None else index[item.label]
+    name, label = shown(item.name, FILE), -1 if item.label is None or not index else index[item.label]
     try:
         return _Raw(name, label, item.read(), item.decode)
     except UnreadableImageError as error:
@@ -201,19 +221,19 @@ def _check_skipped(tally: Tally, params: DatasetParams, source: Source, report: 
         return
     _write_report(report, params, source, tally, {"failed": "too many unreadable images"})
     name, reason = next(iter(tally.skipped_images.items()))
+    several = f"; {totals(tally.skipped_reasons)}" if len(tally.skipped_reasons) > 1 else ""
     raise UserError(
-        f"dataset: found {tally.skipped} unreadable images among {source.count}, '{name}' first ({reason}),"
+        f"dataset: found {tally.skipped} unreadable images among {source.count}, '{name}' first ({reason}{several}),"
         f" expected at most {params.max_skipped:g} of them by dataset.max_skipped; mend or remove them"
         + (f", '{report}' names them." if report else ".")
     )
-    several = f"; {totals(tally.skipped_reasons)}" if len(tally.skipped_reasons) > 1 else ""
 
 
 def _identity(params: DatasetParams, source: Source) -> str:
     """Names all that a store's bytes depend on: params, source, code and libraries."""
     shaping = {
         name: getattr(params, name)
-        for name in ("name", "source", "resolution", "encoding", "jpeg_quality", "deduplicate", "shard_gib")
+        for name in ("name", "source", "resolution", "encoding", "jpeg_quality", "deduplicate", "shard_gib", "labels")
     }
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
@@ -222,7 +242,7 @@ def _identity(params: DatasetParams, source: Source) -> str:
         **shaping,
         "files": fingerprint(params.path) if params.path else "",
         "count": source.count,
-        "labels": source.labels,
+        "classes": source.labels,
         "code": code.hexdigest(),
         "libraries": [version(name) for name in _LIBRARIES],
     }
@@ -252,19 +272,20 @@ def _write_report(path: Path | None, params: DatasetParams, source: Source, tall
         "source": params.source,
         "images_found": source.count,
         "skipped": tally.skipped,
+        "skipped_reasons": [{"reason": reason, "images": n} for reason, n in tally.skipped_reasons.items()],
         "skipped_images": tally.skipped_images,
         "duplicates": tally.duplicates,
         "duplicate_images": [{"image": name, "equals": index} for name, index in tally.duplicate_images.items()],
+        "left_out": [
+            {"reason": reason, "files": n, "names": [shown(name, FILE) for name in source.left_out.names[reason]]}
+            for reason, n in source.left_out.counts.items()
+        ],
+        "remarks": list(_remarks(source)),
         **more,
     }
-        "skipped_reasons": [{"reason": reason, "images": n} for reason, n in tally.skipped_reasons.items()],
     with _writing(path):
         write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
-        "left_out": [
-            {"reason": reason, "files": n, "names": source.left_out.names[reason]}
-            for reason, n in source.left_out.counts.items()
-        ],
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
