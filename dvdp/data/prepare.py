@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from dvdp.data.parallel import mapped
+from dvdp.data.places import check_places, check_space, writing
 from dvdp.data.records import Form, Records, encode
 from dvdp.data.sources import SOURCES, ImageFolder, Item, Pixels, Source, UnreadableImageError
 from dvdp.data.sources.base import totals
@@ -78,15 +79,16 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
 
     Args:
         out: the store's folder; replaced, at the very end, if it is there.
-        report: a JSON file for what was found: counts, images left out by name, digest, std of the bands. Also
-            written when too many are unreadable. The same images give the same report.
+        report: a JSON file for what was found: counts, what was left out by reason and name, digest, std of the bands.
+            Also written when too many are unreadable. The same images give the same report.
 
     Raises:
-        UserError: the source is missing or wrong, more than ``max_skipped`` of its images are unreadable, the disk is
-            full, a worker was killed, or another preparation of the same store is running.
+        UserError: store or report cannot be written where they are to be, the source is missing or wrong, there is no
+            space for it, more than ``max_skipped`` of its images are unreadable, the disk is full, a worker was
+            killed, or another preparation of the same store is running.
     """
     lock = out.with_name(f".{out.name}.lock")
-    with _writing(lock):
+    with writing(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     with locked(lock, patience=0) as free:
@@ -94,11 +96,14 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
             raise UserError(
                 f"data set: another preparation of '{out}' is running and holds '{lock}'; wait for it, or end it."
             )
+        check_places(out, report)
         source = _opened(params)
         labels = () if params.labels == "none" else source.labels
         for remark in _remarks(source):
             logger.info("%s", remark)
         form = Form(params.resolution, params.encoding, params.jpeg_quality if params.encoding == "jpeg" else None)
+        if not params.deduplicate:
+            check_space(out, form, source.count)
         with StoreWriter(
             out,
             name=params.name,
@@ -283,16 +288,5 @@ def _write_report(path: Path | None, params: DatasetParams, source: Source, tall
         "remarks": list(_remarks(source)),
         **more,
     }
-    with _writing(path):
+    with writing(path):
         write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"data set: cannot write '{path}' ({error.strerror}), expected free space on its disk and the right to"
-            " write; mend that and run the same command, which goes on from here."
-        ) from None

@@ -194,16 +194,18 @@ def test_formats_of_plugins_name_the_extra_to_install(tmp_path: Path) -> None:
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50)
     unpacked(tmp_path, {"a.heic": heic, "b.jxl": b"\xff\x0a" + bytes(50), "c.png": png(), "d.jpg": heic})
     assert tally(tmp_path) == {
-        "HEIF, which needs `pip install dvdp[heic]`": ["a.heic"],
-        "JXL, which needs `pip install dvdp[jxl]`": ["b.jxl"],
+        "HEIF, which needs the extra heic (`pip install pillow-heif`)": ["a.heic"],
+        "JXL, which needs the extra jxl (`pip install pillow-jxl-plugin`)": ["b.jxl"],
         "read": ["c.png", "d.jpg"],
     }
     *_, last = SOURCES["image_folder"](tmp_path)
-    with pytest.raises(UnreadableImageError, match=r"HEIF, which needs `pip install dvdp\[heic\]`"):
+    with pytest.raises(UnreadableImageError, match=r"HEIF, which needs the extra heic \(`pip install pillow-heif`\)"):
         last.load()
     (tmp_path / "c.png").unlink()
     (tmp_path / "d.jpg").unlink()
-    with pytest.raises(UserError, match=r"found no images in .*1 HEIF, which needs `pip install dvdp\[heic\]`"):
+    with pytest.raises(
+        UserError, match=r"found no images in .*1 HEIF, which needs the extra heic \(`pip install pillow-heif`\)"
+    ):
         SOURCES["image_folder"](tmp_path)
 
 

@@ -17,8 +17,8 @@ FORMATS = (
     "ICNS", "PCX", "SGI", "SUN", "XPM", "TGA",
 )  # fmt: skip
 
-#: Of the formats that Pillow reads through another package: its module, and our extra that installs it.
-PLUGINS = {"HEIF": ("pillow_heif", "heic"), "JXL": ("pillow_jxl", "jxl")}
+#: Of the formats that Pillow reads through another package: its module, its name, and our extra that installs it.
+PLUGINS = {"HEIF": ("pillow_heif", "pillow-heif", "heic"), "JXL": ("pillow_jxl", "pillow-jxl-plugin", "jxl")}
 
 #: Files with these suffixes are images without a look at their content; all others only if their content says so.
 IMAGE_SUFFIXES = (
@@ -63,7 +63,7 @@ _HEADS = {
 def formats() -> tuple[str, ...]:
     """Those of :data:`FORMATS` that are installed, for ``Image.open(.., formats=formats())``."""
     Image.init()
-    for module, _ in PLUGINS.values():
+    for module, _, _ in PLUGINS.values():
         with contextlib.suppress(ImportError):
             import_module(module)
     with contextlib.suppress(ImportError):
@@ -88,4 +88,5 @@ def missing(name: str) -> str:
     """Why a file of a format that is not installed cannot be read, and what to install."""
     if name not in PLUGINS:
         return f"{name}, which this build of Pillow does not read"
-    return f"{name}, which needs `pip install dvdp[{PLUGINS[name][1]}]`"
+    _, package, extra = PLUGINS[name]
+    return f"{name}, which needs the extra {extra} (`pip install {package}`)"
