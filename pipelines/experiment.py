@@ -29,6 +29,7 @@ from dvdp.errors import UserError
 from dvdp.evaluation.figures import data_url
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.flops import relative_flops, training_images
+from dvdp.text import utf8
 from dvdp.training.loop import is_finished
 from pipelines.jobs.cluster import cluster
 from pipelines.jobs.job import Job, jobs
@@ -101,7 +102,7 @@ def experiment(
         if isinstance(outcome, Result):
             results.append(outcome)
         else:
-            failures[name] = str(outcome)
+            failures[name] = utf8(str(outcome))
     unavailable = [result.problem for result in results]
     if results:
         folder = Path(reports) if reports else params.cluster.storage / "reports" / _comparison_hash(results)

@@ -235,6 +235,12 @@ def test_files_that_are_not_about_labels_are_named_and_not_read(tmp_path: Path) 
     assert fails(tmp_path, "file").startswith("found no file of labels in ")
 
 
+def test_a_file_of_labels_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (make_tree(tmp_path, ["a.png"]) / "dataset.json").symlink_to("gone.json")
+    assert fails(tmp_path).startswith("cannot read 'dataset.json' (No such file or directory)")
+    assert labelled(tmp_path, "none") == [None]
+
+
 def test_hidden_files_of_labels_are_no_part_of_a_source(tmp_path: Path) -> None:
     with_file(tmp_path, ["cat/a.png", "dog/b.png"], ".cache/dataset.json", "{")
     assert labelled(tmp_path) == ["cat", "dog"]
@@ -278,6 +284,13 @@ def test_labels_in_params_are_checked(dataset: dict[str, Any], text: str) -> Non
     with pytest.raises(UserError) as error:
         parse_params({"dataset": dataset})
     assert str(error.value).startswith(f"params: dataset.labels: {text}")
+
+
+def test_images_that_go_while_a_source_is_read_take_no_other_labels_with_them(tmp_path: Path) -> None:
+    source = ImageFolder(make_tree(tmp_path, ["cat/a.png", "cat/b.png", "dog/c.png", "dog/d.png"]))
+    (tmp_path / "cat" / "b.png").unlink()
+    (tmp_path / "dog" / "c.png").unlink()
+    assert [(item.name, item.label) for item in source] == [("cat/a.png", "cat"), ("dog/d.png", "dog")]
 
 
 def test_images_that_come_while_a_source_is_read_are_one_sentence(tmp_path: Path) -> None:

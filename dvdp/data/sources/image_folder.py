@@ -42,7 +42,7 @@ class ImageFolder:
         for member in tqdm(members(path), desc="looking for images", unit="", disable=None, leave=False):
             if not member.left_out:
                 self._images.add(member.name)
-            elif labels_from in ("auto", "file") and member.left_out == _OTHER and is_label_file(member.name):
+            elif labels_from in ("auto", "file") and _says_labels(member):
                 files[member.name] = _content(member)
                 self.left_out.add(member.name, "file of labels")
             else:
@@ -64,7 +64,7 @@ class ImageFolder:
             labels = by_files(said, self._images, lambda: (name for name, _ in image_files(self._path)))
         elif labels_from == "file":
             raise UserError(
-                f"dataset.labels: found no file of labels in '{self._path}', expected dataset.json as of dataset_tool, a"
+                f"dataset.labels: found no file of labels in '{self._path}', expected dataset_tool's dataset.json, a"
                 " CSV or JSONL with a column of files and one of labels, or .cls files; add one, or set dataset.labels"
                 " to folders or none."
             )
@@ -73,19 +73,23 @@ class ImageFolder:
         return Labels(labels.names, labels.of_images, (*remarks, *labels.remarks))
 
     def __iter__(self) -> Iterator[Item]:
-        for i, (name, read) in enumerate(image_files(self._path)):
-            # Labels are known by the order of the images.
-            if i >= self.count or hash(name) != self._images.keys[i]:
+        place = -1
+        for name, read in image_files(self._path):
+            # Labels are known by the order of the images, of which some may have gone.
+            try:
+                place = self._images.keys.index(hash(name), place + 1)
+            except ValueError:
                 raise UserError(
                     f"dataset.path: found '{name}' in '{self._path}', which was not there when it was looked through,"
-                    " expected the same files from begin to end; run the same command again when nobody writes there."
-                )
-            label = self._labels.of_images[i]
+                    " expected no new files meanwhile; run the same command again when nothing writes there."
+                ) from None
+            label = self._labels.of_images[place]
             yield Item(name, self.labels[label] if label >= 0 else None, read, decode)
 
 
-#: Why files of labels are left out.
-_OTHER = "other format"
+def _says_labels(member: Member) -> bool:
+    # One that is hidden or a link is no part of the source.
+    return member.left_out.startswith(("other format", "unreadable")) and is_label_file(member.name)
 
 
 def _content(member: Member) -> bytes:
