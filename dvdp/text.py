@@ -24,7 +24,7 @@ def shown(name: str, most: int) -> str:
     r"""A name as printable text of at most ``most`` characters; different names stay different.
 
     A plain name stays as it is. A backslash becomes ``\\``, a byte that is no UTF-8 ``\xe9``, another character without
-    a printed form, or a space at an end, ``\u000a``. Of a name that is too long the start is kept, then ``\…`` and
+    a printed form, or a space at an end, ``\u000a``. Of a name that is too long the start is kept, then ``\~`` and
     16 digits of its SHA-256.
     """
     inside = range(len(name) - len(name.lstrip(" ")), len(name.rstrip(" ")))
@@ -34,7 +34,7 @@ def shown(name: str, most: int) -> str:
         return "".join(parts)
     # Elsewhere a backslash is always followed by one of \, x, u, U, so that no other name is written like this.
     start = "".join(parts[: bisect_right(lengths, most - _DIGITS - 2)])
-    return f"{start}\\…{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:_DIGITS]}"
+    return f"{start}\\~{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:_DIGITS]}"
 
 
 def utf8(text: str) -> str:

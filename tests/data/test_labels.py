@@ -151,6 +151,8 @@ def test_dataset_tool_may_say_that_there_are_no_labels(tmp_path: Path) -> None:
         ("labels.csv", "filename,label\na.png,1\nsub/b.png,0\n".encode("utf-16")),
         ("deep/er/labels.csv", "path,target\na.png,1\nsub/b.png,0\n"),
         ("sub/labels.csv", "path,target\na.png,1\nb.png,0\n"),
+        ("meta/labels.csv", "path,target\n../a.png,1\n../sub/b.png,0\n"),
+        ("x.jsonl", '{"image": "a.png", "label": 1, "text": "\u2028"}\r\n{"image": "sub/b.png", "label": 0}\r\n'),
     ],
 )
 def test_tables_of_files_and_labels_are_read(tmp_path: Path, file: str, content: str | bytes) -> None:
@@ -208,6 +210,8 @@ def test_classes_of_webdataset_are_read(tmp_path: Path) -> None:
         ("labels.csv", "file,label\n,1\n", "has no 'file' in line 2"),
         ("labels.csv", "file,label\na.png,1\na.png,2\nb.png,1\n", "says that 'a.png' is of class '2', expected '1'"),
         ("metadata.jsonl", '{"file_name": "a.png", "label": 1}\n{"file', "'metadata.jsonl', line 2, is no JSON"),
+        ("metadata.jsonl", '{"file_name": "a.png"}\n{"file_name": "b.png", "label": 1}', "has nothing as a label"),
+        ("dataset.json", '{"labels": {"a.png": 1}}', "as 'labels', expected [["),
         ("metadata.jsonl", '{"file_name": "a.png", "label": 1}\n3', "has 3 in line 2, expected an object"),
         ("metadata.jsonl", '{"file_name": "a.png", "label": [1, 2]}', "line 1, has [1, 2] as a label"),
         ("metadata.parquet", "PAR1", "'metadata.parquet' is a Parquet file"),

@@ -29,7 +29,7 @@ NAMES = {
     b"caf\xc3\xa9": "café",
     b"caf\xe9": r"caf\xe9",
     b"dog": "dog",
-    b"long" + b"x" * 250: rf"long{'x' * 78}\…{hashlib.sha256(b'long' + b'x' * 250).hexdigest()[:16]}",
+    b"long" + b"x" * 250: rf"long{'x' * 78}\~{hashlib.sha256(b'long' + b'x' * 250).hexdigest()[:16]}",
     b"x\xe2\x80\xaegpj": r"x\u202egpj",
     b"~": "~",
 }

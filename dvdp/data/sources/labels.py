@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import PurePosixPath
+from posixpath import join, normpath
 from typing import Any
 
 from dvdp.errors import UserError
@@ -202,12 +203,11 @@ def by_files(said: Mapping[str, Entries], images: Images, names: Callable[[], It
 
 def _add(found: dict[int, Label], file: str, entries: Entries, known: Collection[int]) -> None:
     """Add what a file says to what others say, each image by the hash of its path."""
-    folder = PurePosixPath(file).parent
+    folder = file.rpartition("/")[0]
     strangers = []
     for name, label in entries:
-        path = PurePosixPath(name.replace("\\", "/"))
-        keys = (hash(place.as_posix()) for place in (folder / name, folder / path, PurePosixPath(name), path))
-        key = next((key for key in keys if key in known), None)
+        paths = (join(top, path) for path in (name, name.replace("\\", "/")) for top in (folder, ""))
+        key = next((key for path in paths if (key := hash(normpath(path))) in known), None)
         if key is None:
             strangers.append(name)
         elif found.setdefault(key, label) != label:
@@ -260,7 +260,7 @@ def _entries(file: str, content: bytes) -> Entries:
     rows = _objects(where, text) if kind == "jsonl" else _rows(where, text)
     if not rows:
         raise _NoLabelsError("is empty")
-    columns = {str(key).strip().lower(): key for key in rows[0][1]}
+    columns = {str(key).strip().lower(): key for _, row in rows for key in row}
     name, label = (next((columns[c] for c in known if c in columns), None) for known in (FILE_COLUMNS, LABEL_COLUMNS))
     if name is None or label is None:
         raise _NoLabelsError(f"has the columns {_listed(columns, ordered=True)}, none of files and one of labels")
@@ -274,7 +274,7 @@ def _of_dataset_json(where: str, text: str) -> Entries:
     tree = _json(where, text)
     if not isinstance(tree, Mapping) or "labels" not in tree:
         raise _NoLabelsError("has no key 'labels'")
-    pairs = tree["labels"] or []
+    pairs = [] if tree["labels"] is None else tree["labels"]
     if not isinstance(pairs, list) or not all(
         isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in pairs
     ):
@@ -284,7 +284,7 @@ def _of_dataset_json(where: str, text: str) -> Entries:
 
 def _objects(where: str, text: str) -> list[tuple[int, dict[str, Any]]]:
     """The lines of a JSONL, with their numbers."""
-    rows = [(n, _json(f"{where}, line {n},", line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    rows = [(n, _json(f"{where}, line {n},", line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     for number, row in rows:
         if not isinstance(row, dict):
             raise _wrong(where, f"has {_short(row)} in line {number}", "an object a line")
@@ -293,7 +293,7 @@ def _objects(where: str, text: str) -> list[tuple[int, dict[str, Any]]]:
 
 def _rows(where: str, text: str) -> list[tuple[int, dict[str, Any]]]:
     """The lines of a CSV after its header, with their numbers; by the delimiter that gives it most columns."""
-    head = (text.splitlines() or [""])[0]
+    head = text.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), skipinitialspace=True)
     try:
         return [(reader.line_num, row) for row in reader]
