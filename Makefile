@@ -11,6 +11,9 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
+# Processes that run tests side by side, each with one thread.
+TESTS_AT_A_TIME ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(TESTS_AT_A_TIME) --dist loadfile
 # Compiled modules halve the start of every process.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -36,11 +39,11 @@ lint: setup
 	$(BIN)/mypy
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Fault, soak and end-to-end tests with real processes and servers.
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # Did a training step or sampling become slower? Three minutes on one core, against the committed ratios.
 bench: setup

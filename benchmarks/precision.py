@@ -15,13 +15,14 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from benchmarks.machine import machine
+from benchmarks.steps import PRECISIONS
 from benchmarks.study import metric, prepared, trained_and_scored
-from dvdp.config import Precision, read_params
+from dvdp.config import read_params
 from dvdp.evaluation.figures import curves
 from dvdp.files import write_atomically
 from dvdp.identity import training_hash
@@ -46,7 +47,7 @@ def main() -> None:
     for setting in params.settings:
         losses: dict[str, dict[int, float]] = {}
         case: dict[str, Any] = {"setting": setting.name, "seed": params.seeds[0]}
-        for precision in get_args(Precision):
+        for precision in PRECISIONS:
             run = params.run(setting, params.seeds[0])
             run = replace(run, training=replace(run.training, precision=precision))
             found = trained_and_scored(params, run, store, options.work)
@@ -68,7 +69,7 @@ def main() -> None:
     lines = {
         f"{case['setting']}, {precision}": list(case[precision]["loss"].items())
         for case in cases
-        for precision in get_args(Precision)
+        for precision in PRECISIONS
     }
     curves(options.picture, lines, "The same training in bf16 and in fp32", "images", "loss", logy=True)
 

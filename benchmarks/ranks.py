@@ -133,7 +133,7 @@ def measured(resolution: int, ranks: int, turns: int) -> tuple[dict[str, Any], d
         mp.spawn(_rank, (ranks, resolution, turns, folder), nprocs=ranks)
         found: list[dict[str, float]] = json.loads((Path(folder) / "found.json").read_text())
     _, model = {**SIZES, **TOY}[resolution]
-    run = make_run(TURNING_POINTS, resolution, model, TrainingParams())
+    run = make_run(TURNING_POINTS, resolution, model, TrainingParams(precision="fp32"))
     flops_bound = bound(level_flops(run), run.build_schedule().shares())
 
     def case(turns: list[dict[str, float]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ from dvdp.training.levels import level_counts
 from dvdp.training.loop import Training
 
 TURNING_POINTS = (300, 600)
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
 #: Side -> images a step and network: sized so that arithmetic, not calls, fills a step on a CPU. Ten images, or a
 #: multiple, give each level its exact share. Noise is predicted, as by diffusers' step and in the paper.
 SIZES = {
@@ -206,7 +206,7 @@ def convolution(resolution: int, batch: int, model: ModelParams, precision: str)
 
 def exact(resolution: int, batch: int, model: ModelParams) -> dict[str, Any]:
     """What of one size is counted and not measured: the same on every machine."""
-    training = TrainingParams(batch=batch)
+    training = TrainingParams(batch=batch, precision="fp32")
     ddpm, dvdp = (make_run(points, resolution, model, training) for points in ((), TURNING_POINTS))
     schedule, flops = dvdp.build_schedule(), level_flops(dvdp)
     case: dict[str, Any] = {

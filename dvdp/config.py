@@ -21,6 +21,7 @@ from pydantic import ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from dvdp.errors import UserError, did_you_mean
+from dvdp.precision import fastest_precision
 
 if TYPE_CHECKING:
     from dvdp.diffusion.schedule import Schedule
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 ProcessName = Literal["ddpm", "subspace", "dvdp"]
 PredictionType = Literal["v_prediction", "epsilon", "sample"]
 LevelDraw = Literal["all", "one"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
 Attenuation = Literal["cosine", "squared_cosine", "circular", "linear"]
 SolverName = Literal["ddpm", "ddim", "dpm++2m", "sde-dpm++2m", "deis2", "deis3"]
 TimestepSpacing = Literal["uniform", "quadratic", "logsnr"]
@@ -222,7 +223,7 @@ class ModelParams(Section):
 class TrainingParams(Section):
     """How a network is trained. Progress is counted in images."""
 
-    images: Images = 24_000
+    images: Images = 18_000
     """Images that DDPM is trained on."""
     budget: Literal["flops", "images"] = "flops"
     """What settings have in common: training FLOPs (a cheaper setting sees more images), or images."""
@@ -244,16 +245,18 @@ class TrainingParams(Section):
     cooldown: Fraction = 0.7
     """Fraction of the images, the last ones, over which the learning rate falls linearly to 0."""
     clip_norm: Annotated[float, Field(gt=0, le=1e30)] = 1.0
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
+    """Of the forward and backward pass; ``auto`` is what :func:`dvdp.precision.fastest_precision` says, see
+    :meth:`Params.run`."""
     ema_halflife_images: Images = 5_000
     ema_ramp: Annotated[float, Field(gt=0, le=10**6)] = 0.1
     """The half-life is at most this share of the images seen so far."""
-    checkpoint_images: Images = 16_000
+    checkpoint_images: Images = 12_000
     """Images between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] = 2
     log_images: Images = 3_200
     """Images between log lines."""
-    preview_images: ImagesOrNone = 30_000
+    preview_images: ImagesOrNone = 15_000
     """Images between previews; 0 for none."""
     preview_count: Annotated[int, Field(ge=1, le=10_000)] = 16
     preview_steps: Timesteps = 50
@@ -385,6 +388,8 @@ class Params(Section):
     def run(self, setting: SettingParams, seed: int) -> Run:
         """One setting with its overrides; turning points that are ``auto`` are left out.
 
+        A precision that is ``auto`` becomes that of this machine, or of GPUs if ``cluster.gpu``: the run records it.
+
         Raises:
             UserError: what the setting asks for does not fit together (turning points, resolutions, steps).
         """
@@ -408,6 +413,9 @@ class Params(Section):
                 sections[name] = type(getattr(self, name))(**values)
             except UserError as error:
                 raise UserError(f"{name}.{error}") from None
+        if sections["training"].precision == "auto":
+            fastest = fastest_precision(self.cluster.gpu)
+            sections["training"] = dataclasses.replace(sections["training"], precision=fastest)
         points = () if isinstance(setting.turning_points, str) else setting.turning_points
         run = Run(
             setting.name, seed, setting.process, points, self.dataset.resolution, **sections, reference_model=self.model
@@ -441,6 +449,10 @@ class Run(Section):
     sampling: SamplingParams
     reference_model: ModelParams
     """The model without overrides: DDPM with it is what costs and speed-ups relate to."""
+
+    def __post_init__(self) -> None:
+        if self.training.precision == "auto":
+            raise UserError("training.precision: found 'auto' in a run, expected fp32 or bf16, as Params.run chooses")
 
     def build_schedule(self) -> Schedule:
         """The run's tables of signal and noise."""

@@ -298,6 +298,7 @@ def test_file_says_everything_and_numbers_may_be_written_as_yaml_writes_them(tmp
 def test_overrides_apply_to_their_setting_alone() -> None:
     params = parse_params(
         {
+            "training": {"precision": "fp32"},
             "settings": [
                 {"name": "plain", "process": "ddpm"},
                 {
@@ -310,7 +311,7 @@ def test_overrides_apply_to_their_setting_alone() -> None:
                     },
                 },
                 {**DVDP, "name": "b"},
-            ]
+            ],
         }
     )
     plain, changed, other = params.runs()

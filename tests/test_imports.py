@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "dvdp.files": {"dvdp.errors"},
     "dvdp.tensors": {"dvdp.errors"},
     "dvdp.diffusion": {"dvdp.errors"},
-    "dvdp.config": {"dvdp.errors", "dvdp.diffusion", "dvdp.data"},
+    "dvdp.precision": set(),
+    "dvdp.config": {"dvdp.errors", "dvdp.precision", "dvdp.diffusion", "dvdp.data"},
     "dvdp.data": {"dvdp.errors", "dvdp.files", "dvdp.text", "dvdp.diffusion"},
     "dvdp.models": {"dvdp.errors", "dvdp.files", "dvdp.tensors", "dvdp.config", "dvdp.diffusion"},
     "dvdp.training": {

@@ -169,6 +169,9 @@ def _fill(
             "dataset.workers: a process that prepares images was ended from outside, often for lack of memory; run the"
             f" same command, which goes on from here, with fewer than {params.workers}."
         ) from None
+    if vanished := max(0, source.count - tally.position):
+        tally.skip(f"{vanished:,} more", "not there any more when they were to be read", vanished)
+        tally.position = source.count
     _check_skipped(tally, params, source, report)
     if not writer.count:
         raise UserError(f"dataset: all {source.count} images are unreadable, expected at least one.")

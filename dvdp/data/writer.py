@@ -54,15 +54,15 @@ class Tally:
     duplicate_images: dict[str, int] = field(default_factory=dict)
     """Index of the equal image in the store, by name; of the first ones."""
 
-    def skip(self, name: str, reason: str) -> None:
-        """Count an image that cannot be read."""
-        self.skipped += 1
+    def skip(self, name: str, reason: str, images: int = 1) -> None:
+        """Count an image that cannot be read, or several of one reason under one name."""
+        self.skipped += images
         if len(self.skipped_images) < MOST_NAMES:
             self.skipped_images[name] = reason
         kind = re.sub(r"\d[\d,.]*", "N", reason)
         if kind not in self.skipped_reasons and len(self.skipped_reasons) >= MOST_NAMES:
             kind = "other reasons"
-        self.skipped_reasons[kind] = self.skipped_reasons.get(kind, 0) + 1
+        self.skipped_reasons[kind] = self.skipped_reasons.get(kind, 0) + images
 
     def leave_out(self, name: str, twin: int) -> None:
         """Count an image that equals one in the store."""

@@ -16,7 +16,7 @@ import subprocess
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,8 @@ from PIL import Image
 
 from dvdp.config import DatasetParams
 from dvdp.data.prepare import prepare
-from dvdp.data.sources import SOURCES, UnreadableImageError
+from dvdp.data.sources import SOURCES, ImageFolder, Item, UnreadableImageError
+from dvdp.data.sources import files as files_module
 from dvdp.data.sources.files import fingerprint, image_files, members
 from dvdp.data.sources.formats import FORMATS, format_of, formats
 from dvdp.data.store import ImageStore
@@ -297,11 +298,34 @@ def test_a_folder_without_the_right_to_list_it_is_counted(tmp_path: Path) -> Non
     (tmp_path / "locked").chmod(0o755)
 
 
-def test_a_file_that_vanishes_is_skipped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", ["cat/002.png", "dog/001.png"])
+def test_a_file_that_vanishes_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str) -> None:
     images = make_images(tmp_path / "pets", 3)
-    items = iter(SOURCES["image_folder"](images))
-    shutil.rmtree(images / "cat")
-    assert [item.name for item in items if item.label == "dog"] == ["dog/000.png", "dog/001.png", "dog/002.png"]
+
+    class Vanishing(ImageFolder):
+        """Loses a file once they are counted, or once the folder of the first is listed."""
+
+        def __iter__(self) -> Iterator[Item]:
+            for item in super().__iter__():
+                (images / gone).unlink(missing_ok=True)
+                yield item
+
+    monkeypatch.setitem(SOURCES, "vanishing", Vanishing)
+    params = DatasetParams(name="pets", source="vanishing", path=images, resolution=16, max_skipped=0.5)
+    metadata = prepare(params, tmp_path / "store", tmp_path / "prepare.json")
+    assert (metadata.count, metadata.skipped) == (5, 1)
+    assert json.loads((tmp_path / "prepare.json").read_text())["images_found"] == 6
+
+
+def test_a_file_that_is_too_long_for_memory_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "_MOST_BYTES", 1000)
+    for path in everywhere(tmp_path, {"a.png": png(), "long.png": bytes(1001), "long": png() + bytes(1001)}):
+        for member in members(path):
+            if member.name.startswith("long"):
+                with pytest.raises(UnreadableImageError, match="longer than 1,000 bytes"):
+                    member.read()
+            else:
+                assert member.read() == png()
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "circle", "circle/below"])
@@ -520,7 +544,7 @@ def test_damage_within_zips_never_costs_images_silently(tmp_path: Path) -> None:
         try:
             found = tally(path)
             number = read(path)
-        except UserError:
+        except (UserError, UnreadableImageError):
             continue
         # Fewer images only with a reason that stands in the report.
         assert sum(len(names) for names in found.values()) == 4, place

@@ -52,6 +52,8 @@ _TINY: dict[str, Any] = {
     ],
     "model": {"model_channels": 8, "channel_mult": [1, 2], "attention_factors": [], "num_head_channels": 8},
     "training": {
+        # The same weights on every machine.
+        "precision": "fp32",
         "images": 4800,
         "batch": 16,
         "warmup_images": 100,

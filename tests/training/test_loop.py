@@ -79,7 +79,7 @@ def test_training_lowers_the_loss_of_every_target(
     tmp_path: Path, images: ArrayImages, prediction_type: str, precision: str, optimizer: str
 ) -> None:
     settings = {"precision": precision, "optimizer": optimizer}
-    run = tiny_run(images=1600, learning_rate=5e-3, log_images=400, preview_images=0, **settings)
+    run = tiny_run(images=480, learning_rate=5e-3, log_images=160, preview_images=0, **settings)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, prediction_type=prediction_type))
     train(run, images, tmp_path, "abc")
     losses = [entry.metrics["loss"] for entry in ledger.read(tmp_path / "metrics.jsonl")]

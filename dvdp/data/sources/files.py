@@ -48,6 +48,8 @@ _HIDDEN, _THUMBNAIL = "hidden", "thumbnail"
 _TAR_KINDS = {tarfile.SYMTYPE: "link", tarfile.LNKTYPE: "hard link"}
 
 _BLOCK = 1 << 18
+#: An image file that is longer is not read into memory. Pillow opens none with so many pixels.
+_MOST_BYTES = 1 << 30
 #: Bytes of the header before each member of a zip, without its name.
 _ZIP_HEADER = 30
 
@@ -130,9 +132,10 @@ def checked(path: Path, expected: int, content: str) -> LeftOut:
     left_out = LeftOut()
     count = sum(1 for _ in looked_through(path, left_out))
     if count != expected:
+        beside = f" and {left_out}" if left_out.counts else ""
         raise UserError(
-            f"dataset.path: found {count:,} images in '{path}', expected the {expected:,} of {content}; give these"
-            " alone and whole, or read what you have with source image_folder."
+            f"dataset.path: found {count:,} images{beside} in '{path}', expected the {expected:,} of {content};"
+            " give these alone and whole, or read what you have with source image_folder."
         )
     return left_out
 
@@ -216,6 +219,11 @@ def _unreadable(error: OSError) -> str:
     return f"unreadable ({error.strerror or type(error).__name__})"
 
 
+def _check_length(length: int) -> None:
+    if length > _MOST_BYTES:
+        raise UnreadableImageError(f"longer than {_MOST_BYTES:,} bytes")
+
+
 # Folders
 
 
@@ -266,6 +274,7 @@ def _head_of_file(path: str) -> bytes:
 def _read_file(path: str) -> bytes:
     try:
         with open(path, "rb") as file:  # noqa: PTH123 (as above)
+            _check_length(os.fstat(file.fileno()).st_size)
             return file.read()
     except OSError as error:
         raise UnreadableImageError(error.strerror or type(error).__name__) from None
@@ -385,7 +394,7 @@ def _tar_members(path: Path, below: PurePosixPath) -> Iterator[Member]:
             with _archive_errors(path):
                 file: Any = open_tar_member(archive, member)
                 why = _by_content(name, partial(file.peek, HEAD_BYTES))
-            read = partial(_read_opened, path, file)
+            read = partial(_read_opened, path, file, member.size)
         yield Member(name, why, read)
 
 
@@ -410,11 +419,13 @@ def _tar_bases(path: Path, below: PurePosixPath, size: int, changed: int) -> fro
 
 
 def _read_tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    _check_length(member.size)
     with _archive_errors(str(archive.name)), open_tar_member(archive, member) as file:
         return file.read()
 
 
-def _read_opened(path: Path, file: IO[bytes]) -> bytes:
+def _read_opened(path: Path, file: IO[bytes], length: int) -> bytes:
+    _check_length(length)
     with _archive_errors(path), file:
         return file.read()
 
@@ -474,6 +485,7 @@ def _head_in_zip(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 
 
 def _read_zip_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    _check_length(member.file_size)
     with _archive_errors(str(archive.filename)):
         return archive.read(member)
 
