@@ -272,8 +272,10 @@ def test_labels_are_part_of_the_store_and_what_was_decided_stands_in_the_report(
 
 
 def test_any_source_can_be_read_without_its_labels(tmp_path: Path) -> None:
-    metadata = prepare(DatasetParams(resolution=8, labels="none"), tmp_path / "store")
-    assert (metadata.labels, metadata.label_counts) == ((), (1797,))
+    (tmp_path / "data_batch_1.bin").write_bytes(b"\x03" + bytes(3072) + b"\x05" + bytes(3072))
+    for labels, counts in (("auto", (0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0)), ("none", (2,))):
+        params = DatasetParams(source="cifar10", path=tmp_path, resolution=4, labels=labels)
+        assert prepare(params, tmp_path / labels).label_counts == counts
 
 
 @pytest.mark.parametrize(

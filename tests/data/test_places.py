@@ -71,12 +71,13 @@ def test_a_report_or_store_that_cannot_be_written_is_refused(tmp_path: Path, par
 
 
 @pytest.mark.usefixtures("_no_work")
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_folders_without_the_right_to_write_are_refused(tmp_path: Path, params: DatasetParams) -> None:
     for name in ("store", "a/store"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "store").chmod(0o555)
     (tmp_path / "a").chmod(0o555)
+    if os.access(tmp_path / "a", os.W_OK):
+        pytest.skip("this user may write everywhere")
     assert "Permission denied" in fails(params, tmp_path / "store")
     assert "Permission denied" in fails(params, tmp_path / "a" / "store")
     assert "Permission denied" in fails(params, tmp_path / "b", tmp_path / "a" / "prepare.json")

@@ -434,6 +434,8 @@ def test_wrong_files_of_cifar10_are_named(tmp_path: Path, cifar: dict[str, bytes
     assert "30,729 bytes, expected a multiple of 3,073" in cifar_fails(tmp_path)
     (tmp_path / "data_batch_1.bin").write_bytes(b"\x0b" + cifar["data_batch_1.bin"][1:])
     assert "class 11, expected 0 to 9" in cifar_fails(tmp_path)
+    (tmp_path / "data_batch_2.bin").symlink_to("nowhere")
+    assert "data_batch_2.bin' (No such file or directory), expected a file of CIFAR-10" in cifar_fails(tmp_path)
 
 
 @pytest.fixture

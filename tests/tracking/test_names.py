@@ -19,7 +19,7 @@ ODD = [os.fsdecode(b"caf\xe9"), "a\nb", "<b>|*x*", "$x$", "x" * 5000, "7", "猫"
 
 def test_tags_params_and_texts_of_any_characters_are_taken(tmp_path: Path) -> None:
     client = empty_store(tmp_path)
-    for experiment in ("a|b <i>", "7", "猫", "../x"):
+    for experiment in ("a|b <i>'", "猫"):
         run = open_run(client, experiment, TRAINING_HASH, "0" * 12, "a")
         run.set_tags({f"odd{i}": text for i, text in enumerate(ODD)})
         run.log_params({f"odd{i}": text for i, text in enumerate(ODD)})

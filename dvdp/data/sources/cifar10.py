@@ -82,9 +82,16 @@ class Cifar10:
     def _batches(self) -> Iterator[list[tuple[str, int, Callable[[], IO[bytes]]]]]:
         """(name, bytes, opener) of each file, by name: the archive itself has them in another order."""
         if self._path.is_dir():
-            yield [
-                (p.name, p.stat().st_size, partial(_open_file, p)) for p in sorted(self._path.glob("data_batch_*.bin"))
-            ]
+            try:
+                yield [
+                    (p.name, p.stat().st_size, partial(_open_file, p))
+                    for p in sorted(self._path.glob("data_batch_*.bin"))
+                ]
+            except OSError as error:
+                raise UserError(
+                    f"dataset.path: cannot read '{error.filename}' ({error.strerror}), expected a file of CIFAR-10;"
+                    " unpack the binary version again."
+                ) from None
             return
         with opened_tar(self._path) as archive:
             members = {PurePosixPath(m.name).name: m for m in archive.getmembers() if m.isfile()}

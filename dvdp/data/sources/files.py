@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from operator import attrgetter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import IO, Any, Self
 
@@ -106,7 +106,7 @@ def members(path: Path) -> Iterator[Member]:
             read = partial(_read_file, file)
             yield Member(name, why or _by_content(name, partial(_head_of_file, file)), read)
         return
-    below = PurePosixPath(path.relative_to(found))
+    below = path.relative_to(found).parts
     yield from _zip_members(found, below) if _is_zip(found) else _tar_members(found, below)
 
 
@@ -283,16 +283,16 @@ def _read_file(path: str) -> bytes:
 # Archives
 
 
-def _archived(name: str, below: PurePosixPath) -> tuple[str, str] | None:
+def _archived(name: str, below: tuple[str, ...]) -> tuple[str, str] | None:
     """(path within root, why it is left out by its name) of a member, or None if it is no part of the source."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
+    parts = tuple(part for part in name.split("/") if part not in ("", "."))
+    if name.startswith("/") or ".." in parts:
         return name, "outside"
-    if not path.is_relative_to(below):
+    if parts[: len(below)] != below or not parts:
         return None
     # A source may be a single member.
-    path = path.relative_to(below) if path != below else PurePosixPath(path.name)
-    return path.as_posix(), _by_name(path.parts)
+    parts = parts[len(below) :] or parts[-1:]
+    return "/".join(parts), _by_name(parts)
 
 
 class _Header(tarfile.TarInfo):
@@ -350,15 +350,11 @@ def _streamed_tar(path: Path) -> Iterator[tarfile.TarFile]:
             content = io.BufferedReader(_Streams(file, bz2.BZ2Decompressor), _BLOCK)
         elif start.startswith((b"\xfd7zXZ", b"\x5d\0\0\x80")):
             content = io.BufferedReader(_Streams(file, lzma.LZMADecompressor), _BLOCK)
-        with (
-            tarfile.open(str(path), "r|", content, tarinfo=_Header)
-            if content
-            else tarfile.open(str(path), "r:", tarinfo=_Header)
-        ) as archive:
+        with tarfile.open(str(path), "r|" if content else "r:", content or file, tarinfo=_Header) as archive:
             yield archive
 
 
-def _tar_entries(path: Path, below: PurePosixPath) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, str, str]]:
+def _tar_entries(path: Path, below: tuple[str, ...]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, str, str]]:
     """Its members, but for folders: each with its path within root, and why it is left out by its name and kind."""
     with _streamed_tar(path) as archive:
         last = "its start"
@@ -384,13 +380,13 @@ def _next(path: Path, archive: tarfile.TarFile, last: str) -> tarfile.TarInfo | 
     return member
 
 
-def _tar_members(path: Path, below: PurePosixPath) -> Iterator[Member]:
+def _tar_members(path: Path, below: tuple[str, ...]) -> Iterator[Member]:
     status = path.stat()
     stems = partial(_tar_bases, path, below, status.st_size, status.st_mtime_ns)
     for archive, member, name, why in _tar_entries(path, below):
         why = why or _by_neighbours(name, stems)
         read = partial(_read_tar_member, archive, member)
-        if not why and PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+        if not why and not name.lower().endswith(IMAGE_SUFFIXES):
             with _archive_errors(path):
                 file: Any = open_tar_member(archive, member)
                 why = _by_content(name, partial(file.peek, HEAD_BYTES))
@@ -399,7 +395,7 @@ def _tar_members(path: Path, below: PurePosixPath) -> Iterator[Member]:
 
 
 @lru_cache(maxsize=1)
-def _tar_bases(path: Path, below: PurePosixPath, size: int, changed: int) -> frozenset[str]:
+def _tar_bases(path: Path, below: tuple[str, ...], size: int, changed: int) -> frozenset[str]:
     """The images that masks and thumbnails belong to: paths without suffixes.
 
     As an image can come after its mask, the tar is read once more for them; but only if it holds names of masks.
@@ -450,17 +446,13 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) in _ZIP_STARTS
 
 
-def _zip_members(path: Path, below: PurePosixPath) -> Iterator[Member]:
+def _zip_members(path: Path, below: tuple[str, ...]) -> Iterator[Member]:
     with _archive_errors(path), zipfile.ZipFile(path) as archive:
         _check_directory(path, archive)
-        listed = archive.infolist()
-        paths = (_archived(_zip_name(member), below) for member in listed if not member.is_dir())
-        stems = cache(lambda: _stems(found[0] for found in paths if found and not found[1]))
-        for member in listed:
-            found = None if member.is_dir() else _archived(_zip_name(member), below)
-            if not found:
-                continue
-            name, why = found
+        found = [(_archived(_zip_name(member), below), member) for member in archive.infolist()]
+        entries = [(*entry, member) for entry, member in found if entry and not _zip_name(member).endswith("/")]
+        stems = cache(lambda: _stems(name for name, why, _ in entries if not why))
+        for name, why, member in entries:
             if not why and S_ISLNK(member.external_attr >> 16):
                 why = "link"
             elif member.flag_bits & 1:
@@ -473,10 +465,13 @@ def _zip_members(path: Path, below: PurePosixPath) -> Iterator[Member]:
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:
-    """Without the mark of UTF-8 a name is in code page 437, or in UTF-8 all the same by some programs, as of macOS."""
-    with contextlib.suppress(UnicodeError):
-        return member.filename if member.flag_bits & 0x800 else member.filename.encode("cp437").decode()
-    return member.filename
+    name = member.filename
+    if not member.flag_bits & 0x800:
+        # Without the mark of UTF-8 it is in code page 437, or in UTF-8 all the same by some programs, as of macOS.
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode()
+    # Some programs for Windows separate folders by backslashes, which the format forbids.
+    return name.replace("\\", "/") if member.create_system == 0 else name
 
 
 def _head_in_zip(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:

@@ -73,7 +73,7 @@ def formats() -> tuple[str, ...]:
 
 def format_of(head: bytes) -> str | None:
     """The format of an image file that begins like this, installed or not; None for anything else."""
-    return next((name for name, pattern in _HEADS.items() if re.match(pattern, head, re.DOTALL)), None)
+    return next((name for name, pattern in _HEADS.items() if re.match(pattern, head[:HEAD_BYTES], re.DOTALL)), None)
 
 
 def reason_against(suffix: str, head: bytes) -> str:
