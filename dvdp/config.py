@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import re
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -52,10 +53,12 @@ def _at_least(least: float) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _path(value: Any) -> Any:
-    if isinstance(value, Path | None) or (isinstance(value, str) and 0 < len(value) <= 1000 and "\0" not in value):
+def _local(value: Any) -> Any:
+    if isinstance(value, Path | None):
         return value
-    raise PydanticCustomError("path", "no path")
+    if isinstance(value, str) and 0 < len(value) <= 1000 and "\0" not in value:
+        return os.path.expanduser(value)  # noqa: PTH111 (leaves what it cannot expand)
+    raise PydanticCustomError("path_type", "no path")
 
 
 def _printable(value: str) -> str:
@@ -69,7 +72,8 @@ Flag = Annotated[bool, Field(strict=True)]
 Real = Annotated[float, Field(strict=True)]
 Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
-File = Annotated[Path, BeforeValidator(_path)]
+#: A path of this machine; ``~`` is the home folder.
+LocalPath = Annotated[Path, BeforeValidator(_local)]
 
 Name = Annotated[Text, Field(max_length=100, pattern="^[A-Za-z0-9_-]+$")]
 Fraction = Annotated[Real, Field(ge=0, le=1)]
@@ -124,8 +128,10 @@ class DatasetParams(Section):
     """Names the registered models and the reports."""
     source: Annotated[Text, Field(max_length=100)] = "digits"
     """One of :data:`dvdp.data.sources.SOURCES`."""
-    path: File | None = None
+    path: LocalPath | None = None
     """Folder or archive of the source, which says whether it needs one."""
+    labels: Literal["auto", "none", "folders", "file"] = "auto"
+    """What says which class an image has; ``folders`` and ``file`` are for source image_folder alone."""
     resolution: Annotated[Whole, Field(ge=4, le=4096)] = 32
     """Side of the square images, in pixels."""
     encoding: Literal["raw", "png", "jpeg"] = "raw"
@@ -154,6 +160,8 @@ class DatasetParams(Section):
         needs = SOURCES[self.source].needs
         if needs and self.path is None:
             raise UserError(f"path: found nothing, expected {needs}")
+        if self.labels in ("folders", "file") and self.source != "image_folder":
+            raise UserError(f"labels: found '{self.labels}' beside source '{self.source}', expected auto or none")
 
 
 @section
@@ -314,7 +322,7 @@ class ClusterParams(Section):
     """One GPU for each worker."""
     max_failures: Annotated[Whole, Field(ge=0, le=100)] = 2
     """Worker failures after which a run gives up."""
-    storage: File = Path("runs")
+    storage: LocalPath = Path("runs")
     """Checkpoints, samples and metrics of every run; all nodes of a cluster must see this folder."""
 
 
@@ -356,7 +364,7 @@ class EvaluationParams(Section):
 
     extractor: Literal["labels", "rotation", "inception"] = "labels"
     """A small network trained on the data set itself (its labels, or 4-way rotation), or Inception (real FID)."""
-    inception_weights: File | None = None
+    inception_weights: LocalPath | None = None
     """A local weights file in place of torch-fidelity's download; checked by SHA-256."""
     samples: Annotated[Whole, Field(ge=4, le=200_000)] = 256
     """Generated images to score; at most ``sampling.count``."""
@@ -658,12 +666,12 @@ EXPECTED = {
     "int_from_float": "a whole number",
     "float_type": "a number",
     "float_parsing": "a number",
-    "string_type": "text",
+    "string_type": "text, in quotes where it looks like a number",
+    "path_type": "a path of at most 1,000 characters, in quotes where it looks like a number",
     "invalid_key": "a word",
     "dataclass_type": "keys with values",
     "dict_type": "keys with values",
     "bool_type": "true or false",
-    "path": "a path",
     "printable": "a name without spaces around it and without characters that cannot be printed",
     "missing": "a value",
 }

@@ -12,12 +12,15 @@ from filelock import FileLock, Timeout
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write aside, fsync, rename: a reader or a crash never sees half a file."""
+    """Write aside, fsync, rename: a reader or a crash never sees half a file.
+
+    Text becomes UTF-8, with escapes for what that cannot hold.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with aside.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

@@ -18,6 +18,7 @@ import typer
 from typer import Argument, Option
 
 from dvdp.errors import UserError
+from dvdp.text import utf8
 from pipelines.logs import to_terminal
 
 if TYPE_CHECKING:
@@ -339,6 +340,9 @@ def run_experiment(
     ),
 ) -> int:
     """Train, sample, score, register and compare every setting."""
+    for what, text in (("--params", file), ("--reports", reports or ""), ("project folder", str(Path.cwd()))):
+        if text != utf8(text):
+            raise UserError(f"{what}: found '{text}', expected a name in UTF-8, as Prefect keeps it; rename it.")
     # Mistakes are found before a Prefect server is started for the flow, which checks again.
     params = _read(file, changes, services=True)
     from pipelines.jobs.cluster import check_address

@@ -29,6 +29,7 @@ from dvdp.errors import UserError
 from dvdp.evaluation.figures import data_url
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.flops import relative_flops, training_images
+from dvdp.text import utf8
 from dvdp.training.loop import is_finished
 from pipelines.jobs.cluster import cluster
 from pipelines.jobs.job import Job, jobs
@@ -41,7 +42,7 @@ from pipelines.provenance import DVC_HASH, GIT_COMMIT, check_data_is_locked, pro
 from pipelines.reports.comparison import Result, Row, best, compare, legend, table
 from pipelines.reports.page import Report, draw_samples, write_report
 from pipelines.reports.paper_page import write_tables
-from pipelines.reports.text_tables import as_text
+from pipelines.reports.text_tables import as_text, markdown
 from pipelines.tracking import registry
 from pipelines.tracking.connection import TrackingUnavailable, connect, reaching
 from pipelines.tracking.job_runs import description, model_file, model_name, tracked
@@ -101,7 +102,7 @@ def experiment(
         if isinstance(outcome, Result):
             results.append(outcome)
         else:
-            failures[name] = str(outcome)
+            failures[name] = utf8(str(outcome))
     unavailable = [result.problem for result in results]
     if results:
         folder = Path(reports) if reports else params.cluster.storage / "reports" / _comparison_hash(results)
@@ -202,7 +203,8 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
 
     key = re.sub("[^a-z0-9]+", "-", results[0].job.params.dataset.name.lower())
     create_table_artifact([dict(zip(headings, line, strict=True)) for line in cells], key=f"comparison-{key}")
-    create_markdown_artifact(report.text + "\n\n" + "\n\n".join(legend(rows, results[0].record)), key=f"report-{key}")
+    notes = map(markdown, legend(rows, results[0].record))
+    create_markdown_artifact("\n\n".join([report.text, *notes]), key=f"report-{key}")
     create_image_artifact(data_url(report.contact_sheet), key=f"samples-{key}")
     for result in results:
         name = re.sub("[^a-z0-9]+", "-", result.job.name.lower())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,13 @@ class _Terminal(logging.Handler):
 
 
 def to_terminal() -> None:
-    """Print status lines from now on; a second call changes nothing."""
+    """Print status lines from now on; a second call changes nothing.
+
+    What the encoding of the terminal lacks is printed as an escape.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not any(isinstance(handler, _Terminal) for handler in logging.getLogger("dvdp").handlers):
         _add(_Terminal())
 
@@ -26,7 +34,7 @@ def to_terminal() -> None:
 @contextlib.contextmanager
 def to_file(path: Path) -> Iterator[None]:
     """Add status lines to a file while the block runs."""
-    handler = _add(logging.FileHandler(path, delay=True))
+    handler = _add(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace", delay=True))
     try:
         yield
     finally:

@@ -448,3 +448,44 @@ def test_a_setting_gives_its_schedule() -> None:
         assert run.build_schedule().turning_points == schedule.turning_points
         assert torch.equal(run.build_schedule().signal, schedule.signal)
         assert torch.equal(run.build_schedule().noise, schedule.noise)
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("", "found '', expected a path"),
+        ("a\0b", r"found 'a\x00b', expected a path"),
+        (2024, "found 2024, expected a path of at most 1,000 characters, in quotes where it looks like a number"),
+    ],
+)
+def test_a_path_that_cannot_be_one_is_named(path: object, text: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_params({"dataset": {"source": "image_folder", "path": path}})
+    assert str(error.value).startswith(f"params: dataset.path: {text}")
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/user")
+    params = parse_params({"dataset": {"source": "image_folder", "path": "~/pets"}, "cluster": {"storage": "~/runs"}})
+    assert (params.dataset.path, params.cluster.storage) == (Path("/home/user/pets"), Path("/home/user/runs"))
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # Where there is no such user.
+    assert parse_params({"cluster": {"storage": "~nobody/runs"}}).cluster.storage == Path("~nobody/runs")
+
+
+@pytest.mark.parametrize("name", ["a\nb", " ", "a ", "\u202ea", ""])
+def test_an_experiment_has_a_name_that_can_be_seen(name: str) -> None:
+    with pytest.raises(UserError, match=r"^params: tracking\.experiment: found '.*', expected ") as error:
+        parse_params({"tracking": {"experiment": name}})
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a\n", "a/b", "..", "~", "é", "x" * 101, 600, None])
+def test_names_of_data_sets_settings_and_models_are_file_names(name: object) -> None:
+    for tree in (
+        {"dataset": {"name": name}},
+        {"tracking": {"model": name}},
+        {"settings": [{"name": name, "process": "ddpm"}]},
+    ):
+        with pytest.raises(UserError, match=r"name|model"):
+            parse_params(tree)
+    assert parse_params({"dataset": {"name": "600"}}).dataset.name == "600"

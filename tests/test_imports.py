@@ -16,20 +16,22 @@ PROJECT = Path(__file__).parents[1]
 #: What each package may import of ours, at any depth of a function, beside itself. Small modules count as packages.
 MAY_IMPORT = {
     "dvdp": {"dvdp.errors", "dvdp.diffusion"},
-    "dvdp.errors": set(),
+    "dvdp.text": set(),
+    "dvdp.errors": {"dvdp.text"},
     "dvdp.files": {"dvdp.errors"},
     "dvdp.tensors": {"dvdp.errors"},
     "dvdp.diffusion": {"dvdp.errors"},
     "dvdp.precision": set(),
     "dvdp.yaml_files": {"dvdp.errors"},
     "dvdp.config": {"dvdp.errors", "dvdp.precision", "dvdp.yaml_files", "dvdp.diffusion", "dvdp.data"},
-    "dvdp.data": {"dvdp.errors", "dvdp.files", "dvdp.diffusion"},
+    "dvdp.data": {"dvdp.errors", "dvdp.files", "dvdp.text", "dvdp.diffusion"},
     "dvdp.models": {"dvdp.errors", "dvdp.files", "dvdp.tensors", "dvdp.config", "dvdp.diffusion"},
     "dvdp.training": {
         "dvdp.errors", "dvdp.files", "dvdp.tensors", "dvdp.config", "dvdp.diffusion", "dvdp.models", "dvdp.data",
     },
     "dvdp.evaluation": {
-        "dvdp.errors", "dvdp.files", "dvdp.tensors", "dvdp.config", "dvdp.diffusion", "dvdp.models", "dvdp.data",
+        "dvdp.errors", "dvdp.files", "dvdp.tensors", "dvdp.text", "dvdp.config", "dvdp.diffusion", "dvdp.models",
+        "dvdp.data",
     },
     "dvdp.planning": {"dvdp.errors", "dvdp.config", "dvdp.diffusion", "dvdp.models", "dvdp.evaluation"},
     "dvdp.audit": {"dvdp.errors", "dvdp.diffusion", "dvdp.models", "dvdp.data", "dvdp.evaluation"},

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,16 +24,19 @@ from tqdm import tqdm
 from dvdp.data.parallel import mapped
 from dvdp.data.places import check_places, check_space, writing
 from dvdp.data.records import Form, Records, encode
-from dvdp.data.sources import SOURCES, Item, Pixels, Source, UnreadableImageError
+from dvdp.data.sources import SOURCES, ImageFolder, Item, Pixels, Source, UnreadableImageError
 from dvdp.data.sources.base import totals
 from dvdp.data.sources.files import fingerprint
 from dvdp.data.store import StoreMetadata
 from dvdp.data.writer import StoreWriter, Tally
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
+from dvdp.text import FILE, LABEL, printable, shown
 
 if TYPE_CHECKING:
     from dvdp.config import DatasetParams
+
+logger = logging.getLogger("dvdp.data")
 
 #: A chunk is as many images as are about so many bytes when raw, between so few and so many of them..
 _RAW_BYTES, _FEWEST, _MOST = 4 << 20, 4, 256
@@ -93,7 +97,10 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
                 f"data set: another preparation of '{out}' is running and holds '{lock}'; wait for it, or end it."
             )
         check_places(out, report)
-        source = SOURCES[params.source](params.path)
+        source = _opened(params)
+        labels = () if params.labels == "none" else source.labels
+        for remark in _remarks(source):
+            logger.info("%s", remark)
         form = Form(params.resolution, params.encoding, params.jpeg_quality if params.encoding == "jpeg" else None)
         if not params.deduplicate:
             check_space(out, form, source.count)
@@ -102,22 +109,46 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
             name=params.name,
             source=params.source,
             form=form,
-            labels=source.labels,
+            labels=[shown(label, LABEL) for label in labels],
             deduplicate=params.deduplicate,
             shard_bytes=round(params.shard_gib * 2**30),
             identity=_identity(params, source),
         ) as writer:
-            _fill(writer, source, form, params, report)
+            _fill(writer, source, labels, form, params, report)
             metadata = writer.finish()
             # Before the store is in place: a kill in between is made up for by the same command.
             _write_report(report, params, source, writer.tally, _of_store(metadata))
     return metadata
 
 
-def _fill(writer: StoreWriter, source: Source, form: Form, params: DatasetParams, report: Path | None) -> None:
+def _opened(params: DatasetParams) -> Source:
+    try:
+        if params.source == "image_folder":
+            return ImageFolder(params.path, params.labels)
+        return SOURCES[params.source](params.path)
+    except OSError as error:  # Of the path as a whole, such as a name that is too long.
+        raise UserError(
+            f"dataset.path: cannot read '{params.path}' ({error.strerror}), expected a path that may be read; correct"
+            " it."
+        ) from None
+
+
+def _remarks(source: Source) -> list[str]:
+    """What to know about how labels were found."""
+    return [f"labels: {printable(remark)}" for remark in getattr(source, "remarks", ())]
+
+
+def _fill(
+    writer: StoreWriter,
+    source: Source,
+    labels: Sequence[str],
+    form: Form,
+    params: DatasetParams,
+    report: Path | None,
+) -> None:
     """Write what is not there yet."""
     tally = writer.tally
-    index = {label: i for i, label in enumerate(source.labels)}
+    index = {label: i for i, label in enumerate(labels)}
     raws = (_raw(item, index) for item in islice(source, tally.position, None))
     chunks = mapped(partial(_prepared, form), _chunks(raws, form.resolution), params.workers)
     bar = tqdm(initial=tally.position, total=source.count, desc=f"prepare {params.name}", unit="image", disable=None)
@@ -147,11 +178,11 @@ def _fill(writer: StoreWriter, source: Source, form: Form, params: DatasetParams
 
 
 def _raw(item: Item, index: dict[str, int]) -> _Raw:
-    label = -1 if item.label is None else index[item.label]
+    name, label = shown(item.name, FILE), -1 if item.label is None or not index else index[item.label]
     try:
-        return _Raw(item.name, label, item.read(), item.decode)
+        return _Raw(name, label, item.read(), item.decode)
     except UnreadableImageError as error:
-        return _Raw(item.name, label, b"", item.decode, str(error))
+        return _Raw(name, label, b"", item.decode, str(error))
 
 
 def _chunks(raws: Iterable[_Raw], resolution: int) -> Iterator[list[_Raw]]:
@@ -210,7 +241,7 @@ def _identity(params: DatasetParams, source: Source) -> str:
     """Names all that a store's bytes depend on: params, source, code and libraries."""
     shaping = {
         name: getattr(params, name)
-        for name in ("name", "source", "resolution", "encoding", "jpeg_quality", "deduplicate", "shard_gib")
+        for name in ("name", "source", "resolution", "encoding", "jpeg_quality", "deduplicate", "shard_gib", "labels")
     }
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
@@ -219,7 +250,7 @@ def _identity(params: DatasetParams, source: Source) -> str:
         **shaping,
         "files": fingerprint(params.path) if params.path else "",
         "count": source.count,
-        "labels": source.labels,
+        "classes": source.labels,
         "code": code.hexdigest(),
         "libraries": [version(name) for name in _LIBRARIES],
     }
@@ -254,9 +285,10 @@ def _write_report(path: Path | None, params: DatasetParams, source: Source, tall
         "duplicates": tally.duplicates,
         "duplicate_images": [{"image": name, "equals": index} for name, index in tally.duplicate_images.items()],
         "left_out": [
-            {"reason": reason, "files": n, "names": source.left_out.names[reason]}
+            {"reason": reason, "files": n, "names": [shown(name, FILE) for name in source.left_out.names[reason]]}
             for reason, n in source.left_out.counts.items()
         ],
+        "remarks": list(_remarks(source)),
         **more,
     }
     with writing(path):

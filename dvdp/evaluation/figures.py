@@ -24,6 +24,7 @@ from dvdp.diffusion.randomness import generator
 from dvdp.diffusion.sampling import Denoiser, Progress, sample
 from dvdp.files import write_atomically
 from dvdp.models.pixels import to_uint8
+from dvdp.text import LABEL, printable, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +78,7 @@ def contact_sheet(
     settings: Mapping[str, np.ndarray | Tensor], title: str = "", columns: int = 10, scale: int | None = None
 ) -> Image.Image:
     """Settings under each other, each with its name on the left and its first ``columns`` images on the right."""
-    strips = {name: grid(images[:columns], columns, scale) for name, images in settings.items()}
+    strips = {shown(name, LABEL): grid(images[:columns], columns, scale) for name, images in settings.items()}
     name_font, gap = _font(18), 10
     label_width = max(math.ceil(name_font.getlength(name)) for name in strips) + 16
     title_height = _heading_height(title)
@@ -208,12 +209,13 @@ def curves(
 
     # A legend of many lines stands beside the axes, in columns that widen the figure.
     columns = math.ceil(len(lines) / 18) if len(lines) > 6 else 0
-    longest = max(map(len, lines), default=0)
+    names = [shown(name, LABEL) for name in lines]
+    longest = max(map(len, names), default=0)
     figure, axes = chart(title, xlabel, ylabel, width=8 + columns * (0.7 + 0.08 * longest))
     # More lines than colours differ in their dashes.
     dashes = ("-", "--", ":", "-.")
     largest = 0.0
-    for i, (name, points) in enumerate(lines.items()):
+    for i, points in enumerate(lines.values()):
         finite = sorted(p for p in points if all(map(math.isfinite, p)) and not (logy and p[1] <= 0))
         largest = max([largest, *(abs(x) for x, _ in finite)])
         axes.plot(
@@ -221,7 +223,6 @@ def curves(
             [y for _, y in finite],
             dashes[i // len(PALETTE) % len(dashes)],
             color=PALETTE[i % len(PALETTE)],
-            label=name,
             linewidth=1.6,
             marker="o" if len(finite) < 25 else None,
             markersize=4,
@@ -232,10 +233,13 @@ def curves(
         axes.set_xscale("log")
     if largest >= 10_000:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if columns:
-        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), ncols=columns)
-    elif lines:
-        axes.legend(frameon=False)
+    if lines:
+        beside: dict[str, Any] = (
+            {"fontsize": 9, "loc": "upper left", "bbox_to_anchor": (1, 1), "ncols": columns} if columns else {}
+        )
+        # With names of its own, as matplotlib leaves out the lines whose label starts with "_".
+        for text in axes.legend(axes.get_lines(), names, frameon=False, **beside).get_texts():
+            text.set_parse_math(False)
     return save_figure(figure, path)
 
 
@@ -245,9 +249,9 @@ def chart(title: str, xlabel: str, ylabel: str, width: float = 8) -> tuple[Figur
 
     figure = Figure(figsize=(width, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=13)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    axes.set_title(printable(title), loc="left", fontsize=13, parse_math=False)
+    axes.set_xlabel(printable(xlabel), parse_math=False)
+    axes.set_ylabel(printable(ylabel), parse_math=False)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -307,11 +311,11 @@ def _heading_height(title: str) -> int:
 
 
 def _heading_width(title: str) -> int:
-    return math.ceil(_font(22).getlength(title)) + 2 * MARGIN
+    return math.ceil(_font(22).getlength(printable(title))) + 2 * MARGIN
 
 
 def _heading(draw: ImageDraw.ImageDraw, title: str) -> None:
-    draw.text((MARGIN, MARGIN), title, INK, _font(22), anchor="lt")
+    draw.text((MARGIN, MARGIN), printable(title), INK, _font(22), anchor="lt")
 
 
 def _arrow(draw: ImageDraw.ImageDraw, x: float, y: float, length: float, forward: bool) -> None:

@@ -13,7 +13,7 @@ from dvdp.files import write_atomically
 from pipelines.reports.paper import FIGURE_4, Table
 from pipelines.reports.paper_scores import Filled, Line, fill_tables
 from pipelines.reports.sweep_figures import Scored, draw_over_first_turning_point
-from pipelines.reports.text_tables import as_csv, as_markdown, as_page
+from pipelines.reports.text_tables import as_csv, as_markdown, as_page, markdown
 
 TITLE = "The paper's tables, and ours"
 CAPTION = "Fig. 4 of ours: score over T_1"
@@ -105,9 +105,9 @@ def _legend(filled: Filled) -> list[str]:
 
 
 def _markdown(sections: Sequence[_Section], legend: Sequence[str], figure: Path | None) -> str:
-    parts = [f"# {TITLE}", *legend]
+    parts = [f"# {TITLE}", *map(markdown, legend)]
     for section in sections:
-        parts += [f"## {section.title}", as_markdown(section.headings, section.cells), *section.notes]
+        parts += [f"## {section.title}", as_markdown(section.headings, section.cells), *map(markdown, section.notes)]
     if figure:
         parts.append(f"![{CAPTION}]({figure.name})")
     return "\n\n".join(parts) + "\n"

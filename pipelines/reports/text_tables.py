@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader
+
+from dvdp.text import printable
 
 
 def as_text(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -19,8 +22,14 @@ def as_text(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 def as_markdown(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """The table for Markdown."""
-    lines = [list(headings), ["---"] * len(headings), *map(list, cells)]
+    lines = [map(markdown, headings), ["---"] * len(headings), *(map(markdown, line) for line in cells)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def markdown(text: str) -> str:
+    """A line of text for Markdown, where nothing in it is markup."""
+    escaped = re.sub(r"[\\|*`\[\]~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(text))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def as_csv(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -32,5 +41,5 @@ def as_csv(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 def as_page(template: str, **values: Any) -> str:
     """A page that needs no other file."""
-    environment = Environment(loader=PackageLoader("pipelines.reports"), autoescape=select_autoescape())
+    environment = Environment(loader=PackageLoader("pipelines.reports"), autoescape=True)
     return environment.get_template(template).render(**values)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -31,6 +32,7 @@ from PIL import Image
 
 from dvdp.errors import UserError
 from dvdp.files import locked
+from dvdp.text import utf8
 from pipelines.tracking.connection import _lock_of, _sqlite_file
 
 logger = logging.getLogger("dvdp.tracking")
@@ -50,6 +52,7 @@ TURNING_POINTS = "dvdp.turning_points"
 #: What MLflow takes in one call.
 _BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 _MAX_PARAM = 6000
+_MAX_TAG = 8000
 _MAX_DIGEST = 36
 Status = Literal["RUNNING", "FINISHED", "FAILED"]
 
@@ -72,7 +75,7 @@ class TrackedRun:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Tags, in place of older values."""
-        entries = [RunTag(key, str(value)) for key, value in tags.items()]
+        entries = [RunTag(key, utf8(str(value))) for key, value in tags.items()]
         for part in _parts(entries, _BATCH["tags"]):
             self.client.log_batch(self.run_id, tags=part, synchronous=True)
 
@@ -83,7 +86,7 @@ class TrackedRun:
         into tags. One that differs stays as it was, with a warning.
         """
         known = self.client.get_run(self.run_id).data.params
-        given = {key: value[:_MAX_PARAM] for key, value in flatten(tree).items()}
+        given = {key: utf8(value)[:_MAX_PARAM] for key, value in flatten(tree).items()}
         for key in given.keys() & known.keys():
             if given[key] != known[key]:
                 logger.warning("param %s stays '%s' in MLflow, which keeps the first value", key, known[key])
@@ -184,8 +187,11 @@ def adopt(parent: TrackedRun, children: Mapping[str, TrackedRun], summary: str =
     lines = [f"- [{name}](#/experiments/{child.experiment_id}/runs/{child.run_id})" for name, child in children.items()]
     query = f"runs={quote(runs)}&experiments={quote(experiments)}"
     side_by_side = f"[Side by resolution](#/compare-runs?{query}), or one by one:"
-    note = "\n".join([*([summary, ""] if summary else []), side_by_side, "", *lines])
-    parent.set_tags({mlflow_tags.MLFLOW_RUN_NOTE: note, "dvdp.children": runs})
+    note = [*([summary, ""] if summary else []), side_by_side, "", *lines]
+    # MLflow cuts a longer note anywhere, also within a link.
+    whole = [length <= _MAX_TAG - 2 for length in accumulate(len(line) + 1 for line in note)]
+    text = "\n".join([*compress(note, whole), *([] if all(whole) else ["…"])])
+    parent.set_tags({mlflow_tags.MLFLOW_RUN_NOTE: text, **({"dvdp.children": runs} if len(runs) <= _MAX_TAG else {})})
 
 
 def read_text(client: MlflowClient, run_id: str, path: str) -> str | None:
@@ -193,7 +199,7 @@ def read_text(client: MlflowClient, run_id: str, path: str) -> str | None:
     if not any(artifact.path == path for artifact in client.list_artifacts(run_id)):
         return None
     with tempfile.TemporaryDirectory() as folder:
-        return Path(client.download_artifacts(run_id, path, folder)).read_text()
+        return Path(client.download_artifacts(run_id, path, folder)).read_text("utf-8")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -257,3 +257,14 @@ def test_help_lists_every_command_without_importing_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
     assert all(f" {command} " in done.stdout for command in (*COMMANDS, "verify", "stats", "draw", "params"))
+
+
+def test_names_that_prefect_cannot_keep_are_refused(answer: Answer) -> None:
+    name = os.fsdecode(b"caf\xe9.yaml")
+    assert answer("experiment", "--params", name).startswith(
+        r"--params: found 'caf\xe9.yaml', expected a name in UTF-8"
+    )
+    assert answer("experiment", "--reports", name).startswith(r"--reports: found 'caf\xe9.yaml'")
+    assert answer("check", "--params", name) == (
+        r"params: found no file 'caf\xe9.yaml', expected a params.yaml; give its path with --params."
+    )

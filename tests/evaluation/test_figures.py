@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -157,7 +158,7 @@ def test_curves_repeat_and_leave_out_what_is_not_finite(tmp_path: Path) -> None:
         assert edges_are_white(picture.convert("RGB"), 2)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("count", [12, 51])
 def test_many_curves_are_distinct_and_whole(tmp_path: Path, count: int) -> None:
     lines = {f"setting-{i} with a long name": [(0.0, i), (1.0, i + 1)] for i in range(count)}
@@ -183,3 +184,26 @@ figures.curves(Path({str(tmp_path)!r}) / "a.png", {{"a": [(0, 1), (1, 2)]}}, "t"
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+ODD = ["$x$", "$\\frac{$", "_hidden", "a\nb", "x" * 5000, "<b>", os.fsdecode(b"caf\xe9")]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("name", ODD, ids=range(len(ODD)))
+def test_names_in_figures_are_drawn_as_they_are_written(tmp_path: Path, name: str) -> None:
+    title = name[:50]
+    sheet = contact_sheet({name: np.zeros((1, 3, 8, 8), np.uint8)}, title)
+    assert edges_are_white(sheet)
+    assert sheet.width < 3000
+    path = curves(tmp_path / "odd.png", {name: [(1.0, 1.0), (2.0, 2.0)], "plain": []}, title, title, title)
+    with Image.open(path) as picture:
+        assert picture.width < 3000
+
+
+def test_lines_whose_name_begins_with_an_underscore_are_in_the_legend(tmp_path: Path) -> None:
+    pictures = []
+    for name in ("_", ""):
+        with Image.open(curves(tmp_path / "x.png", {name: [(1.0, 1.0)]}, "", "", "")) as picture:
+            pictures.append(np.asarray(picture))
+    assert (pictures[0] != pictures[1]).any()

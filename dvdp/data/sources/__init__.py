@@ -12,7 +12,17 @@ from dvdp.data.sources.ffhq import Ffhq
 from dvdp.data.sources.image_folder import ImageFolder
 from dvdp.data.sources.lsun import Lsun
 
-__all__ = ["CIFAR10_LABELS", "SOURCES", "Cifar10", "Item", "Pixels", "Source", "UnreadableImageError", "decode"]
+__all__ = [
+    "CIFAR10_LABELS",
+    "SOURCES",
+    "Cifar10",
+    "ImageFolder",
+    "Item",
+    "Pixels",
+    "Source",
+    "UnreadableImageError",
+    "decode",
+]
 
 #: Each source by the name that ``dataset.source`` gives it.
 SOURCES: dict[str, type[Source]] = {

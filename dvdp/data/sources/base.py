@@ -29,7 +29,7 @@ class Item:
     """One image of a source."""
 
     name: str
-    """Its path within the source, or its number."""
+    """Its path within the source, or its number. Like a label as it is: :mod:`dvdp.data.prepare` makes it printable."""
     label: str | None
     read: Callable[[], Any]
     """Gives what the source holds, an image file or pixels, or raises UnreadableImageError. To be called before going

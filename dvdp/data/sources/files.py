@@ -69,7 +69,7 @@ class Member:
     """One entry of a folder or an archive; folders are none, but for those that cannot be listed."""
 
     name: str
-    """Its path within the root, with "/"; bytes that are no UTF-8 stand as ``\\xe9``."""
+    """Its path within the root, with "/", as it is; :mod:`dvdp.text` makes it printable."""
     left_out: str
     """Why it is not read as an image, in a few words that many members share; "" for an image."""
     read: Reader
@@ -104,7 +104,7 @@ def members(path: Path) -> Iterator[Member]:
     if found.is_dir():
         for name, file, why in _entries(str(found)):
             read = partial(_read_file, file)
-            yield Member(_printable(name), why or _by_content(name, partial(_head_of_file, file)), read)
+            yield Member(name, why or _by_content(name, partial(_head_of_file, file)), read)
         return
     below = path.relative_to(found).parts
     yield from _zip_members(found, below) if _is_zip(found) else _tar_members(found, below)
@@ -222,10 +222,6 @@ def _unreadable(error: OSError) -> str:
 def _check_length(length: int) -> None:
     if length > _MOST_BYTES:
         raise UnreadableImageError(f"longer than {_MOST_BYTES:,} bytes")
-
-
-def _printable(name: str) -> str:
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 # Folders
@@ -366,7 +362,7 @@ def _tar_entries(path: Path, below: tuple[str, ...]) -> Iterator[tuple[tarfile.T
     with _streamed_tar(path) as archive:
         last = "its start"
         while (member := _next(path, archive, last)) is not None:
-            last = f"'{_printable(member.name)}'"
+            last = f"'{member.name}'"
             # The archive would keep every member it has seen.
             archive.members.clear()  # type: ignore[attr-defined]
             found = None if member.isdir() else _archived(member.name, below)
@@ -398,7 +394,7 @@ def _tar_members(path: Path, below: tuple[str, ...]) -> Iterator[Member]:
                 file: Any = open_tar_member(archive, member)
                 why = _by_content(name, partial(file.peek, HEAD_BYTES))
             read = partial(_read_opened, path, file, member.size)
-        yield Member(_printable(name), why, read)
+        yield Member(name, why, read)
 
 
 @lru_cache(maxsize=1)
@@ -456,8 +452,8 @@ def _is_zip(path: Path) -> bool:
 def _zip_members(path: Path, below: tuple[str, ...]) -> Iterator[Member]:
     with _archive_errors(path), zipfile.ZipFile(path) as archive:
         _check_directory(path, archive)
-        found = [(_archived(_slashes(member), below), member) for member in archive.infolist()]
-        entries = [(*entry, member) for entry, member in found if entry and not _slashes(member).endswith("/")]
+        found = [(_archived(_zip_name(member), below), member) for member in archive.infolist()]
+        entries = [(*entry, member) for entry, member in found if entry and not _zip_name(member).endswith("/")]
         stems = cache(lambda: _stems(name for name, why, _ in entries if not why))
         for name, why, member in entries:
             if not why and S_ISLNK(member.external_attr >> 16):
@@ -468,12 +464,17 @@ def _zip_members(path: Path, below: tuple[str, ...]) -> Iterator[Member]:
                     " password; unpack it and give the folder."
                 )
             why = why or _by_neighbours(name, stems) or _by_content(name, partial(_head_in_zip, archive, member))
-            yield Member(_printable(name), why, partial(_read_zip_member, archive, member))
+            yield Member(name, why, partial(_read_zip_member, archive, member))
 
 
-def _slashes(member: zipfile.ZipInfo) -> str:
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    name = member.filename
+    if not member.flag_bits & 0x800:
+        # Without the mark of UTF-8 it is in code page 437, or in UTF-8 all the same by some programs, as of macOS.
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode()
     # Some programs for Windows separate folders by backslashes, which the format forbids.
-    return member.filename.replace("\\", "/") if member.create_system == 0 else member.filename
+    return name.replace("\\", "/") if member.create_system == 0 else name
 
 
 def _head_in_zip(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
@@ -512,7 +513,7 @@ def _check_directory(path: Path, archive: zipfile.ZipFile) -> None:
                     place += sum(struct.unpack("<2H", file.read(4)))
                 file.seek(place)
                 if place > begin or b"PK\x03\x04" in file.read(min(begin - place, _ZIP_HEADER)):
-                    after = f"after '{_printable(previous.filename)}'" if previous else "at its start"
+                    after = f"after '{previous.filename}'" if previous else "at its start"
                     raise zipfile.BadZipFile(f"its directory does not list what lies {after}")
             if member:
                 name = member.orig_filename.encode("utf-8" if member.flag_bits & 0x800 else "cp437")

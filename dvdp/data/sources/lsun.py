@@ -44,7 +44,7 @@ class Lsun:
     def __iter__(self) -> Iterator[Item]:
         with self._opened() as environment, environment.begin() as transaction:
             for key in transaction.cursor().iternext(keys=True, values=False):
-                yield Item(key.decode(errors="backslashreplace"), None, partial(self._read, transaction, key), decode)
+                yield Item(key.decode(errors="surrogateescape"), None, partial(self._read, transaction, key), decode)
 
     def _read(self, transaction: Any, key: bytes) -> bytes:
         with self._errors():
