@@ -84,6 +84,8 @@ class DatasetParams(Section):
     encoding: Literal["raw", "png", "jpeg"] = "raw"
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
     """Of encoding jpeg."""
+    resize: Literal["area", "lanczos", "bicubic"] = "area"
+    """How images are shrunk: an average over areas, or one of Pillow's filters."""
     deduplicate: bool = False
     """Leave out images that equal an earlier one once they are resized."""
     shard_gib: Annotated[float, Field(gt=0, le=1024)] = 8.0

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dvdp.data.parallel import mapped
 from dvdp.data.places import check_places, check_space, writing
-from dvdp.data.records import Form, Records, encode
+from dvdp.data.records import Form, Records, Resize, encode
 from dvdp.data.sources import SOURCES, Item, Pixels, Source, UnreadableImageError
 from dvdp.data.sources.base import totals
 from dvdp.data.sources.files import fingerprint
@@ -94,7 +94,8 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
             )
         check_places(out, report)
         source = SOURCES[params.source](params.path)
-        form = Form(params.resolution, params.encoding, params.jpeg_quality if params.encoding == "jpeg" else None)
+        quality = params.jpeg_quality if params.encoding == "jpeg" else None
+        form = Form(params.resolution, params.encoding, quality, params.resize)
         if not params.deduplicate:
             check_space(out, form, source.count)
         with StoreWriter(
@@ -170,7 +171,7 @@ def _chunks(raws: Iterable[_Raw], resolution: int) -> Iterator[list[_Raw]]:
 
 def _prepared(form: Form, chunk: list[_Raw]) -> _Prepared:
     """Runs in a worker."""
-    transform = _transform(form.resolution)
+    transform = _transform(form.resolution, form.resize)
     skipped, names, labels, images = [], [], [], []
     for raw in chunk:
         try:
@@ -186,11 +187,11 @@ def _prepared(form: Form, chunk: list[_Raw]) -> _Prepared:
 
 
 @lru_cache(maxsize=1)
-def _transform(resolution: int) -> Callable[[Pixels], Pixels]:
+def _transform(resolution: int, resize: Resize) -> Callable[[Pixels], Pixels]:
     # Seconds to import, so only where it is needed, and after the first mistakes are found.
     from dvdp.data.transforms import prepare_transform
 
-    return prepare_transform(resolution)
+    return prepare_transform(resolution, resize)
 
 
 def _check_skipped(tally: Tally, params: DatasetParams, source: Source, report: Path | None) -> None:
@@ -210,7 +211,7 @@ def _identity(params: DatasetParams, source: Source) -> str:
     """Names all that a store's bytes depend on: params, source, code and libraries."""
     shaping = {
         name: getattr(params, name)
-        for name in ("name", "source", "resolution", "encoding", "jpeg_quality", "deduplicate", "shard_gib")
+        for name in ("name", "source", "resolution", "encoding", "jpeg_quality", "resize", "deduplicate", "shard_gib")
     }
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
@@ -232,6 +233,7 @@ def _of_store(metadata: StoreMetadata) -> dict[str, Any]:
         "count": metadata.count,
         "resolution": metadata.resolution,
         "encoding": metadata.encoding,
+        "resize": metadata.resize,
         "digest": metadata.digest,
         # A list: DVC would make a column of each entry of a mapping.
         "labels": [{"label": label, "images": images} for label, images in zip(metadata.labels, labelled, strict=True)],
