@@ -137,6 +137,8 @@ class DatasetParams(Section):
     encoding: Literal["raw", "png", "jpeg"] = "raw"
     jpeg_quality: Annotated[Whole, Field(ge=1, le=100)] = 95
     """Of encoding jpeg."""
+    resize: Literal["area", "lanczos", "bicubic"] = "area"
+    """How images are shrunk: an average over areas, or one of Pillow's filters."""
     deduplicate: Flag = False
     """Leave out images that equal an earlier one once they are resized."""
     shard_gib: Annotated[Real, Field(gt=0, le=1024), _at_least(2**-14)] = 8.0

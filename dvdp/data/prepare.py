@@ -7,6 +7,7 @@ images go out and come back in the order of the source, so that nothing depends 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from dvdp.data.parallel import mapped
 from dvdp.data.places import check_places, check_space, writing
-from dvdp.data.records import Form, Records, encode
+from dvdp.data.records import Form, Records, Resize, encode
 from dvdp.data.sources import SOURCES, ImageFolder, Item, Pixels, Source, UnreadableImageError
 from dvdp.data.sources.base import totals
 from dvdp.data.sources.files import fingerprint
@@ -101,7 +102,8 @@ def prepare(params: DatasetParams, out: Path, report: Path | None = None) -> Sto
         labels = () if params.labels == "none" else source.labels
         for remark in _remarks(source):
             logger.info("%s", remark)
-        form = Form(params.resolution, params.encoding, params.jpeg_quality if params.encoding == "jpeg" else None)
+        quality = params.jpeg_quality if params.encoding == "jpeg" else None
+        form = Form(params.resolution, params.encoding, quality, params.resize)
         if not params.deduplicate:
             check_space(out, form, source.count)
         with StoreWriter(
@@ -201,7 +203,7 @@ def _chunks(raws: Iterable[_Raw], resolution: int) -> Iterator[list[_Raw]]:
 
 def _prepared(form: Form, chunk: list[_Raw]) -> _Prepared:
     """Runs in a worker."""
-    transform = _transform(form.resolution)
+    transform = _transform(form.resolution, form.resize)
     skipped, names, labels, images = [], [], [], []
     for raw in chunk:
         try:
@@ -217,11 +219,11 @@ def _prepared(form: Form, chunk: list[_Raw]) -> _Prepared:
 
 
 @lru_cache(maxsize=1)
-def _transform(resolution: int) -> Callable[[Pixels], Pixels]:
+def _transform(resolution: int, resize: Resize) -> Callable[[Pixels], Pixels]:
     # Seconds to import, so only where it is needed, and after the first mistakes are found.
     from dvdp.data.transforms import prepare_transform
 
-    return prepare_transform(resolution)
+    return prepare_transform(resolution, resize)
 
 
 def _check_skipped(tally: Tally, params: DatasetParams, source: Source, report: Path | None) -> None:
@@ -239,10 +241,8 @@ def _check_skipped(tally: Tally, params: DatasetParams, source: Source, report: 
 
 def _identity(params: DatasetParams, source: Source) -> str:
     """Names all that a store's bytes depend on: params, source, code and libraries."""
-    shaping = {
-        name: getattr(params, name)
-        for name in ("name", "source", "resolution", "encoding", "jpeg_quality", "deduplicate", "shard_gib", "labels")
-    }
+    others = ("path", "workers", "flip", "max_skipped")
+    shaping = {name: value for name, value in dataclasses.asdict(params).items() if name not in others}
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         code.update(file.read_bytes())
@@ -263,6 +263,7 @@ def _of_store(metadata: StoreMetadata) -> dict[str, Any]:
         "count": metadata.count,
         "resolution": metadata.resolution,
         "encoding": metadata.encoding,
+        "resize": metadata.resize,
         "digest": metadata.digest,
         # A list: DVC would make a column of each entry of a mapping.
         "labels": [{"label": label, "images": images} for label, images in zip(metadata.labels, labelled, strict=True)],

@@ -19,6 +19,7 @@ from PIL import Image as PillowImage
 from dvdp.data.moments import Moments
 
 Encoding = Literal["raw", "png", "jpeg"]
+Resize = Literal["area", "lanczos", "bicubic"]
 Image = NDArray[np.uint8]
 
 DIGEST_BYTES = 32
@@ -26,13 +27,15 @@ DIGEST_BYTES = 32
 
 @dataclass(frozen=True)
 class Form:
-    """How images are kept."""
+    """How images are resized and kept."""
 
     resolution: int
     """Side, in pixels."""
     encoding: Encoding = "raw"
     jpeg_quality: int | None = None
     """Of JPEG, from 1 to 100; None for the others."""
+    resize: Resize = "area"
+    """See :func:`dvdp.data.transforms.prepare_transform`."""
 
 
 @dataclass(frozen=True)

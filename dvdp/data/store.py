@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dvdp.data.lmdb_files import readable
-from dvdp.data.records import Encoding, Form, decode
+from dvdp.data.records import Encoding, Form, Resize, decode
 from dvdp.errors import UserError
 
 FORMAT_VERSION = 2
@@ -66,13 +66,15 @@ class StoreMetadata:
     """Index of the first image of each shard."""
     shard_bytes: tuple[int, ...]
     """Length of each shard's file."""
+    resize: Resize = "area"
+    """``dataset.resize``."""
     channels: int = 3
     version: int = FORMAT_VERSION
 
     @property
     def form(self) -> Form:
-        """How the images are kept."""
-        return Form(self.resolution, self.encoding, self.jpeg_quality)
+        """How the images were resized, and are kept."""
+        return Form(self.resolution, self.encoding, self.jpeg_quality, self.resize)
 
     def band_std(self, levels: int) -> tuple[float, ...]:
         """Of the ``levels + 1`` bands of a process with that many turning points, finest first.
@@ -197,7 +199,8 @@ def _read_metadata(path: Path) -> StoreMetadata:
         )
     tree: dict[str, Any] = {}
     with contextlib.suppress(ValueError, TypeError):
-        tree = dict(json.loads(file.read_bytes()))
+        # Stores of before say nothing of it.
+        tree = {"resize": "area", **json.loads(file.read_bytes())}
     if tree.get("version") != FORMAT_VERSION or set(tree) != {field.name for field in fields(StoreMetadata)}:
         raise UserError(
             f"data set: '{path}' is a store of format {tree.get('version', 'unknown')}, expected {FORMAT_VERSION};"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 
 import numpy as np
@@ -19,6 +19,9 @@ sys.modules.setdefault("albumentations.pytorch", ModuleType("albumentations.pyto
 
 import albumentations as A  # noqa: E402
 import cv2  # noqa: E402
+from PIL import Image as PillowImage  # noqa: E402
+
+from dvdp.data.records import Resize  # noqa: E402
 
 # OpenCV's own threads can hang in a forked loader worker, and fight for the cores with those of other workers.
 cv2.setNumThreads(0)
@@ -26,27 +29,37 @@ cv2.setNumThreads(0)
 Image = NDArray[np.uint8]
 
 
-def prepare_transform(resolution: int) -> Callable[[Image], Image]:
+def prepare_transform(resolution: int, resize: Resize = "area") -> Callable[[Image], Image]:
     """The way from any image to a training image: a centred square of its shorter resolution, resized.
 
-    Pixels are averaged over their area when shrinking and interpolated (bicubic) when enlarging. Resizing comes after
-    cropping, so that a very long image never has to be enlarged whole.
+    Resizing comes after cropping, so that a very long image never has to be enlarged whole.
+
+    Args:
+        resize: ``area`` averages pixels over their area when shrinking and interpolates (bicubic) when enlarging;
+            ``lanczos`` and ``bicubic`` are Pillow's filters, which widen when shrinking, to the bit.
 
     Returns:
         A function from uint8 (h, w, 3) to uint8 (3, side, side).
     """
-    resize = A.Resize(resolution, resolution, interpolation=cv2.INTER_CUBIC, area_for_downscale="image")
+    if resize == "area":
+        resized = A.Resize(resolution, resolution, interpolation=cv2.INTER_CUBIC, area_for_downscale="image")
+    else:
+        resized = A.Lambda(image=partial(_by_pillow, resolution, PillowImage.Resampling[resize.upper()]))
 
     # Making a pipeline takes ten times as long as running it, and images come in few sizes.
     @lru_cache(maxsize=256)
     def pipeline(resolution: int) -> A.Compose:
-        return A.Compose([A.CenterCrop(resolution, resolution), resize])
+        return A.Compose([A.CenterCrop(resolution, resolution), resized])
 
     def transform(image: Image) -> Image:
         square = pipeline(min(image.shape[:2]))(image=image)["image"]
         return np.ascontiguousarray(square.transpose(2, 0, 1))
 
     return transform
+
+
+def _by_pillow(resolution: int, resampling: PillowImage.Resampling, image: Image, **_: object) -> Image:
+    return np.asarray(PillowImage.fromarray(image).resize((resolution, resolution), resampling))
 
 
 def train_transform() -> Callable[[Image, int], Image]:

@@ -199,6 +199,7 @@ class StoreWriter:
                 resolution=self._form.resolution,
                 encoding=self._form.encoding,
                 jpeg_quality=self._form.jpeg_quality,
+                resize=self._form.resize,
                 digest=digest,
                 labels=self._labels,
                 label_counts=tuple(self.tally.label_counts),

@@ -6,10 +6,12 @@ import io
 import os
 import signal
 import stat
+import struct
 import tarfile
 import traceback
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,3 +133,64 @@ class EndingSource:
 def end_process(content: object) -> Pixels:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_with(content: bytes, *chunks: bytes) -> bytes:
+    """A PNG with these chunks after its header."""
+    return content[:33] + b"".join(chunks) + content[33:]
+
+
+def segment(marker: int, data: bytes) -> bytes:
+    """Of a JPEG."""
+    return bytes([0xFF, marker]) + (len(data) + 2).to_bytes(2, "big") + data
+
+
+def jpeg_with(content: bytes, *segments: bytes) -> bytes:
+    """A JPEG with these segments at its start."""
+    return content[:2] + b"".join(segments) + content[2:]
+
+
+def icc(space: bytes, tags: Mapping[bytes, bytes]) -> bytes:
+    """A profile, version 4, of a colour space: ``RGB``, ``GRAY`` or ``CMYK``."""
+    connection, kind = (b"Lab ", b"prtr") if space == b"CMYK" else (b"XYZ ", b"mntr")
+    text = b"mluc" + struct.pack(">IIIHHII", 0, 1, 12, 0x656E, 0x5553, 8, 28) + "test".encode("utf-16-be")
+    tags = {b"desc": text, b"cprt": text, b"wtpt": xyz(0.9642, 1, 0.8249), **tags}
+    place, table, data = 128 + 4 + 12 * len(tags), b"", b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", place + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    body = struct.pack(">I", len(tags)) + table + data
+    head = struct.pack(">I4x4s4s4s4s12x4s", 128 + len(body), b"\4\x30\0\0", kind, space.ljust(4), connection, b"acsp")
+    return (head + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)).ljust(128, b"\0") + body
+
+
+def xyz(*values: float) -> bytes:
+    """A colour in a profile."""
+    return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
+
+
+def gamma(value: float) -> bytes:
+    """A curve in a profile."""
+    return b"para\0\0\0\0\0\0\0\0" + struct.pack(">i", round(value * 65536))
+
+
+#: The curve of sRGB, in a profile.
+SRGB_CURVE = b"para\0\0\0\0\0\3\0\0" + struct.pack(
+    ">5i", *(round(value * 65536) for value in (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045))
+)
+#: Of sRGB and Display P3, to XYZ under D50: red, green, blue.
+SRGB_PRIMARIES = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))
+P3_PRIMARIES = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
+
+
+def rgb_profile(primaries: Sequence[Sequence[float]], curve: bytes = SRGB_CURVE) -> bytes:
+    """Of a screen with these primaries."""
+    colours = {b"rXYZ": primaries[0], b"gXYZ": primaries[1], b"bXYZ": primaries[2]}
+    return icc(
+        b"RGB", {**{k: xyz(*v) for k, v in colours.items()}, **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)}
+    )

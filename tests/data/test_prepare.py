@@ -13,11 +13,14 @@ import pytest
 from PIL import Image
 
 from dvdp.config import DatasetParams
-from dvdp.data.prepare import prepare
+from dvdp.data.prepare import _identity, prepare
 from dvdp.data.sources import SOURCES
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from tests.data.support import EndingSource, contents, make_images, names
+
+#: Recorded before images had colour profiles and filters.
+DIGITS = "e17f40e989cbb0387505f796fcf55847b8f12878435a95c54b57297e10f38400"
 
 
 def parameters(path: Path, **options: object) -> DatasetParams:
@@ -102,6 +105,33 @@ def test_preparing_again_gives_the_same_bytes(tmp_path: Path, encoding: str) -> 
     assert contents(tmp_path / "one" / "store") == contents(tmp_path / "two" / "store")
     one, two = ((tmp_path / name / "prepare.json").read_bytes() for name in ("one", "two"))
     assert one == two
+
+
+def test_the_filter_is_part_of_the_store_and_of_what_is_gone_on_with(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "pets", 3)
+    stores = {}
+    for resize in ("area", "lanczos", "bicubic"):
+        out = tmp_path / resize
+        params = parameters(images, resize=resize)
+        stores[resize] = prepare(params, out / "store", out / "prepare.json")
+        assert json.loads((out / "prepare.json").read_text())["resize"] == stores[resize].resize == resize
+        assert ImageStore(out / "store").metadata.form.resize == resize
+    assert len({metadata.digest for metadata in stores.values()}) == 3
+    assert prepare(parameters(images), tmp_path / "again").digest == stores["area"].digest
+    source = SOURCES["image_folder"](images)
+    identities = {_identity(parameters(images, resize=resize), source) for resize in stores}
+    assert len(identities) == 3
+
+
+def test_the_store_of_the_digits_is_the_one_it_always_was(tmp_path: Path) -> None:
+    assert prepare(DatasetParams(), tmp_path / "store").digest == DIGITS
+
+
+def test_a_store_of_before_was_averaged(tmp_path: Path) -> None:
+    prepare(parameters(make_images(tmp_path / "pets", 3)), tmp_path / "store")
+    file = tmp_path / "store" / "metadata.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "resize"}))
+    assert ImageStore(tmp_path / "store").metadata.resize == "area"
 
 
 def with_all_that_happens(root: Path) -> DatasetParams:

@@ -10,7 +10,11 @@ from dvdp.data.sources.cifar10 import CIFAR10_LABELS, Cifar10
 from dvdp.data.sources.digits import Digits
 from dvdp.data.sources.ffhq import Ffhq
 from dvdp.data.sources.image_folder import ImageFolder
+from dvdp.data.sources.imagenet64 import Imagenet64
 from dvdp.data.sources.lsun import Lsun
+from dvdp.data.sources.npz import Npz
+from dvdp.data.sources.parquet import Parquet
+from dvdp.data.sources.webdataset import WebDataset
 
 __all__ = [
     "CIFAR10_LABELS",
@@ -32,4 +36,8 @@ SOURCES: dict[str, type[Source]] = {
     "celeba": CelebA,
     "lsun": Lsun,
     "ffhq": Ffhq,
+    "imagenet64": Imagenet64,
+    "parquet": Parquet,
+    "webdataset": WebDataset,
+    "npz": Npz,
 }

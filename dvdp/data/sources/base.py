@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from dvdp.data.sources.colour import NoRangeError, to_rgb
 from dvdp.data.sources.formats import HEAD_BYTES, format_of, formats, missing
+from dvdp.data.sources.metadata import Metadata, without_metadata
 
 Pixels = NDArray[np.uint8]
 
@@ -82,37 +84,30 @@ class Source(Protocol):
 
 
 def decode(content: bytes) -> Pixels:
-    """An image file as uint8 (h, w, 3) RGB, turned as its EXIF says.
+    """An image file as uint8 (h, w, 3) sRGB, turned as its EXIF or XMP says.
 
-    Grey is repeated, 16 bits are scaled to 8, transparent pixels are laid over white, and of an animation the first
-    frame is taken.
+    Its colour profile is applied, grey is repeated, more than 8 bits are scaled to 8, transparent pixels are laid over
+    white, and of an animation the first frame is taken. Broken metadata is ignored.
 
     Raises:
-        UnreadableImageError: it cannot be decoded, or its pixels have no agreed range (32-bit).
+        UnreadableImageError: it cannot be decoded, or it is not known which of its numbers are black and white.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=formats()) as image:
+        pixels, metadata = without_metadata(content)
+        with Image.open(io.BytesIO(pixels), formats=formats()) as image:
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode == "F":
-                raise UnreadableImageError("floating-point pixels")
-            if image.mode.startswith("I"):
-                grey = np.asarray(image).astype(np.int64)
-                if grey.min() < 0 or grey.max() > 65535:
-                    raise UnreadableImageError("32-bit pixels")
-                return np.repeat(np.round(grey / 257).astype(np.uint8)[:, :, None], 3, axis=2)
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-            else:
-                rgb = image.convert("RGB")
-            return np.asarray(rgb)
-    except UnreadableImageError:
-        raise
+            rgb = to_rgb(image, metadata.profile or image.info.get("icc_profile") or b"")
+            # The boxes of an AVIF that turn it are told as EXIF by Pillow.
+            metadata = Metadata(image.info.get("exif", b"")) if image.format == "AVIF" else metadata
+            return np.asarray(metadata.upright(rgb))
+    except NoRangeError as error:
+        raise UnreadableImageError(str(error)) from None
     except UnidentifiedImageError:
         found = format_of(content[:HEAD_BYTES])
-        reason = missing(found) if found and found not in formats() else "no image in a known format"
-        raise UnreadableImageError(reason) from None
+        if found and found not in formats():
+            raise UnreadableImageError(missing(found)) from None
+        kind = f" ({found}, damaged or of a kind that Pillow does not read)" if found else ""
+        raise UnreadableImageError(f"no image in a known format{kind}") from None
     except Exception as error:  # Pillow's decoders raise whatever they trip over.
         raise UnreadableImageError(" ".join(f"{type(error).__name__}: {error}".split())) from None
 

@@ -146,7 +146,7 @@ def fingerprint(path: Path) -> str:
     Goes by names, lengths and times of change. ``path`` may go on inside an archive, and links to folders are
     followed, as :func:`members` follows them.
     """
-    found = _found(path)
+    found = path.parent if is_pattern(path) else _found(path)
     files = (file for _, file, why in _entries(str(found)) if why != _HIDDEN) if found.is_dir() else [str(found)]
     digest = hashlib.sha256(f"{path.absolute()}\n".encode(errors="surrogateescape"))
     for file in tqdm(files, desc="looking for changes", unit="", disable=None, leave=False):
@@ -156,6 +156,11 @@ def fingerprint(path: Path) -> str:
             state = f"{status.st_size} {status.st_mtime_ns}"
         digest.update(f"{file}\0{state}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether it names files of a folder by a "*", and is no file itself."""
+    return "*" in path.name and not path.exists()
 
 
 def _found(path: Path) -> Path:
