@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -143,10 +145,10 @@ def print_params(
     from dvdp.yaml_files import dump_yaml
 
     text = dump_yaml(_read(file, changes).describe())
-    if out:
-        write_atomically(Path(out), text)
-    else:
+    if out is None:
         print(text, end="")
+    else:
+        write_atomically(_file("--out", out), text)
 
 
 @app.command(rich_help_panel=PARAMS)
@@ -225,8 +227,8 @@ def reference(
     from pipelines.stages import export_references, make_references
 
     params = _read(file, changes)
-    if export:
-        export_references(params, Path(export))
+    if export is not None:
+        export_references(params, _file("--export", export))
     else:
         make_references(params)
 
@@ -378,19 +380,31 @@ def report(
     out: str = Option("reports/paper", metavar="FOLDER", help="Where they go."),
 ) -> None:
     """Write the paper's tables with its numbers and ours side by side, from MLflow."""
-    params = _read(file, changes, services=True)
+    params, folder = _read(file, changes, services=True), _file("--out", f"{out}/tables.html").parent
     from pipelines.reports.paper_page import write_tables
     from pipelines.tracking.connection import answering
 
     with answering("holds our scores"):
-        written = write_tables(params, Path(out))
+        written = write_tables(params, folder)
     print("\n".join([written.found, *map(str, written.files)]))
 
 
 def _picture(name: str) -> Path:
     if Path(name).suffix.lower() != ".png":
         raise UserError(f"--out: found '{name}', expected a name that ends in .png.")
-    return Path(name)
+    return _file("--out", name)
+
+
+def _file(option: str, name: str) -> Path:
+    """A file that can be written, which is found out before any work."""
+    path = Path(name)
+    with contextlib.suppress(OSError):
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        # Written aside first, under a longer name.
+        if path.name and not path.is_dir() and not path.with_name(f".{path.name}.{os.getpid()}.part").exists():
+            with tempfile.TemporaryFile(dir=there):
+                return path
+    raise UserError(f"{option}: found '{name}', expected the name of a file in a folder that can be written.")
 
 
 def _unavailable(work: Callable[[], None]) -> list[str]:

@@ -455,7 +455,10 @@ def test_a_setting_gives_its_schedule() -> None:
     [
         ("", "found '', expected a path"),
         ("a\0b", r"found 'a\x00b', expected a path"),
-        (2024, "found 2024, expected a path of at most 1,000 characters, in quotes where it looks like a number"),
+        (
+            2024,
+            "found 2024, expected a path without control characters, in quotes where it looks like a number",
+        ),
     ],
 )
 def test_a_path_that_cannot_be_one_is_named(path: object, text: str) -> None:

@@ -217,6 +217,8 @@ SETTINGS = ", ".join(f"{{name: s{i}, process: ddpm}}" for i in range(11))
         ("{? {a: 1} : 3}", "unhashable key"),
         ('model: {"\\e[31m": 1}', "model.'\\x1b[31m': unknown key"),
         ("dataset: {path: \"a\\0b\"}", "dataset.path: found 'a\\x00b', expected a path"),
+        ('dataset: {path: "a\\x85b"}', "dataset.path: found 'a\\x85b', expected a path without control characters"),
+        ('cluster: {storage: "\\ud800"}', "cluster.storage: found '\\ud800', expected a path"),
         ("dataset: {path: ''}", "dataset.path: found '', expected a path"),
         ('tracking: {experiment: " "}', "tracking.experiment: found ' ', expected a name without spaces around it"),
         ("schedule: {timesteps: 1000000000}", "schedule.timesteps: found 1000000000, expected at most 10000"),

@@ -69,9 +69,8 @@ def draw(weights: str, count: int, device: str, out: Path, **options: int | str 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: found no GPU that torch can use here, expected one; leave out --device.")
     model = load_model(weights, device)
-    if count * model.resolution**2 > MOST_PICTURE_PIXELS:
-        most = MOST_PICTURE_PIXELS // model.resolution**2
-        raise UserError(
-            f"--count: found {count}, expected at most {most:,} images of {model.resolution} px in a picture."
-        )
+    # As many as a preview may have: small images are enlarged, too.
+    most = min(10_000, MOST_PICTURE_PIXELS // model.resolution**2)
+    if count > most:
+        raise UserError(f"--count: found {count}, expected at most {most:,} at {model.resolution} px, for a picture.")
     print(save_png(grid(model.sample(count, **options)), out))  # type: ignore[arg-type]

@@ -105,7 +105,7 @@ def test_names_in_a_zip_without_the_mark_of_utf_8_are_utf_8_or_of_code_page_437(
 
 
 def test_paths_that_cannot_be_opened_are_one_sentence(tmp_path: Path) -> None:
-    for path in ("x" * 300, "a/" * 499, os.fsdecode(b"no\xe9\n")):
+    for path in ("x" * 300, "a/" * 499):
         with pytest.raises(UserError, match=r"^dataset\.path: ") as error:
             prepare(DatasetParams(source="image_folder", path=path), tmp_path / "store")
         assert str(error.value).isprintable()

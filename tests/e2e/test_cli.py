@@ -252,6 +252,18 @@ def test_a_stage_of_dvc_needs_every_key_said(answer: Answer, monkeypatch: pytest
     assert "`dvdp params --params params.yaml --out params.yaml`" in said
 
 
+@pytest.mark.parametrize("name", ["", ".", "folder", "params.yaml/x", "a" * 250, "/proc/x"])
+def test_a_file_that_cannot_be_written_is_named_before_any_work(answer: Answer, tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    said = answer("params", "--out", name)
+    assert said == f"--out: found '{name}', expected the name of a file in a folder that can be written."
+    assert answer("reference", "--export", name).startswith("--export: found '")
+    (tmp_path / "picture.png").mkdir(exist_ok=True)
+    for command in (("draw", "none"), ("plan",), ("stats",)):
+        assert answer(*command, "--out", "picture.png").startswith("--out: found 'picture.png', expected the name")
+    assert answer("report", "--out", "params.yaml").startswith("--out: found 'params.yaml/tables.html', expected")
+
+
 def test_help_lists_every_command_without_importing_torch() -> None:
     code = "import sys; from pipelines.cli import main; main(['--help']); print({'torch', 'ray'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
