@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -34,6 +35,7 @@ from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
 from infra.launch import MARK, service_processes
 from pipelines.addresses import FOLDER, healthy, read_environment, services_environment
+from pipelines.environment import reach_loopback_directly
 
 __all__ = ["down", "services_environment", "up"]
 
@@ -75,6 +77,7 @@ def up(project: Path, mlflow_port: int = 5000, prefect_port: int = 4200) -> None
     Raises:
         UserError: a port is taken, or a service ended or did not become healthy; those started here are ended again.
     """
+    reach_loopback_directly()  # The services inherit it.
     folder = project.resolve() / FOLDER
     folder.mkdir(exist_ok=True)
     with locked(folder / "lock"):  # two calls of up would start everything twice
@@ -169,7 +172,8 @@ def _start_supervisor(folder: Path, addresses: dict[str, str]) -> Any:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PREFECT_HOME": str(folder / "prefect"),
     }
-    write_atomically(folder / "env", "".join(f"export {name}={value}\n" for name, value in addresses.items()))
+    exported = addresses | {name: shlex.quote(os.environ[name]) for name in ("no_proxy", "NO_PROXY")}
+    write_atomically(folder / "env", "".join(f"export {name}={value}\n" for name, value in exported.items()))
     with (folder / "supervisord.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "supervisor.supervisord", "-c", str(here / "supervisord.conf")],

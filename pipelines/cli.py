@@ -18,6 +18,7 @@ import typer
 from typer import Argument, Option
 
 from dvdp.errors import UserError
+from pipelines.environment import reach_loopback_directly
 from pipelines.logs import to_terminal
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    reach_loopback_directly()
     to_terminal()
     # Remarks on a score are in its record, and shown with it.
     warnings.filterwarnings("ignore", category=UserWarning, module="pipelines")

@@ -30,6 +30,7 @@ from dvdp.evaluation.figures import data_url
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.flops import relative_flops, training_images
 from dvdp.training.loop import is_finished
+from pipelines.environment import reach_loopback_directly
 from pipelines.jobs.cluster import cluster
 from pipelines.jobs.job import Job, jobs
 from pipelines.jobs.paths import DataPaths
@@ -79,6 +80,7 @@ def experiment(
         MLflow was unavailable.
     """
     # A scheduled flow runs without the CLI.
+    reach_loopback_directly()
     to_terminal()
     params = read_params(params_file, overrides or ())
     if reports is None:

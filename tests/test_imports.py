@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "dvdp.identity": {"dvdp.config", "dvdp.models"},
     "pipelines": set(),
     "pipelines.addresses": set(),
+    "pipelines.environment": {"dvdp.errors"},
     "pipelines.provenance": {"dvdp"},
     "pipelines.stages": {"dvdp", "pipelines.jobs"},
     "pipelines.logs": set(),
@@ -44,7 +45,7 @@ MAY_IMPORT = {
     },
     "pipelines.experiment": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
-        "pipelines.provenance", "pipelines.logs",
+        "pipelines.provenance", "pipelines.logs", "pipelines.environment",
     },
     "pipelines.cli": {"dvdp", "pipelines"},
     "infra": {"dvdp", "pipelines"},
