@@ -15,6 +15,7 @@ from typing import Any
 
 from dvdp.config import ClusterParams
 from dvdp.errors import UserError
+from pipelines.jobs.failures import explain, keep
 
 #: Set before Ray is imported, and in every worker: quiet, prompt, and an allocator that keeps large blocks.
 WORKER_ENVIRONMENT = {
@@ -29,6 +30,8 @@ WORKER_ENVIRONMENT = {
     "RAY_ENABLE_AUTO_CONNECT": "0",
     # A process for each run, which tells training of a node that is about to go; ours goes on from its checkpoints.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Else a task that is ended for want of memory is tried again for ever.
+    "RAY_task_oom_retries": "3",
 }
 
 #: What a user may set about Ray's authentication; any of it is obeyed.
@@ -38,8 +41,24 @@ AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 TOKEN = secrets.token_hex(32)
 
 
+class Slots(threading.Semaphore):
+    """As many as runs fit on the cluster at a time; each run holds one."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self._count, self._counting = count, threading.Lock()
+
+    def fewer(self) -> bool:
+        """Let one slot, which the caller holds, be gone for good, and wait for another; False if it is the last."""
+        with self._counting:
+            if self._count == 1:
+                return False
+            self._count -= 1
+        return self.acquire()
+
+
 @contextlib.contextmanager
-def cluster(params: ClusterParams) -> Iterator[threading.Semaphore]:
+def cluster(params: ClusterParams) -> Iterator[Slots]:
     """Join the cluster at ``RAY_ADDRESS``, or start one on this machine for as long as the block lasts.
 
     Nobody else can use the one on this machine (see :func:`close_to_others`). How to authenticate at ``RAY_ADDRESS``
@@ -80,7 +99,7 @@ def cluster(params: ClusterParams) -> Iterator[threading.Semaphore]:
                 f"RAY_ADDRESS: found no cluster at '{address}' ({error}); start it, or unset RAY_ADDRESS to run here."
             ) from None
         try:
-            yield threading.Semaphore(_slots(params, ray.cluster_resources()))
+            yield Slots(_slots(params, ray.cluster_resources()))
         finally:
             ray.shutdown()
 
@@ -151,6 +170,9 @@ def on_workers(
     Args:
         slots: of the cluster. The caller holds one of it, for as many tasks at a time as a run has ranks. What nobody
             else holds, now or later, is taken as well until all is done.
+
+    Raises:
+        UserError: the work's, or why it could not be done; the traceback of a worker is in ``cluster.storage``.
     """
     import ray
 
@@ -168,8 +190,18 @@ def on_workers(
             done, waiting = ray.wait(waiting)
             try:
                 yield from ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, UserError) else error) from None
+            except ray.exceptions.RayError as error:
+                raise _explained(error, params) from None
     finally:
         for _ in range(taken):
             slots.release()
+
+
+def _explained(error: Exception, params: ClusterParams) -> UserError:
+    """What to raise for an error of Ray's in a task."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, UserError):
+        return cause
+    failure = explain(error)
+    where = f"; its traceback is in {keep(str(error), params.storage)}" if cause else ""
+    return UserError(f"cluster: {failure.text}{where}; what is finished is kept, run the same command again.")
