@@ -20,7 +20,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -35,7 +34,7 @@ from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
 from infra.launch import MARK, service_processes
 from pipelines.addresses import FOLDER, healthy, read_environment, services_environment
-from pipelines.environment import reach_loopback_directly
+from pipelines.environment import reach_loopback_directly, temporary_folder
 
 __all__ = ["down", "services_environment", "up"]
 
@@ -150,7 +149,7 @@ def _socket(folder: Path) -> Path:
     path = folder / "supervisor.sock"
     if len(os.fsencode(path)) <= 90:
         return path
-    private = Path(tempfile.gettempdir()) / f"dvdp-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
+    private = temporary_folder(50) / f"dvdp-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
     if private.exists() and private.stat().st_uid != os.getuid():
         raise UserError(f"services: found '{private}' of another user, expected our own; remove it or set TMPDIR.")
     return private / path.name

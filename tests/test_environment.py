@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import http.server
+import os
 import socket
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,8 +18,10 @@ import requests
 from websockets.proxy import get_proxy
 from websockets.uri import parse_uri
 
-from pipelines.environment import reach_loopback_directly
+from dvdp.errors import UserError
+from pipelines.environment import check_prefect, find_home, reach_loopback_directly, temporary_folder
 
+PROJECT = Path(__file__).parents[1]
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 DEAD = "http://127.0.0.1:9"
 
@@ -130,3 +136,112 @@ def proxy_of(address: str) -> str | None:
     pool = transport._pool  # type: ignore[attr-defined]
     url = getattr(pool, "_proxy_url", None)
     return f"{url.scheme.decode()}://{url.host.decode()}:{url.port}" if url else None
+
+
+def test_a_temporary_folder_can_be_written_and_has_a_short_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert temporary_folder(107) == tmp_path
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path / ("x" * 200), tmp_path / "absent", tmp_path / "file", Path("/proc"), Path("/dev/full")):
+        monkeypatch.setenv("TMPDIR", str(bad))
+        assert temporary_folder(40) == Path("/tmp")
+    (tmp_path / ("x" * 200)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 200)))
+    assert temporary_folder(40) == Path("/tmp")
+    monkeypatch.setenv("TMPDIR", "/absent")
+    with pytest.raises(
+        UserError, match=r"^TMPDIR: found no folder for temporary files that can be used \(/absent: its path is longer"
+    ):
+        temporary_folder(3)
+
+
+REDIRECTED = """
+import os, subprocess, sys
+from pipelines.environment import open_standard_streams
+
+open_standard_streams()
+with open("file", "w") as file:
+    print("lost")
+    print("lost", file=sys.stderr)
+    subprocess.run(["echo", "lost"])
+    file.write("kept")
+"""
+
+
+@pytest.mark.parametrize("closed", ["", ">&-", "<&- >&- 2>&-"])
+def test_what_is_printed_to_closed_streams_goes_into_no_file(closed: str, tmp_path: Path) -> None:
+    subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, REDIRECTED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        check=True,
+        capture_output=True,
+    )
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_current_folder_that_is_gone_is_one_sentence(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    script = f'mkdir "{gone}"; cd "{gone}"; rmdir "{gone}"; exec "$0" -m pipelines.cli check'
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(["sh", "-c", script, sys.executable], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "dvdp: the current folder: found that it cannot be entered (No such file or directory), expected the"
+        " project's; go there again with cd.\n"
+    )
+
+
+def test_who_has_no_home_gets_one_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    find_home()
+    assert Path.home() == tmp_path
+    for home in ("/absent", "/etc/passwd"):
+        monkeypatch.setenv("HOME", home)
+        find_home()
+        assert Path.home() == tmp_path / ".services" / "home"
+        assert Path.home().is_dir()
+
+
+@pytest.mark.parametrize("server", ["127.0.0.1"], indirect=True)
+def test_an_address_of_no_prefect_server_is_one_sentence(server: str, setenv: pytest.MonkeyPatch) -> None:
+    check_prefect()
+    for address in (
+        server,
+        "http://127.0.0.1:9/api",
+        "http://user:secret@127.0.0.1:9",
+        "127.0.0.1:4200",
+        "http://[",
+        "http://a:b",
+    ):
+        setenv.setenv("PREFECT_API_URL", address)
+        with pytest.raises(UserError, match=r"^PREFECT_API_URL: found no Prefect server that answers at '") as caught:
+            check_prefect()
+        assert "secret" not in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("all_proxy", "socks://127.0.0.1:9"),
+        ("HTTP_PROXY", "http://me:secret@proxy:port"),
+        ("SSL_CERT_FILE", "/absent"),
+    ],
+)
+def test_proxies_and_certificates_that_cannot_be_used_are_one_sentence(
+    name: str, value: str, setenv: pytest.MonkeyPatch
+) -> None:
+    setenv.setenv(name, value)
+    with pytest.raises(UserError, match=f"^proxies and certificates: found .*{name}=") as caught:
+        check_prefect()
+    assert "secret" not in str(caught.value)
+
+
+def test_a_socks_proxy_is_no_obstacle(setenv: pytest.MonkeyPatch) -> None:
+    setenv.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    check_prefect()

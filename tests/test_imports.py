@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "pipelines.provenance": {"dvdp"},
     "pipelines.stages": {"dvdp", "pipelines.jobs"},
     "pipelines.logs": set(),
-    "pipelines.jobs": {"dvdp", "pipelines.logs"},
+    "pipelines.jobs": {"dvdp", "pipelines.logs", "pipelines.environment"},
     "pipelines.tracking": {"dvdp", "pipelines.jobs", "pipelines.provenance"},
     "pipelines.turning_points": {"dvdp", "pipelines.jobs", "pipelines.tracking"},
     "pipelines.reports": {"dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.provenance"},

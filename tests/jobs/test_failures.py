@@ -253,5 +253,5 @@ def test_without_memory_there_is_one_run_fewer_at_a_time_and_then_a_sentence(
         assert "this was failure 2" in str(caught.value)
         assert not slots.acquire(blocking=False), "one is left, which is held"
 
-        with pytest.raises(UserError, match="^cluster: Ray ended it, as this machine"):
+        with pytest.raises(UserError, match=r"^cluster: Ray ended it, as this machine"):
             list(on_workers(ClusterParams(threads=1, storage=tmp_path), lambda _: time.sleep(100), [(0,)], slots))
