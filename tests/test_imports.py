@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "dvdp": {"dvdp.errors", "dvdp.diffusion"},
     "dvdp.errors": set(),
     "dvdp.files": {"dvdp.errors"},
+    "dvdp.hardware": set(),
     "dvdp.tensors": {"dvdp.errors"},
     "dvdp.diffusion": {"dvdp.errors"},
     "dvdp.config": {"dvdp.errors", "dvdp.diffusion", "dvdp.data"},

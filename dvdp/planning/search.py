@@ -68,8 +68,8 @@ def cheapest(plans: Sequence[Plan], tolerance: float) -> Plan:
     """
     if not 0 <= tolerance < math.inf:
         raise UserError(
-            f"tolerance: found {tolerance}, expected a finite number of at least 0, the error that turning points may add to"
-            " DDPM's, such as 0.01."
+            f"tolerance: found {tolerance}, expected a finite number of at least 0, the error that turning points may"
+            " add to DDPM's, such as 0.01."
         )
     turning = [plan for plan in plans if plan.turning_points]
     within = [plan for plan in turning if plan.excess <= tolerance]

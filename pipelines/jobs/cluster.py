@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from dvdp.config import ClusterParams
 from dvdp.errors import UserError
+from dvdp.hardware import cpus
 from pipelines.environment import temporary_folder
 from pipelines.jobs.failures import explain, keep
 
@@ -86,7 +87,7 @@ def cluster(params: ClusterParams) -> Iterator[Slots]:
     sizes: dict[str, Any] = {}
     if not address:
         sizes = {
-            "num_cpus": max(len(os.sched_getaffinity(0)), params.num_workers * params.threads),
+            "num_cpus": max(cpus(), params.num_workers * params.threads),
             "include_dashboard": False,
             "object_store_memory": 200 * 2**20,
         }
