@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from dvdp.hardware import cpus
+
 
 def machine() -> dict[str, str | int]:
     """Hardware, versions, commit (``DVDP_COMMIT`` where the files came without git) and command."""
@@ -19,7 +21,7 @@ def machine() -> dict[str, str | int]:
     )
     return {
         "cpu": cpu,
-        "cores": os.cpu_count() or 0,
+        "cores": cpus(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,

@@ -15,11 +15,11 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -34,6 +34,7 @@ from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
 from infra.launch import MARK, service_processes
 from pipelines.addresses import FOLDER, healthy, read_environment, services_environment
+from pipelines.environment import reach_loopback_directly, temporary_folder
 
 __all__ = ["down", "services_environment", "up"]
 
@@ -75,6 +76,7 @@ def up(project: Path, mlflow_port: int = 5000, prefect_port: int = 4200) -> None
     Raises:
         UserError: a port is taken, or a service ended or did not become healthy; those started here are ended again.
     """
+    reach_loopback_directly()  # The services inherit it.
     folder = project.resolve() / FOLDER
     folder.mkdir(exist_ok=True)
     with locked(folder / "lock"):  # two calls of up would start everything twice
@@ -147,7 +149,7 @@ def _socket(folder: Path) -> Path:
     path = folder / "supervisor.sock"
     if len(os.fsencode(path)) <= 90:
         return path
-    private = Path(tempfile.gettempdir()) / f"dvdp-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
+    private = temporary_folder(50) / f"dvdp-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
     if private.exists() and private.stat().st_uid != os.getuid():
         raise UserError(f"services: found '{private}' of another user, expected our own; remove it or set TMPDIR.")
     return private / path.name
@@ -169,7 +171,8 @@ def _start_supervisor(folder: Path, addresses: dict[str, str]) -> Any:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PREFECT_HOME": str(folder / "prefect"),
     }
-    write_atomically(folder / "env", "".join(f"export {name}={value}\n" for name, value in addresses.items()))
+    exported = addresses | {name: shlex.quote(os.environ[name]) for name in ("no_proxy", "NO_PROXY")}
+    write_atomically(folder / "env", "".join(f"export {name}={value}\n" for name, value in exported.items()))
     with (folder / "supervisord.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "supervisor.supervisord", "-c", str(here / "supervisord.conf")],

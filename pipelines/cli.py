@@ -21,6 +21,13 @@ from typer import Argument, Option
 
 from dvdp.errors import UserError
 from dvdp.text import utf8
+from pipelines.environment import (
+    check_folder,
+    check_prefect,
+    find_home,
+    open_standard_streams,
+    reach_loopback_directly,
+)
 from pipelines.logs import to_terminal
 
 if TYPE_CHECKING:
@@ -34,8 +41,6 @@ ENVIRONMENT = {
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    # The place where `make services` looks, so that its page shows runs made without it.
-    "PREFECT_HOME": str(Path(".services/prefect").resolve()),
 }
 
 
@@ -48,13 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 if all went well, 1 for a failed experiment, 2 for a mistake in what we were given, 130 after Ctrl-C.
     """
+    open_standard_streams()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    reach_loopback_directly()
     to_terminal()
     # Remarks on a score are in its record, and shown with it.
     warnings.filterwarnings("ignore", category=UserWarning, module="pipelines")
     command = typer.main.get_command(app)
     try:
+        check_folder()
+        find_home()
+        # The place where `make services` looks, so that its page shows runs made without it.
+        os.environ.setdefault("PREFECT_HOME", str(Path(".services/prefect").resolve()))
         with command.make_context("dvdp", list(sys.argv[1:] if arguments is None else arguments)) as context:
             return command.invoke(context) or 0
     except typer.Exit as done:
@@ -347,7 +358,7 @@ def run_experiment(
             raise UserError(f"{what}: found '{text}', expected a name in UTF-8, as Prefect keeps it; rename it.")
     # Mistakes are found before a Prefect server is started for the flow, which checks again.
     params = _read(file, changes, services=True)
-    from pipelines.jobs.cluster import check_address
+    from pipelines.jobs.cluster import check_address, check_storage, ray_folder
     from pipelines.jobs.job import jobs
     from pipelines.jobs.paths import DataPaths
     from pipelines.jobs.score import check_scorable
@@ -359,6 +370,9 @@ def run_experiment(
     if reports is None:
         check_data_is_locked(DataPaths.of(params).store)
     check_address()
+    ray_folder()
+    check_storage(params.cluster.storage)
+    check_prefect()
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     from pipelines.experiment import experiment
 

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,7 +30,8 @@ from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.flops import relative_flops, training_images
 from dvdp.text import utf8
 from dvdp.training.loop import is_finished
-from pipelines.jobs.cluster import cluster
+from pipelines.environment import reach_loopback_directly
+from pipelines.jobs.cluster import Slots, cluster
 from pipelines.jobs.job import Job, jobs
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process, sample_job, seconds_per_sample
@@ -80,6 +80,7 @@ def experiment(
         MLflow was unavailable.
     """
     # A scheduled flow runs without the CLI.
+    reach_loopback_directly()
     to_terminal()
     params = read_params(params_file, overrides or ())
     if reports is None:
@@ -118,10 +119,10 @@ def _length(job: Job) -> float:
 
 
 @task(task_run_name="{job.name}", cache_policy=NO_CACHE)
-def run_setting(job: Job, slots: threading.Semaphore) -> Result:
+def run_setting(job: Job, slots: Slots) -> Result:
     """One setting from training to registration."""
     try:
-        train(job)
+        train(job, slots)
         sample(job, slots)
         record = score(job)
     except BaseException:
@@ -137,7 +138,7 @@ def run_setting(job: Job, slots: threading.Semaphore) -> Result:
 
 
 @task(task_run_name="train {job.name}", cache_policy=NO_CACHE)
-def train(job: Job) -> None:
+def train(job: Job, slots: Slots) -> None:
     """Train on the cluster; MLflow follows as well as it can."""
 
     def begin() -> TrackedRun:
@@ -148,7 +149,7 @@ def train(job: Job) -> None:
 
     sync = LedgerSync(connect(), job.folder, begin).start()
     try:
-        train_job(job, description(job))
+        train_job(job, description(job), slots)
     finally:
         try:
             sync.close(timeout=5)
@@ -157,7 +158,7 @@ def train(job: Job) -> None:
 
 
 @task(task_run_name="sample {job.name}", cache_policy=NO_CACHE)
-def sample(job: Job, slots: threading.Semaphore) -> None:
+def sample(job: Job, slots: Slots) -> None:
     """Draw images from the EMA weights, and one with all its states."""
     sample_job(job, slots)
     draw_process(job)

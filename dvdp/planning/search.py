@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -63,12 +64,12 @@ def cheapest(plans: Sequence[Plan], tolerance: float) -> Plan:
     """The plan with turning points that trains fastest among those whose error exceeds DDPM's by the tolerance at most.
 
     Raises:
-        UserError: the tolerance is negative, or met by no turning points.
+        UserError: the tolerance is negative or infinite, or met by no turning points.
     """
-    if not tolerance >= 0:
+    if not 0 <= tolerance < math.inf:
         raise UserError(
-            f"tolerance: found {tolerance}, expected a number of at least 0, the error that turning points may add to"
-            " DDPM's, such as 0.01."
+            f"tolerance: found {tolerance}, expected a finite number of at least 0, the error that turning points may"
+            " add to DDPM's, such as 0.01."
         )
     turning = [plan for plan in plans if plan.turning_points]
     within = [plan for plan in turning if plan.excess <= tolerance]

@@ -5,16 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
+import shutil
 import signal
 import socket
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dvdp.config import ClusterParams
 from dvdp.errors import UserError
+from dvdp.hardware import cpus
+from pipelines.environment import temporary_folder
+from pipelines.jobs.failures import explain, keep
 
 #: Set before Ray is imported, and in every worker: quiet, prompt, and an allocator that keeps large blocks.
 WORKER_ENVIRONMENT = {
@@ -29,6 +37,8 @@ WORKER_ENVIRONMENT = {
     "RAY_ENABLE_AUTO_CONNECT": "0",
     # A process for each run, which tells training of a node that is about to go; ours goes on from its checkpoints.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Else a task that is ended for want of memory is tried again for ever.
+    "RAY_task_oom_retries": "3",
 }
 
 #: What a user may set about Ray's authentication; any of it is obeyed.
@@ -38,8 +48,24 @@ AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 TOKEN = secrets.token_hex(32)
 
 
+class Slots(threading.Semaphore):
+    """As many as runs fit on the cluster at a time; each run holds one."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self._count, self._counting = count, threading.Lock()
+
+    def fewer(self) -> bool:
+        """Let one slot, which the caller holds, be gone for good, and wait for another; False if it is the last."""
+        with self._counting:
+            if self._count == 1:
+                return False
+            self._count -= 1
+        return self.acquire()
+
+
 @contextlib.contextmanager
-def cluster(params: ClusterParams) -> Iterator[threading.Semaphore]:
+def cluster(params: ClusterParams) -> Iterator[Slots]:
     """Join the cluster at ``RAY_ADDRESS``, or start one on this machine for as long as the block lasts.
 
     Nobody else can use the one on this machine (see :func:`close_to_others`). How to authenticate at ``RAY_ADDRESS``
@@ -50,26 +76,28 @@ def cluster(params: ClusterParams) -> Iterator[threading.Semaphore]:
     Raises:
         UserError: the cluster does not answer, or has not the CPUs and GPUs that a run asks for.
     """
-    check_address()
-    address = os.environ.get("RAY_ADDRESS")
+    address = check_address()
+    check_storage(params.storage)
     os.environ.update(WORKER_ENVIRONMENT)
     if not address:
         close_to_others()
     import ray
 
-    environment = {"env_vars": {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(params.threads)}}
+    variables = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(params.threads)}
     sizes: dict[str, Any] = {}
     if not address:
         sizes = {
-            "num_cpus": max(len(os.sched_getaffinity(0)), params.num_workers * params.threads),
+            "num_cpus": max(cpus(), params.num_workers * params.threads),
             "include_dashboard": False,
             "object_store_memory": 200 * 2**20,
         }
-    with restored_interrupt():
+    with contextlib.nullcontext() if address else private_folder() as folder, restored_interrupt():
+        if folder:
+            variables["TMPDIR"] = sizes["_temp_dir"] = str(folder)
         try:
             ray.init(
                 address=address or "local",
-                runtime_env=environment,
+                runtime_env={"env_vars": variables},
                 # What workers have to say comes through their run's log file; see following.
                 log_to_driver=False,
                 logging_level=logging.WARNING,
@@ -80,7 +108,7 @@ def cluster(params: ClusterParams) -> Iterator[threading.Semaphore]:
                 f"RAY_ADDRESS: found no cluster at '{address}' ({error}); start it, or unset RAY_ADDRESS to run here."
             ) from None
         try:
-            yield threading.Semaphore(_slots(params, ray.cluster_resources()))
+            yield Slots(_slots(params, ray.cluster_resources()))
         finally:
             ray.shutdown()
 
@@ -101,22 +129,75 @@ def close_to_others() -> None:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
 
 
-def check_address() -> None:
-    """Raise UserError if ``RAY_ADDRESS`` is set and nothing listens there.
+#: Bytes of a folder below which Ray's sockets have paths of 107 bytes, which is what the system takes.
+LONGEST = 107 - len("/session_2026-11-30_10-33-00_123456_1234567/sockets/plasma_store")
+
+
+def ray_folder() -> Path:
+    """The folder in which Ray's own is; see :func:`pipelines.environment.temporary_folder`."""
+    return temporary_folder(LONGEST - len("/dvdp-12345678"))
+
+
+@contextlib.contextmanager
+def private_folder() -> Iterator[Path | None]:
+    """A folder for Ray and its workers while the block runs; None where the one that Ray would choose can be used."""
+    usual = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+    # Another user may have made it.
+    if ray_folder() == usual.parent and (not usual.exists() or (usual.is_dir() and os.access(usual, os.W_OK))):
+        yield None
+        return
+    folder = Path(tempfile.mkdtemp(prefix="dvdp-", dir=ray_folder()))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_storage(storage: Path) -> None:
+    """Make ``cluster.storage`` where it is missing.
+
+    Raises:
+        UserError: it is no folder that can be written.
+    """
+    problem = "that is an address" if re.match("[a-z0-9+]+:/", str(storage)) else ""
+    if not problem:
+        try:
+            storage.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=storage).close()
+        except (OSError, ValueError) as error:
+            problem = getattr(error, "strerror", None) or str(error)
+    if problem:
+        raise UserError(
+            f"cluster.storage: found '{str(storage)[:200]}', where nothing can be written ({problem}), expected a"
+            " folder that all nodes see; name another."
+        )
+
+
+def check_address() -> str:
+    """``RAY_ADDRESS``, or the empty string for a cluster of our own.
 
     Ray itself would try a dead address for over a minute, and then end the process.
+
+    Raises:
+        UserError: it is no address, or nothing listens there.
     """
-    address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    if address in ("", "local", "auto"):
+        return address.removeprefix("local")
+    problem = ""
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        if parts.scheme not in ("", "ray") or not parts.hostname or parts.port is None:
+            raise UserError("it is not of the form host:port")
+        socket.create_connection((parts.hostname, parts.port), timeout=10).close()
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    if problem:
         raise UserError(
-            f"RAY_ADDRESS: found nothing that answers at '{address}' ({error}), expected a Ray cluster; start it, or"
-            " unset RAY_ADDRESS to run here."
-        ) from None
+            f"RAY_ADDRESS: found nothing that answers at '{address}' ({problem}), expected a Ray cluster, such as"
+            " 10.0.0.1:6379; start it, or unset RAY_ADDRESS to run here."
+        )
+    return address
 
 
 def _slots(params: ClusterParams, there: Mapping[str, float]) -> int:
@@ -151,6 +232,9 @@ def on_workers(
     Args:
         slots: of the cluster. The caller holds one of it, for as many tasks at a time as a run has ranks. What nobody
             else holds, now or later, is taken as well until all is done.
+
+    Raises:
+        UserError: the work's, or why it could not be done; the traceback of a worker is in ``cluster.storage``.
     """
     import ray
 
@@ -168,8 +252,18 @@ def on_workers(
             done, waiting = ray.wait(waiting)
             try:
                 yield from ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, UserError) else error) from None
+            except ray.exceptions.RayError as error:
+                raise _explained(error, params) from None
     finally:
         for _ in range(taken):
             slots.release()
+
+
+def _explained(error: Exception, params: ClusterParams) -> UserError:
+    """What to raise for an error of Ray's in a task."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, UserError):
+        return cause
+    failure = explain(error)
+    where = f"; its traceback is in {keep(str(error), params.storage)}" if cause else ""
+    return UserError(f"cluster: {failure.text}{where}; what is finished is kept, run the same command again.")

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,8 @@ from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
 from dvdp.training.loop import is_finished
-from pipelines.jobs.cluster import restored_interrupt
+from pipelines.jobs.cluster import Slots, restored_interrupt
+from pipelines.jobs.failures import ERRORS, Raised, explain, keep, killed_for_memory, take
 from pipelines.jobs.job import Job
 from pipelines.jobs.paths import DataPaths
 from pipelines.logs import to_file
@@ -24,8 +26,11 @@ from pipelines.logs import to_file
 logger = logging.getLogger("dvdp.jobs")
 
 
-def train_job(job: Job, description: Mapping[str, str]) -> Path:
+def train_job(job: Job, description: Mapping[str, str], slots: Slots | None = None) -> Path:
     """Train to the end, unless that is done; returns the weights. Needs :func:`pipelines.jobs.cluster.cluster`.
+
+    Args:
+        slots: the caller holds one of them, and there will be fewer if memory runs out.
 
     One at a time trains a run, in this process or another: whoever comes second waits, and finds it finished.
     """
@@ -46,12 +51,15 @@ def train_job(job: Job, description: Mapping[str, str]) -> Path:
                 job.params.dataset.flip,
                 {**description, **store.metadata.model_metadata(len(job.run.turning_points))},
                 job.params.cluster,
+                slots,
             )
     return job.weights
 
 
 #: File of a run's folder with the status lines of training.
 LOG = "log.txt"
+#: Seconds until another try where there was no memory for the last; another program may have taken it.
+PAUSE = 20.0
 
 
 def train_on_workers(
@@ -62,63 +70,81 @@ def train_on_workers(
     flip: bool,
     description: Mapping[str, Any],
     params: ClusterParams,
+    slots: Slots | None = None,
 ) -> None:
-    """Train a run with Ray Train: ``cluster.num_workers`` ranks, restarted up to ``max_failures`` times.
+    """Train a run with Ray Train: ``cluster.num_workers`` ranks, started again up to ``max_failures`` times.
 
-    Resuming is the training loop's own affair (its checkpoints lie in ``folder``), so Ray, whose run is named after
-    the training hash, keeps none.
+    Resuming is the training loop's own affair: its checkpoints lie in ``folder``. When memory runs out there are fewer
+    ``slots`` from then on, as long as there is another.
 
     Raises:
-        UserError: the training loop's, or the workers failed too often.
+        UserError: the training loop's, or why training does not come to its end.
     """
+    from ray.exceptions import RayError
+    from ray.train import TrainingFailedError
+
+    config = {
+        "run": run.describe(),
+        "store": str(store.resolve()),
+        "folder": str(folder.resolve()),
+        "training_hash": training_hash,
+        "flip": flip,
+        "description": dict(description),
+        "threads": params.threads,
+    }
+    failures = 0
+    while True:
+        attempt, killed = uuid.uuid4().hex, killed_for_memory()
+        try:
+            with restored_interrupt(), following(folder / LOG):
+                _fit({**config, "attempt": attempt}, folder / "ray", params)
+            return
+        except (RayError, TrainingFailedError) as error:
+            raised = take(list(folder.glob(f"failure-{attempt}-*.json")), folder)
+            mistake = next((each.cause for each in raised if each.mistake), None)
+            if mistake:
+                raise UserError(mistake) from None
+            failure = explain(error, raised, killed_for_memory() > killed)
+            if not raised:
+                keep(str(error), folder)
+        what = f"{failure.text} (more in {folder / ERRORS})"
+        if failure.memory and slots is not None and slots.fewer():
+            logger.warning("%s: %s; it goes on with one run fewer at a time", run.setting, what)
+            continue
+        failures += 1
+        if not failure.again or failures > params.max_failures:
+            often = f"; this was failure {failures}, and cluster.max_failures is {params.max_failures}"
+            raise UserError(
+                f"training: {what}{often if failure.again else ''}; run the same command again to go on from the newest"
+                " checkpoint."
+            )
+        logger.warning("%s: %s; it goes on from the newest checkpoint", run.setting, what)
+        time.sleep(PAUSE if failure.memory else 0)
+
+
+def _fit(config: dict[str, Any], storage: Path, params: ClusterParams) -> None:
+    """Run :func:`worker` once on every rank, in a run of Ray's that is named after the training hash."""
     from ray.train import BackendConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    attempt = uuid.uuid4().hex
 
     resources: dict[str, float] = {"CPU": params.threads, **({"GPU": 1} if params.gpu else {})}
     # One rank needs no process group, whose store would listen on all addresses, at a port that may be taken by then.
     alone = params.num_workers == 1
-    trainer = DataParallelTrainer(
+    DataParallelTrainer(
         worker,
-        train_loop_config={
-            "run": run.describe(),
-            "store": str(store.resolve()),
-            "folder": str(folder.resolve()),
-            "training_hash": training_hash,
-            "flip": flip,
-            "description": dict(description),
-            "threads": params.threads,
-            "attempt": attempt,
-        },
+        train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=params.num_workers, use_gpu=params.gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            name=training_hash,
-            storage_path=str((folder / "ray").resolve()),
-            failure_config=FailureConfig(max_failures=params.max_failures, controller_failure_limit=3),
+            name=config["training_hash"],
+            storage_path=str(storage.resolve()),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
         ),
         backend_config=BackendConfig() if alone else TorchConfig(backend="nccl" if params.gpu else "gloo"),
-    )
-    with restored_interrupt(), following(folder / LOG):
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            last = str(error).strip().splitlines()[-1]
-            raise UserError(
-                f"training: the workers of '{folder}' failed more than cluster.max_failures, {params.max_failures},"
-                f" times, at last with '{last}'; run the same command again to go on from the newest checkpoint."
-            ) from error
-    mistakes = sorted(folder.glob(f"mistake-{attempt}-*.txt"))
-    texts = [path.read_text() for path in mistakes]
-    for path in mistakes:
-        path.unlink()
-    if texts:
-        raise UserError(texts[0])
+    ).fit()
 
 
 def worker(config: dict[str, Any]) -> None:
@@ -149,10 +175,9 @@ def worker(config: dict[str, Any]) -> None:
                 description=config["description"],
                 preview=preview,
             )
-    except UserError as error:
-        # Raised here, Ray would try again.
-        name = f"mistake-{config['attempt']}-{get_context().get_world_rank()}.txt"
-        write_atomically(folder / name, str(error))
+    except Exception as error:
+        Raised.of(error).write(folder / f"failure-{config['attempt']}-{get_context().get_world_rank()}.json")
+        raise
 
 
 @contextlib.contextmanager

@@ -221,12 +221,14 @@ def test_a_failed_start_is_one_sentence_and_ends_what_was_started(
 
 
 @pytest.mark.slow
-def test_services_come_up_run_flows_and_end(tmp_path: Path) -> None:
+def test_services_come_up_behind_a_dead_proxy_run_flows_and_end(tmp_path: Path) -> None:
+    proxies = dict.fromkeys(("HTTP_PROXY", "https_proxy"), "http://127.0.0.1:9") | {"ALL_PROXY": "socks5://127.0.0.1:9"}
     ports = ["--mlflow-port", str(free_port()), "--prefect-port", str(free_port())]
 
     def command(*arguments: str) -> str:
         line = [sys.executable, "-m", "infra.services", *arguments, "--project", str(tmp_path)]
-        done = subprocess.run(line, cwd=PROJECT, capture_output=True, text=True, check=False, timeout=500)
+        environment = {**os.environ, **proxies}
+        done = subprocess.run(line, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

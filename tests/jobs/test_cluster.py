@@ -5,8 +5,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from itertools import product
@@ -16,7 +18,16 @@ import psutil
 import pytest
 
 from dvdp.config import ClusterParams
-from pipelines.jobs.cluster import AUTHENTICATION, close_to_others, cluster, on_workers
+from dvdp.errors import UserError
+from pipelines.jobs.cluster import (
+    AUTHENTICATION,
+    check_address,
+    check_storage,
+    close_to_others,
+    cluster,
+    on_workers,
+    private_folder,
+)
 
 #: Asks the GCS of a cluster for its nodes, as any client does first.
 CALL = """
@@ -116,6 +127,81 @@ def test_how_to_authenticate_is_the_users_choice(monkeypatch: pytest.MonkeyPatch
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
     assert "RAY_AUTH_TOKEN" not in os.environ
     assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+
+
+@pytest.mark.parametrize(
+    "address", ["nonsense", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:99999", "http://127.0.0.1:80", "[::1", "127.0.0.1:9"]
+)
+def test_an_address_of_no_cluster_is_one_sentence(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=r"^RAY_ADDRESS: found nothing that answers at '") as caught:
+        check_address()
+    assert f"'{address}' (" in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_an_address_that_answers_is_taken_and_local_means_our_own(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = socket.AF_INET6 if "[" in host else socket.AF_INET
+    with socket.socket(family) as server:
+        try:
+            server.bind((host.strip("[]"), 0))
+        except OSError:
+            pytest.skip("no IPv6 here")
+        server.listen()
+        for scheme in ("", "ray://"):
+            address = f"{scheme}{host}:{server.getsockname()[1]}"
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            assert check_address() == address
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert check_address() == ""
+
+
+def test_ray_gets_a_folder_of_its_own_where_its_usual_one_is_of_no_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="") as short:
+        monkeypatch.setenv("TMPDIR", short)
+        with private_folder() as folder:
+            assert folder is None
+        (Path(short) / "ray").write_text("of somebody else, so to say")
+        (Path(short) / "ray").chmod(0)
+        for useless in (short, str(tmp_path / "absent"), str(tmp_path / ("x" * 200))):
+            monkeypatch.setenv("TMPDIR", useless)
+            with private_folder() as folder:
+                assert folder is not None
+                assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+                assert len(str(folder / "session_2026-11-30_10-33-00_123456_1234567/sockets/plasma_store")) <= 107
+            assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "x" * 300, "a\0b", "/proc/runs"])
+def test_a_storage_that_is_no_folder_is_one_sentence(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_storage(tmp_path / "runs")
+    with pytest.raises(
+        UserError, match=r"^cluster.storage: found '.*', where nothing can be written \(.*\), expected a"
+    ):
+        check_storage(tmp_path / name)
+    with pytest.raises(UserError, match=r"^cluster.storage: found 's3:/bucket', where nothing can be written"):
+        check_storage(Path("s3://bucket"))
+
+
+@pytest.mark.slow
+def test_a_cluster_starts_below_a_folder_whose_path_is_too_long_for_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / ("x" * 200)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 200)))
+
+    def work(_: int) -> str:
+        return tempfile.gettempdir()
+
+    with cluster(ClusterParams(threads=1)) as slots:
+        (found,) = on_workers(ClusterParams(threads=1), work, [(0,)], slots)
+        assert found.startswith("/tmp/dvdp-")
+    assert not Path(found).exists()
 
 
 def listening(process: psutil.Process) -> list[psutil._common.pconn]:

@@ -159,9 +159,9 @@ def test_the_cheapest_within_a_tolerance_is_on_the_frontier_of_turning_points(
     assert all(p.excess > tolerance for p in plans if p.training_speedup > chosen.training_speedup)
 
 
-@pytest.mark.parametrize("tolerance", [-0.01, math.nan])
-def test_a_tolerance_below_0_is_refused(plans: list[Plan], tolerance: float) -> None:
-    with pytest.raises(UserError, match=r"^tolerance: found (-0\.01|nan), expected a number of at least 0"):
+@pytest.mark.parametrize("tolerance", [-0.01, math.nan, math.inf])
+def test_a_tolerance_below_0_or_infinite_is_refused(plans: list[Plan], tolerance: float) -> None:
+    with pytest.raises(UserError, match=r"^tolerance: found (-0\.01|nan|inf), expected a finite number of at least 0"):
         cheapest(plans, tolerance)
 
 

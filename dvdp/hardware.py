@@ -1,0 +1,56 @@
+"""What this process may use of the machine: less than there is, in a container or a job of SLURM."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+
+def cpus(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> int:
+    """CPUs at a time: the least of affinity, the quotas of cgroups (whole CPUs, at least 1) and SLURM's share.
+
+    Args:
+        root: of the file system, of which ``proc`` and ``sys`` are read.
+    """
+    limits = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]
+    for folder in _groups("cpu", root):
+        words = _words(folder / "cpu.max") or [
+            *_words(folder / "cpu.cfs_quota_us"),
+            *_words(folder / "cpu.cfs_period_us"),
+        ]
+        if len(words) == 2 and words[0].isdigit():  # Neither "max" nor "-1", which are no limit.
+            limits.append(int(words[0]) / int(words[1]))
+    share = environment.get("SLURM_CPUS_ON_NODE", "")
+    return max(1, int(min([*limits, float(share)] if share.isdigit() else limits)))
+
+
+def memory(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> int:
+    """Bytes of memory: the least of the machine's, the limits of cgroups and SLURM's share; ``root`` as above."""
+    words = _words(root / "proc/meminfo")  # MemTotal: <KiB> kB
+    limits = [int(words[1]) * 1024 if words else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for folder in _groups("memory", root):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limits += [int(word) for word in _words(folder / name) if word.isdigit()]
+    share = environment.get("SLURM_MEM_PER_NODE", "")  # MiB; 0 is all.
+    return min([*limits, int(share) * 2**20] if share.isdigit() and int(share) else limits)
+
+
+def _groups(controller: str, root: Path) -> Iterator[Path]:
+    """Folders of the cgroups that this process is in, of either version, up to the outermost that is seen."""
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            if names and controller not in names.split(","):
+                continue
+            for mount in dict.fromkeys((controller, names)) if names else (".", "unified"):
+                # A container may see its own group as the outermost, below a path of the host that is not there.
+                parts = [part for part in path.split("/") if part not in ("", "..")]
+                yield from (root / "sys/fs/cgroup" / mount / Path(*parts[:i]) for i in range(len(parts), -1, -1))
+
+
+def _words(file: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return file.read_text().split()
+    return []
