@@ -347,11 +347,14 @@ def run_experiment(
     from pipelines.provenance import check_data_is_locked
     from pipelines.turning_points import resolve
 
-    jobs(resolve(params))
+    listed = jobs(resolve(params))
     check_scorable(params)
     if reports is None:
         check_data_is_locked(DataPaths.of(params).store)
     check_address()
+    from pipelines.tracking.job_runs import check_tracking
+
+    check_tracking(listed[0])
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     from pipelines.experiment import experiment
 
@@ -389,12 +392,12 @@ def _picture(name: str) -> Path:
 
 
 def _unavailable(work: Callable[[], None]) -> list[str]:
-    """Do what needs MLflow; why it is unavailable, if it is."""
+    """Do what needs MLflow; why it does not take it, if so."""
     from pipelines.tracking.connection import TrackingUnavailable
 
     try:
         work()
-    except TrackingUnavailable as problem:
+    except (TrackingUnavailable, UserError) as problem:
         return [str(problem)]
     return []
 
