@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import threading
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from prefect import Task, flow, get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
+from prefect.runtime import flow_run
 from prefect.states import Failed, State
 from prefect.tasks import exponential_backoff
 
-from dvdp.config import read_params
+from dvdp.config import Params, read_params
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.evaluation.figures import data_url
@@ -39,6 +41,7 @@ from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process, sample_job, seconds_per_sample
 from pipelines.jobs.score import check_scorable, score_job
 from pipelines.jobs.train import train_job
+from pipelines.left_behind import end_dead_runs, running
 from pipelines.logs import to_terminal
 from pipelines.provenance import DVC_HASH, GIT_COMMIT, check_data_is_locked, provenance
 from pipelines.reports.comparison import Result, Row, best, compare, legend, table
@@ -90,7 +93,12 @@ def experiment(
     """
     # A scheduled flow runs without the CLI.
     to_terminal()
-    params = read_params(params_file, overrides or ())
+    with running(flow_run.id or uuid.uuid4().hex):
+        end_dead_runs()
+        return _experiment(read_params(params_file, overrides or ()), reports)
+
+
+def _experiment(params: Params, reports: str | None) -> State | None:
     if reports is None:
         check_data_is_locked(DataPaths.of(params).store)
     check_scorable(params)

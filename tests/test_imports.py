@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "pipelines.logs": set(),
     "pipelines.jobs": {"dvdp", "pipelines.logs"},
     "pipelines.tracking": {"dvdp", "pipelines.jobs", "pipelines.provenance"},
+    "pipelines.left_behind": {"dvdp", "pipelines.tracking"},
     "pipelines.turning_points": {"dvdp", "pipelines.jobs", "pipelines.tracking"},
     "pipelines.reports": {"dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.provenance"},
     "pipelines.commands": {
@@ -44,7 +45,7 @@ MAY_IMPORT = {
     },
     "pipelines.experiment": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
-        "pipelines.provenance", "pipelines.logs",
+        "pipelines.provenance", "pipelines.logs", "pipelines.left_behind",
     },
     "pipelines.cli": {"dvdp", "pipelines"},
     "infra": {"dvdp", "pipelines"},

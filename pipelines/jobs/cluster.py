@@ -79,10 +79,11 @@ def cluster(params: ClusterParams) -> Iterator[threading.Semaphore]:
             raise UserError(
                 f"RAY_ADDRESS: found no cluster at '{address}' ({error}); start it, or unset RAY_ADDRESS to run here."
             ) from None
-        try:
+    try:
+        with restored_interrupt():
             yield threading.Semaphore(_slots(params, ray.cluster_resources()))
-        finally:
-            ray.shutdown()
+    finally:
+        ray.shutdown()
 
 
 def close_to_others() -> None:
@@ -132,15 +133,16 @@ def _slots(params: ClusterParams, there: Mapping[str, float]) -> int:
 
 @contextlib.contextmanager
 def restored_interrupt() -> Iterator[None]:
-    """Give Ctrl-C its meaning back: Ray replaces the handler and leaves its own."""
+    """Give the signals that end a command their meaning back: Ray replaces handlers and leaves its own."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def on_workers(
