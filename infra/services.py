@@ -167,7 +167,8 @@ def _start_supervisor(folder: Path, addresses: dict[str, str]) -> Any:
         "DVDP_SERVICES_MLFLOW_PORT": str(urlsplit(addresses["MLFLOW_TRACKING_URI"]).port),
         "DVDP_SERVICES_PREFECT_PORT": str(urlsplit(addresses["PREFECT_API_URL"]).port),
         "DVDP_SERVICES_ARTIFACTS": (folder.parent / "mlartifacts").as_uri(),
-        # The services and the worker's flows find the programs of this environment.
+        # The services and the worker's flows find the programs of this environment, and our code.
+        "PYTHONPATH": f"{here.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PREFECT_HOME": str(folder / "prefect"),
     }

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,10 +41,14 @@ ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # As the server of `make services` keeps them, whose slots a temporary one may give back.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }
 
 
+#: What ends a command in order: Ctrl-C, the system's word, a closed terminal.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = "dvdp: interrupted; what is finished is kept, and the same command goes on from there."
 
 
@@ -51,13 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 if all went well, 1 for a failed experiment, 2 for a mistake in what we were given, 130 after Ctrl-C.
+        0 if all went well, 1 for a failed experiment, 2 for a mistake in what we were given, 128 + n after signal n:
+        Ctrl-C, a closed terminal, or the system's word to end.
     """
     open_standard_streams()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     reach_loopback_directly()
     to_terminal()
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not so below nohup
+                signal.signal(number, _interrupt)
     # Remarks on a score are in its record, and shown with it.
     warnings.filterwarnings("ignore", category=UserWarning, module="pipelines")
     command = typer.main.get_command(app)
@@ -76,9 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         print(f"dvdp: {_sentence(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        return _leave(interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 def _sentence(error: typer.TyperException) -> str:
@@ -101,23 +110,51 @@ def _read(file: str, changes: Sequence[str], services: bool = False) -> Params:
     return params
 
 
-def _end_soon_after_interrupt(seconds: float) -> None:
-    """Let Ctrl-C end this process after so many seconds, if it has not ended by itself.
+#: Once a command has said that it was interrupted.
+_left = threading.Event()
 
-    A temporary Prefect server hears Ctrl-C too, and Prefect tries for minutes to tell it what happened.
-    """
 
-    def leave() -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _leave(number: int) -> int:
+    """End what still runs for this command, and say so; the exit status."""
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                end(child)
+        _, children = psutil.wait_procs(children, timeout=3)
+    with contextlib.suppress(OSError):  # The terminal may be closed.
+        sys.stdout.flush()
         print(INTERRUPTED, file=sys.stderr, flush=True)
-        os._exit(130)
+    _left.set()
+    return 128 + number
 
-    def interrupted(number: int, frame: FrameType | None) -> None:
-        timer = threading.Timer(seconds, leave)
-        timer.daemon = True
-        timer.start()
-        raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupted)
+def _end_soon_after_a_signal(seconds: float) -> None:
+    """Let a signal end this process after so many seconds, if it has not ended by itself.
+
+    A temporary Prefect server hears Ctrl-C too, and Prefect tries for minutes to tell it what happened. Whoever handles
+    the signal, as Prefect does while a flow runs, the system tells us here.
+    """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while (number := os.read(heard, 1)[0]) not in SIGNALS:
+            pass
+        if _left.wait(seconds):
+            time.sleep(2)  # Python waits for threads that nobody needs any more.
+        else:
+            _leave(number)
+        os._exit(128 + number)
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
 
 
 app = typer.Typer(help=__doc__, add_completion=False)
@@ -365,7 +402,7 @@ def run_experiment(
     from pipelines.provenance import check_data_is_locked
     from pipelines.turning_points import resolve
 
-    jobs(resolve(params))
+    listed = jobs(resolve(params))
     check_scorable(params)
     if reports is None:
         check_data_is_locked(DataPaths.of(params).store)
@@ -373,10 +410,17 @@ def run_experiment(
     ray_folder()
     check_storage(params.cluster.storage)
     check_prefect()
+    from pipelines.tracking.job_runs import check_tracking
+
+    check_tracking(listed[0])
+    from pipelines.left_behind import end_orphans, mark_children
+
+    end_orphans()
+    mark_children()
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     from pipelines.experiment import experiment
 
-    _end_soon_after_interrupt(15)
+    _end_soon_after_a_signal(15)
     state = experiment(params_file=file, reports=reports, overrides=changes, return_state=True)
     if state.is_completed():
         return 0
@@ -422,12 +466,12 @@ def _file(option: str, name: str) -> Path:
 
 
 def _unavailable(work: Callable[[], None]) -> list[str]:
-    """Do what needs MLflow; why it is unavailable, if it is."""
+    """Do what needs MLflow; why it does not take it, if so."""
     from pipelines.tracking.connection import TrackingUnavailable
 
     try:
         work()
-    except TrackingUnavailable as problem:
+    except (TrackingUnavailable, UserError) as problem:
         return [str(problem)]
     return []
 

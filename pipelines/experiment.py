@@ -12,21 +12,26 @@ import json
 import logging
 import os
 import re
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from prefect import flow, get_run_logger, task
+from prefect import Task, flow, get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+from prefect.runtime import flow_run
 from prefect.states import Failed, State
 from prefect.tasks import exponential_backoff
 
-from dvdp.config import read_params
+from dvdp.config import Params, read_params
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.evaluation.figures import data_url
 from dvdp.evaluation.records import ScoreRecord
+from dvdp.files import locked
 from dvdp.models.flops import relative_flops, training_images
 from dvdp.text import utf8
 from dvdp.training.loop import is_finished
@@ -37,6 +42,7 @@ from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process, sample_job, seconds_per_sample
 from pipelines.jobs.score import check_scorable, score_job
 from pipelines.jobs.train import train_job
+from pipelines.left_behind import end_dead_runs, running
 from pipelines.logs import to_terminal
 from pipelines.provenance import DVC_HASH, GIT_COMMIT, check_data_is_locked, provenance
 from pipelines.reports.comparison import Result, Row, best, compare, legend, table
@@ -44,8 +50,15 @@ from pipelines.reports.page import Report, draw_samples, write_report
 from pipelines.reports.paper_page import write_tables
 from pipelines.reports.text_tables import as_text, markdown
 from pipelines.tracking import registry
-from pipelines.tracking.connection import TrackingUnavailable, connect, reaching
-from pipelines.tracking.job_runs import description, model_file, model_name, tracked
+from pipelines.tracking.connection import (
+    TrackingUnavailable,
+    connect,
+    is_temporary,
+    reaching,
+    tracking_address,
+    unavailable,
+)
+from pipelines.tracking.job_runs import check_tracking, description, model_file, model_name, tracked
 from pipelines.tracking.runs import COMPARISON_HASH, TrackedRun, adopt, open_run
 from pipelines.tracking.sync import LedgerSync
 from pipelines.turning_points import resolve
@@ -82,16 +95,23 @@ def experiment(
     # A scheduled flow runs without the CLI.
     reach_loopback_directly()
     to_terminal()
-    params = read_params(params_file, overrides or ())
+    with running(flow_run.id or uuid.uuid4().hex):
+        end_dead_runs()
+        return _experiment(read_params(params_file, overrides or ()), reports)
+
+
+def _experiment(params: Params, reports: str | None) -> State | None:
     if reports is None:
         check_data_is_locked(DataPaths.of(params).store)
     check_scorable(params)
+    listed = jobs(resolve(params))
+    check_tracking(listed[0])
     # The driver scores and draws beside running settings.
     torch.set_num_threads(params.cluster.threads)
     results: list[Result] = []
     failures: dict[str, str] = {}
     with cluster(params.cluster) as slots:
-        futures, listed = {}, jobs(resolve(params))
+        futures = {}
         # The longest first, so that none runs on alone.
         for job in sorted(listed, key=_length, reverse=True):
             # As many at a time as there are slots; after Ctrl-C, which is heard here, none begins any more.
@@ -120,21 +140,32 @@ def _length(job: Job) -> float:
 
 @task(task_run_name="{job.name}", cache_policy=NO_CACHE)
 def run_setting(job: Job, slots: Slots) -> Result:
-    """One setting from training to registration."""
-    try:
-        train(job, slots)
-        sample(job, slots)
-        record = score(job)
-    except BaseException:
-        # As well as MLflow answers: it is no reason to fail differently.
-        with contextlib.suppress(Exception):
-            tracked(job).set_status("FAILED")
-        raise
-    try:
-        register(job, record)
-    except TrackingUnavailable as unavailable:
-        return Result(job, record, problem=str(unavailable))
+    """One setting from training to registration, in one process at a time: who comes second finds it finished."""
+    with locked(job.folder / f"{job.sampling_hash}.lock"):
+        try:
+            train(job, slots)
+            sample(job, slots)
+            record = score(job)
+        except BaseException:
+            # As well as MLflow answers: it is no reason to fail differently.
+            with contextlib.suppress(Exception):
+                tracked(job).set_status("FAILED")
+            raise
+        try:
+            register(job, record)
+        except Exception as error:  # Whatever happens to tracking costs neither the score nor the report.
+            return Result(job, record, problem=_said(error, job.folder))
     return Result(job, record)
+
+
+def _said(error: Exception, folder: Path) -> str:
+    """Why MLflow does not have what lies in a folder."""
+    return str(error if isinstance(error, TrackingUnavailable) else unavailable(tracking_address(), folder, error))
+
+
+def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Whether another attempt may succeed."""
+    return isinstance(state.data, Exception) and is_temporary(state.data)
 
 
 @task(task_run_name="train {job.name}", cache_policy=NO_CACHE)
@@ -147,14 +178,21 @@ def train(job: Job, slots: Slots) -> None:
             run.set_status("RUNNING")
         return run
 
-    sync = LedgerSync(connect(), job.folder, begin).start()
-    try:
-        train_job(job, description(job), slots)
-    finally:
+    with contextlib.ExitStack() as stack:
         try:
-            sync.close(timeout=5)
-        except TrackingUnavailable as unavailable:
-            get_run_logger().warning("%s", unavailable)
+            sync = LedgerSync(connect(), job.folder, begin).start()
+        except (TrackingUnavailable, UserError) as problem:
+            get_run_logger().warning("%s", _said(problem, job.folder))
+        else:
+            stack.callback(_close, sync, job.folder)
+        train_job(job, description(job), slots)
+
+
+def _close(sync: LedgerSync, folder: Path) -> None:
+    try:
+        sync.close(timeout=5)
+    except (TrackingUnavailable, UserError) as problem:
+        get_run_logger().warning("%s", _said(problem, folder))
 
 
 @task(task_run_name="sample {job.name}", cache_policy=NO_CACHE)
@@ -170,7 +208,13 @@ def score(job: Job) -> ScoreRecord:
     return score_job(job)
 
 
-@task(task_run_name="register {job.name}", cache_policy=NO_CACHE, retries=3, retry_delay_seconds=exponential_backoff(5))
+@task(
+    task_run_name="register {job.name}",
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=exponential_backoff(5),
+    retry_condition_fn=_may_pass,
+)
 def register(job: Job, record: ScoreRecord) -> None:
     """Put everything about a trained setting into MLflow: what is missing of its metrics, scores, pictures, model."""
     client = connect()
@@ -212,8 +256,10 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
         create_image_artifact(data_url(draw_process(result.job)), key=f"process-{key}-{name}")
     try:
         _compare_in_mlflow(results, rows, report)
-    except TrackingUnavailable as unavailable:
-        return str(unavailable)
+    except Exception as error:
+        if not isinstance(error, (TrackingUnavailable, UserError)):
+            get_run_logger().exception("comparison in MLflow")
+        return _said(error, folder)
     return ""
 
 

@@ -85,14 +85,18 @@ def _choice(params: Params, setting: SettingParams, metadata: StoreMetadata) -> 
 
 def _choose(params: Params, setting: SettingParams, run: Run, metadata: StoreMetadata) -> tuple[Plan, str]:
     # Imports MLflow, which takes seconds.
+    from pipelines.tracking.connection import NoAnswer
     from pipelines.tracking.history import trained_settings
 
     std = band_std(metadata)
-    trained = trained_settings(params, run, metadata.digest)
+    where = "by the planner alone, as MLflow holds no trained settings like it"
+    try:
+        trained = trained_settings(params, run, metadata.digest)
+    except NoAnswer:
+        trained, where = [], "by the planner alone, as MLflow did not answer"
     covered = [entry.turning_points[0] for entry in trained if entry.process == run.process and entry.turning_points]
     points = sorted({*candidate_points(run.schedule.timesteps), *covered})
     plans = search(Planner(run, std, points), most_levels(run, len(std)), points)
-    where = "by the planner alone, as MLflow holds no trained settings like it"
     if covered:
         low, high = min(covered), max(covered)
         plans = [entry for entry in plans if not entry.turning_points or low <= entry.turning_points[0] <= high]

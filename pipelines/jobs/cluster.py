@@ -91,24 +91,27 @@ def cluster(params: ClusterParams) -> Iterator[Slots]:
             "include_dashboard": False,
             "object_store_memory": 200 * 2**20,
         }
-    with contextlib.nullcontext() if address else private_folder() as folder, restored_interrupt():
+    with contextlib.nullcontext() if address else private_folder() as folder:
         if folder:
             variables["TMPDIR"] = sizes["_temp_dir"] = str(folder)
+        with restored_interrupt():
+            try:
+                ray.init(
+                    address=address or "local",
+                    runtime_env={"env_vars": variables},
+                    # What workers have to say comes through their run's log file; see following.
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    **sizes,
+                )
+            except (ConnectionError, ValueError) as error:
+                raise UserError(
+                    f"RAY_ADDRESS: found no cluster at '{address}' ({error}); start it, or unset RAY_ADDRESS to run"
+                    " here."
+                ) from None
         try:
-            ray.init(
-                address=address or "local",
-                runtime_env={"env_vars": variables},
-                # What workers have to say comes through their run's log file; see following.
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                **sizes,
-            )
-        except (ConnectionError, ValueError) as error:
-            raise UserError(
-                f"RAY_ADDRESS: found no cluster at '{address}' ({error}); start it, or unset RAY_ADDRESS to run here."
-            ) from None
-        try:
-            yield Slots(_slots(params, ray.cluster_resources()))
+            with restored_interrupt():
+                yield Slots(_slots(params, ray.cluster_resources()))
         finally:
             ray.shutdown()
 
@@ -213,15 +216,16 @@ def _slots(params: ClusterParams, there: Mapping[str, float]) -> int:
 
 @contextlib.contextmanager
 def restored_interrupt() -> Iterator[None]:
-    """Give Ctrl-C its meaning back: Ray replaces the handler and leaves its own."""
+    """Give the signals that end a command their meaning back: Ray replaces handlers and leaves its own."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def on_workers(

@@ -1,40 +1,76 @@
-"""The connection to MLflow, and what happens while it is unavailable."""
+"""The connection to MLflow, and what happens while it is unavailable or where it can never work."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
+import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import mlflow.store.db.utils
 import requests
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import InvalidUrlException, MlflowException, RestException
+from sqlalchemy.exc import DBAPIError
 
 from dvdp.errors import UserError
 from dvdp.files import locked
+
+# A database that does not answer is asked three times rather than ten, which takes 100 s; its errors are ours to tell.
+mlflow.store.db.utils.MAX_RETRY_COUNT = 3
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+#: Errors that are bugs of ours, not states of MLflow.
+_BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
+#: What requests refuses before or after any server could answer.
+_WRONG_ADDRESS = (
+    InvalidUrlException,
+    requests.exceptions.InvalidSchema,
+    requests.exceptions.InvalidURL,
+    requests.exceptions.MissingSchema,
+    requests.exceptions.SSLError,
+    requests.exceptions.TooManyRedirects,
+)
+#: What databases say of troubles that pass.
+_PASSING = re.compile(
+    "locked|refused|timed? ?out|could not (connect|receive|translate)|can't connect|lost connection|gone away|closed"
+    "|reset|starting up|shutting down|too many",
+    re.IGNORECASE,
+)
 
 
 class TrackingUnavailable(RuntimeError):  # noqa: N818 - a state of affairs, not a mistake
     """MLflow could not be reached, or did not take something. Nothing is lost: see the text."""
 
+    def __init__(self, text: str, temporary: bool = True) -> None:
+        super().__init__(text)
+        self.temporary = temporary
+        """Whether it may work the next time with nothing changed."""
+
+
+class NoAnswer(UserError):  # noqa: N818 - as above
+    """A command needs what MLflow holds, and it does not answer now."""
+
 
 @contextlib.contextmanager
 def reaching(client: MlflowClient, folder: Path) -> Iterator[None]:
-    """Raise :class:`TrackingUnavailable` for a server that does not answer; other errors stay as they are.
+    """Raise :class:`TrackingUnavailable` for whatever MLflow does not take; UserError and bugs stay as they are.
 
     Args:
         folder: where all that the block would log lies, for the text.
     """
     try:
         yield
+    except (TrackingUnavailable, UserError, *_BUGS):
+        raise
     except Exception as error:
-        if not _is_unavailable(error):
-            raise
-        raise _unavailable(client, folder, error) from error
+        raise unavailable(client.tracking_uri, folder, error) from error
 
 
 def there_is_a_store() -> bool:
@@ -51,8 +87,14 @@ def answering(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except TrackingUnavailable:
-        raise UserError(
+    except TrackingUnavailable as error:
+        cause = error.__cause__
+        if isinstance(cause, Exception) and not error.temporary:
+            raise UserError(
+                f"MLflow: found that it cannot be read ({_reason(cause)}), expected a store which {what};"
+                f" {_remedy(cause)}."
+            ) from None
+        raise NoAnswer(
             f"MLFLOW_TRACKING_URI: found no answer from MLflow there, which {what}, expected a server that runs; start"
             " it, or unset the variable to use mlflow.db here."
         ) from None
@@ -61,9 +103,10 @@ def answering(what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[MlflowClient]:
     """A client to read with; raises UserError as :func:`answering` does."""
-    client = connect()
-    with answering(what), reaching(client, Path()):
-        yield client
+    with answering(what):
+        client = connect()
+        with usable(client.tracking_uri):
+            yield client
 
 
 def connect(project: Path | str = ".") -> MlflowClient:
@@ -73,21 +116,61 @@ def connect(project: Path | str = ".") -> MlflowClient:
     one process at a time, as MLflow cannot do that in several at once.
 
     Raises:
-        UserError: MLFLOW_TRACKING_URI is of a kind that MLflow refuses.
+        UserError: the address or the database there can never work.
+        TrackingUnavailable: the database does not answer, or is locked.
     """
-    address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(project).resolve() / 'mlflow.db'}"
+    address = tracking_address(project)
+    _check_address(address)
     database = _sqlite_file(address)
-    if database is None:
-        if not re.match(r"[a-z+]+://", address) or address.startswith("file:"):
-            raise UserError(
-                f"MLFLOW_TRACKING_URI: found '{address}', expected the address of a server (http://...) or a"
-                " database (sqlite:///...), as MLflow keeps no plain folders; unset it to use mlflow.db here."
-            )
-        return MlflowClient(address)
-    database.parent.mkdir(parents=True, exist_ok=True)
-    address = f"sqlite:///{database}"
-    with locked(_lock_of(address)):
-        return MlflowClient(address)
+    with usable(address):
+        if database is None:
+            return MlflowClient(address)
+        database.parent.mkdir(parents=True, exist_ok=True)
+        # MLflow would try for minutes what can never be opened, and its lock for ever.
+        with contextlib.closing(sqlite3.connect(database, timeout=20, isolation_level=None)) as there:
+            there.execute("BEGIN IMMEDIATE")
+        address = f"sqlite:///{database}"
+        with locked(_lock_of(address)):
+            return MlflowClient(address)
+
+
+def tracking_address(project: Path | str = ".") -> str:
+    """Where :func:`connect` leads."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(project).resolve() / 'mlflow.db'}"
+
+
+@contextlib.contextmanager
+def usable(address: str) -> Iterator[None]:
+    """Raise UserError for what can never work, and :class:`TrackingUnavailable` for what may work later."""
+    try:
+        yield
+    except (TrackingUnavailable, UserError, *_BUGS):
+        raise
+    except Exception as error:
+        if is_temporary(error):
+            raise unavailable(address, Path(), error) from error
+        raise UserError(
+            f"MLflow: found that it cannot be used at {_public(address)} ({_reason(error)}), expected a server or a"
+            f" database that takes runs; {_remedy(error)}, or name another with MLFLOW_TRACKING_URI."
+        ) from error
+
+
+def find_or_create(
+    client: MlflowClient, find: Callable[[], str | None], create: Callable[[], str], delete: Callable[[str], object]
+) -> str:
+    """The identifier of what there is, or else of what is created: one operation for all processes of this machine.
+
+    A process of another machine may create the same at once: both look again and take what ``find`` puts first, and
+    whose it is not deletes its own.
+    """
+    with locked(_lock_of(client.tracking_uri)):
+        found = find()
+        if found is None:
+            made = create()
+            found = find() or made
+            if found != made:
+                delete(made)
+    return found
 
 
 def _lock_of(address: str) -> Path:
@@ -98,25 +181,84 @@ def _lock_of(address: str) -> Path:
     return database.with_name(f"{database.name}.lock") if database else shared
 
 
+def _check_address(address: str) -> None:
+    try:
+        parts = urlsplit(address)
+        whole = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port or an IPv6 address that is none
+        whole = False
+    scheme = re.match("[a-z0-9+.-]+(?=://)", address, re.IGNORECASE)
+    kind = scheme[0].lower() if scheme else "file"
+    wrong = not whole if kind in ("http", "https") else kind == "sqlite" and not address.startswith("sqlite:///")
+    if wrong or kind == "file" or address == "sqlite:///":
+        raise UserError(
+            f"MLFLOW_TRACKING_URI: found '{_public(address)}', expected the address of a server (http://...) or a"
+            " database (sqlite:///...), as MLflow keeps no plain folders; unset it to use mlflow.db here."
+        )
+
+
 def _sqlite_file(address: str) -> Path | None:
     return Path(address.removeprefix("sqlite:///")).resolve() if address.startswith("sqlite:///") else None
 
 
-def _is_unavailable(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, requests.RequestException):
-            return True
-        if isinstance(error, MlflowException) and error.get_http_status_code() in (429, 500, 502, 503, 504):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _unavailable(client: MlflowClient, folder: Path, error: Exception) -> TrackingUnavailable:
-    return TrackingUnavailable(
-        f"tracking: MLflow at {_public(client.tracking_uri)} did not take everything ({_reason(error)}); it is all in"
-        f" {folder}, and running the same command again replays it."
+def is_temporary(error: BaseException) -> bool:
+    """Whether the same call may succeed later with nothing changed: a dead or busy server, a locked database."""
+    if isinstance(error, TrackingUnavailable):
+        return error.temporary
+    chain = list(_chain(error))
+    for one in chain:
+        if isinstance(one, _WRONG_ADDRESS):
+            return False
+        if isinstance(one, (DBAPIError, sqlite3.Error)):
+            return bool(_PASSING.search(str(one)))
+    if any(isinstance(one, (requests.RequestException, ConnectionError, TimeoutError)) for one in chain):
+        return True
+    answered = [one for one in chain if isinstance(one, MlflowException)]
+    # MLflow's client gives its own refusals the code of an internal error.
+    ours = ("INTERNAL_ERROR", "INVALID_STATE", "DATA_LOSS")
+    return any(
+        one.get_http_status_code() in (429, 500, 502, 503, 504)
+        and (isinstance(one, RestException) or one.error_code not in ours)
+        for one in answered
     )
+
+
+def unavailable(address: str, folder: Path, error: Exception) -> TrackingUnavailable:
+    """What to say of an error, and whether the same command alone helps."""
+    where, start = f"it is all in {folder}", f"tracking: MLflow at {_public(address)} did not take everything"
+    if is_temporary(error):
+        text = f"{start} ({_reason(error)}); {where}, and running the same command again replays it."
+        return TrackingUnavailable(text)
+    if isinstance(error, UserError):
+        text = f"{str(error).rstrip('.')}; {where}, to be replayed by the same command after that."
+    else:
+        text = f"{start} ({_reason(error)}); {where}: {_remedy(error)}, and then the same command replays it."
+    return TrackingUnavailable(text, temporary=False)
+
+
+def _remedy(error: Exception) -> str:
+    text = " ".join(map(str, _chain(error)))
+    codes = {one.get_http_status_code() for one in _chain(error) if isinstance(one, MlflowException)}
+    if "database schema" in text or "Can't locate revision" in text:
+        return (
+            f"where an older MLflow than {mlflow.__version__} wrote it, back it up and run `mlflow db upgrade` with the"
+            " address; where a newer one did, install that"
+        )
+    if isinstance(error, ModuleNotFoundError):
+        return "install what it names"
+    if "not a database" in text or "malformed" in text:
+        return "restore the file from a copy, or move it away to start a new one"
+    if codes & {401, 403}:
+        return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of who may write"
+    if 404 in codes:
+        return "correct its path"
+    return "put that right"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _reason(error: Exception) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +21,12 @@ from dvdp.training.loop import is_finished
 from pipelines.jobs.job import Job
 from pipelines.jobs.paths import DataPaths
 from pipelines.provenance import provenance
-from pipelines.tracking.connection import connect
-from pipelines.tracking.registry import read_weights
+from pipelines.tracking.connection import TrackingUnavailable, connect, usable
+from pipelines.tracking.registry import create_registered_model, read_weights
 from pipelines.tracking.runs import (
     DATASET,
     DATASET_DIGEST,
+    FLOW_RUN,
     PARAMS_DIGEST,
     SAMPLING_HASH,
     SEED,
@@ -31,6 +36,45 @@ from pipelines.tracking.runs import (
     TrackedRun,
     open_run,
 )
+
+logger = logging.getLogger("dvdp.tracking")
+
+
+def check_tracking(job: Job) -> None:
+    """Try all that tracking will be asked for, on the run of a job that is about to begin.
+
+    A server that does not answer is no reason to stop: what it would hold waits on disk.
+
+    Raises:
+        UserError: MLflow can never take the run, as things stand.
+    """
+    try:
+        client = connect()
+        with usable(client.tracking_uri), _impatient():
+            run = tracked(job)
+            run.log_json("params.json", job.params.describe())
+            client.search_logged_models([run.experiment_id], max_results=1)
+            create_registered_model(client, model_name(job.params))
+            state = client.get_run(run.run_id)
+            if state.info.status == "RUNNING" and not state.data.tags.get(FLOW_RUN):
+                # It does not run yet; should the command end before the flow begins, nothing else would say so.
+                client.update_run(run.run_id, status="SCHEDULED")
+    except TrackingUnavailable:
+        logger.warning("MLflow does not answer now; the run goes on, and what it would log waits on disk")
+
+
+@contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    """Let calls of MLflow fail within seconds while the block runs."""
+    ours = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    before = {name: os.environ[name] for name in ours if name in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def tracked(job: Job) -> TrackedRun:

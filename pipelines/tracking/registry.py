@@ -40,6 +40,7 @@ from dvdp.config import Run, SamplingParams
 from dvdp.errors import UserError
 from dvdp.evaluation.records import ScoreRecord, score_differences
 from dvdp.models.export import KIND
+from pipelines.tracking.connection import find_or_create
 from pipelines.tracking.runs import TRAINING_HASH, TrackedRun
 
 CHAMPION = "champion"
@@ -88,14 +89,33 @@ def register(
     tags = {**tags, WEIGHTS_DIGEST: digest}
     if record is not None:
         tags |= _score_tags(record)
-    found = _find_version(client, name, tags[TRAINING_HASH], digest)
-    if found is None:
+    create_registered_model(client, name)
+
+    def find() -> str | None:
+        return _find_version(client, name, tags[TRAINING_HASH], digest)
+
+    number = find()
+    if number is None:
         model = _logged_model(run, weights, Run.from_description(about["run"]).sampling, tags, step)
-        found = _create_version(run, name, model, tags)
+
+        def create() -> str:
+            return _create_version(run, name, model, tags)
+
+        number = find_or_create(client, find, create, lambda made: client.delete_model_version(name, made))
+    found = client.get_model_version(name, number)
     for key, value in tags.items():
         if found.tags.get(key) != value:
-            client.set_model_version_tag(name, found.version, key, value)
-    return client.get_model_version(name, found.version)
+            client.set_model_version_tag(name, number, key, value)
+    return client.get_model_version(name, number)
+
+
+def create_registered_model(client: MlflowClient, name: str) -> None:
+    """Versions need one; where it is there already, nothing changes."""
+    try:
+        client.create_registered_model(name, description="Draws images; input: count, seed, solver, steps, label.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 @dataclass(frozen=True)
@@ -188,12 +208,11 @@ def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
             return found
 
 
-def _find_version(client: MlflowClient, name: str, training_hash: str, digest: str) -> ModelVersion | None:
-    wanted = {TRAINING_HASH: training_hash, WEIGHTS_DIGEST: digest}
-    for version in _versions(client, name):
-        if wanted.items() <= version.tags.items():
-            return version
-    return None
+def _find_version(client: MlflowClient, name: str, training_hash: str, digest: str) -> str | None:
+    """The number of the first version of a training with these weights."""
+    wanted = {TRAINING_HASH: training_hash, WEIGHTS_DIGEST: digest}.items()
+    numbers = [int(version.version) for version in _versions(client, name) if wanted <= version.tags.items()]
+    return str(min(numbers)) if numbers else None
 
 
 def _logged_model(
@@ -202,13 +221,19 @@ def _logged_model(
     """The run's model in MLflow: found, completed where uploading was cut short, or created."""
     client = run.client
     query = f"source_run_id = '{run.run_id}' AND tags.`{WEIGHTS_DIGEST}` = '{tags[WEIGHTS_DIGEST]}'"
-    found = client.search_logged_models([run.experiment_id], query, max_results=1)
-    if found:
-        model = found[0]
-    else:
-        model = client.create_logged_model(
+    order = [{"field_name": "creation_timestamp", "ascending": True}]
+
+    def find() -> str | None:
+        found = client.search_logged_models([run.experiment_id], query, max_results=1, order_by=order)
+        return str(found[0].model_id) if found else None
+
+    def create() -> str:
+        made = client.create_logged_model(
             run.experiment_id, name="dvdp", source_run_id=run.run_id, tags=dict(tags), model_type="image generation"
         )
+        return str(made.model_id)
+
+    model = client.get_logged_model(find_or_create(client, find, create, client.delete_logged_model))
     known = client.get_run(run.run_id).outputs
     if model.model_id not in [output.model_id for output in (known.model_outputs if known else [])]:
         client.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, step)])
@@ -236,20 +261,15 @@ def _logged_model(
     return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
 
-def _create_version(run: TrackedRun, name: str, model: LoggedModel, tags: Mapping[str, str]) -> ModelVersion:
+def _create_version(run: TrackedRun, name: str, model: LoggedModel, tags: Mapping[str, str]) -> str:
     client = run.client
-    try:
-        client.create_registered_model(name, description="Draws images; input: count, seed, solver, steps, label.")
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
     version = client.create_model_version(
         name, model.artifact_location, run.run_id, tags=dict(tags), model_id=model.model_id
     )
     # How MLflow's page of the logged model finds its versions.
     link = json.dumps([{"name": name, "version": version.version}])
     client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})
-    return version
+    return str(version.version)
 
 
 def read_weights(weights: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

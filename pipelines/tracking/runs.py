@@ -9,12 +9,13 @@ comparison's description, which older comparisons keep.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, compress
 from pathlib import Path
@@ -33,7 +34,7 @@ from PIL import Image
 from dvdp.errors import UserError
 from dvdp.files import locked
 from dvdp.text import utf8
-from pipelines.tracking.connection import _lock_of, _sqlite_file
+from pipelines.tracking.connection import _lock_of, _public, _sqlite_file, find_or_create
 
 logger = logging.getLogger("dvdp.tracking")
 #: Tags that runs are found by.
@@ -46,6 +47,8 @@ EVALUATION_OF = "dvdp.evaluation_of"
 DATASET = "dvdp.dataset"
 DATASET_DIGEST = "dvdp.dataset_digest"
 PARAMS_DIGEST = "dvdp.params_digest"
+#: Tag of a run that is or was at work: Prefect's flow run.
+FLOW_RUN = "dvdp.flow_run"
 SETTING = "dvdp.setting"
 SEED = "dvdp.seed"
 TURNING_POINTS = "dvdp.turning_points"
@@ -55,6 +58,8 @@ _MAX_PARAM = 6000
 _MAX_TAG = 8000
 _MAX_DIGEST = 36
 Status = Literal["RUNNING", "FINISHED", "FAILED"]
+#: The flow run of this process; threads of Ray and Prefect see it too.
+_flow_run = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class TrackedRun:
     def set_status(self, status: Status) -> None:
         """RUNNING when work goes on, then FINISHED or FAILED."""
         if status == "RUNNING":
+            self.set_tags({FLOW_RUN: _flow_run})
             self.client.update_run(self.run_id, status=status)
         elif self.client.get_run(self.run_id).info.status != status:
             # Not again: that would move its end.
@@ -98,13 +104,14 @@ class TrackedRun:
         """Metrics outside the ledger, e.g. scores; a value that differs from the newest at this step is added."""
         now = time.time_ns() // 1_000_000
         changed = []
-        for key, value in values.items():
-            past = [entry for entry in self.client.get_metric_history(self.run_id, key) if entry.step == step]
-            newest = max(past, key=lambda entry: entry.timestamp, default=None)
-            if newest is None or not (newest.value == value or (math.isnan(newest.value) and math.isnan(value))):
-                changed.append(Metric(key, value, now, step))
-        for part in _parts(changed, _BATCH["metrics"]):
-            self.client.log_batch(self.run_id, metrics=part, synchronous=True)
+        with locked(_lock_of(self.client.tracking_uri)):
+            for key, value in values.items():
+                past = [entry for entry in self.client.get_metric_history(self.run_id, key) if entry.step == step]
+                newest = max(past, key=lambda entry: entry.timestamp, default=None)
+                if newest is None or not (newest.value == value or (math.isnan(newest.value) and math.isnan(value))):
+                    changed.append(Metric(key, value, now, step))
+            for part in _parts(changed, _BATCH["metrics"]):
+                self.client.log_batch(self.run_id, metrics=part, synchronous=True)
 
     def log_dataset(self, name: str, digest: str, sample: np.ndarray, context: str = "training") -> None:
         """Tie the run to its data set.
@@ -161,17 +168,38 @@ def open_run(client: MlflowClient, experiment: str, key: str, value: str, name: 
     Raises:
         UserError: the experiment was deleted in MLflow.
     """
-    with locked(_lock_of(client.tracking_uri)):
-        experiment_id = _experiment(client, experiment)
+    experiment_id = _experiment(client, experiment)
+
+    def find() -> str | None:
         # Should there be several, made from several machines at once, everybody takes the same.
         order = ["attributes.start_time ASC", "attributes.run_id ASC"]
         found = client.search_runs([experiment_id], f"tags.`{key}` = '{value}'", order_by=order, max_results=1)
-        if found:
-            run = found[0]
-        else:
-            tags = {key: value, mlflow_tags.MLFLOW_SOURCE_NAME: "dvdp"}
-            run = client.create_run(experiment_id, tags=tags, run_name=name)
-    return TrackedRun(client, run.info.run_id, experiment_id)
+        return str(found[0].info.run_id) if found else None
+
+    def create() -> str:
+        tags = {key: value, mlflow_tags.MLFLOW_SOURCE_NAME: "dvdp", FLOW_RUN: _flow_run}
+        return str(client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
+
+    return TrackedRun(client, find_or_create(client, find, create, client.delete_run), experiment_id)
+
+
+@contextlib.contextmanager
+def of_flow_run(flow_run: str) -> Iterator[None]:
+    """Runs that begin while the block lasts carry the flow run's id."""
+    global _flow_run
+    _flow_run = flow_run
+    try:
+        yield
+    finally:
+        _flow_run = ""
+
+
+def kill_runs_of(client: MlflowClient, flow_run: str) -> None:
+    """What a flow run that is dead has left RUNNING becomes KILLED."""
+    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+    query = f"tags.`{FLOW_RUN}` = '{flow_run}' and attributes.status = 'RUNNING'"
+    for run in client.search_runs(everywhere, query) if everywhere else ():
+        client.set_terminated(run.info.run_id, "KILLED")
 
 
 def adopt(parent: TrackedRun, children: Mapping[str, TrackedRun], summary: str = "") -> None:
@@ -214,24 +242,26 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _experiment(client: MlflowClient, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        # A server knows where its artifacts go; beside a sqlite file they go next to it, not into the current folder.
-        database = _sqlite_file(client.tracking_uri)
-        location = None if database is None else (database.parent / "mlartifacts").as_uri()
-        try:
+    with locked(_lock_of(client.tracking_uri)):
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            # A server knows where its artifacts go; beside a sqlite file they go next to it, not into this folder.
+            database = _sqlite_file(client.tracking_uri)
+            location = None if database is None else (database.parent / "mlartifacts").as_uri()
             # Without this tag MLflow's page asks what kind of experiment it is.
             kind = {"mlflow.experimentKind": "custom_model_development"}
-            return client.create_experiment(name, artifact_location=location, tags=kind)
-        except MlflowException as error:
-            # Another process was faster, or something is wrong.
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise error from None
+            try:
+                return str(client.create_experiment(name, artifact_location=location, tags=kind))
+            except MlflowException as error:
+                # A process of another machine was faster, or something is wrong.
+                found = client.get_experiment_by_name(name)
+                if found is None:
+                    raise error from None
     if found.lifecycle_stage != "active":
         raise UserError(
             f"tracking.experiment: found '{name}' deleted in MLflow, expected an active one; restore it with"
-            f" `mlflow experiments restore --experiment-id {found.experiment_id}` or take another name."
+            f" `MLFLOW_TRACKING_URI={_public(client.tracking_uri)} mlflow experiments restore --experiment-id"
+            f" {found.experiment_id}` or take another name."
         )
     return str(found.experiment_id)
 

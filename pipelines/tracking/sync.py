@@ -16,7 +16,7 @@ from PIL import Image
 
 from dvdp.errors import UserError
 from dvdp.training import ledger
-from pipelines.tracking.connection import TrackingUnavailable, _reason, _unavailable
+from pipelines.tracking.connection import TrackingUnavailable, _reason, is_temporary, unavailable
 from pipelines.tracking.runs import _BATCH, TrackedRun, _parts
 
 logger = logging.getLogger("dvdp.tracking")
@@ -29,7 +29,8 @@ class LedgerSync:
 
     For each metric and step MLflow gets one value, the first that was carried over, whatever happens to the driver,
     the workers, the ledger (which a resumed training shortens) or the server: what MLflow has is read at the start
-    and after every call that failed, as that may have half happened. An unavailable server is tried again for ever.
+    and after every call that failed, as that may have half happened. An unavailable server is tried again for ever,
+    but at the end what can never work is not.
 
     As a context manager it starts, and closes at the end of the block; if the block raised, that is the error raised.
 
@@ -70,7 +71,7 @@ class LedgerSync:
             timeout: seconds to go on trying while MLflow is unavailable.
 
         Raises:
-            TrackingUnavailable: it still is.
+            TrackingUnavailable: it still is, or does not take what it is given.
             UserError: what ``find`` raised.
         """
         self._deadline = time.monotonic() + timeout
@@ -79,7 +80,7 @@ class LedgerSync:
         if isinstance(self._problem, UserError):
             raise self._problem
         if self._problem is not None:
-            raise _unavailable(self._client, self._folder, self._problem) from self._problem
+            raise unavailable(self._client.tracking_uri, self._folder, self._problem) from self._problem
 
     def __enter__(self) -> LedgerSync:
         return self.start()
@@ -97,13 +98,14 @@ class LedgerSync:
         pause = 0.0
         while True:
             closing = self._closing.wait(pause)
+            fresh = self._run is None  # Otherwise it may be the run that was deleted, and another is found.
             if self._attempt():
                 if closing:
                     return
                 pause = self._interval
             elif not closing:
                 pause = min(max(2 * pause, self._interval), _MAX_PAUSE)
-            elif time.monotonic() >= self._deadline:
+            elif time.monotonic() >= self._deadline or (fresh and self._problem and not is_temporary(self._problem)):
                 return
             else:
                 time.sleep(0.5)

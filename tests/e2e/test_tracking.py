@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 
 from dvdp.training import ledger
 from pipelines.addresses import healthy
+from pipelines.tracking.connection import connect
 from tests.e2e.support import Project, end, sentence, tracked_once, wait_until
 from tests.tracking.support import free_port
 
@@ -71,6 +72,52 @@ def test_an_experiment_without_its_server_is_replayed_later_and_not_trained_agai
         tracked_once(here, "dvdp-600", address)
         assert len(models(address)) == 1
     assert files(here) == before
+
+
+def test_a_deleted_experiment_stops_before_work_and_later_costs_neither_score_nor_report(
+    project: Callable[..., Project],
+) -> None:
+    here = project(**ONE, training={"images": 1600})
+    client = connect(here.folder)
+    experiment = client.create_experiment("dvdp")
+    client.delete_experiment(experiment)
+    said = sentence(here.run(*COMMAND, status=2).stderr)
+    assert said.startswith("tracking.experiment: found 'dvdp' deleted in MLflow, expected an active one; restore it")
+    assert not (here.folder / "runs").exists()
+
+    client.restore_experiment(experiment)
+    process = here.start(*COMMAND)
+    wait_until(here.runs, process)
+    client.delete_experiment(experiment)
+    said = sentence(here.finish(process, status=1))
+    assert said.startswith("tracking.experiment: found 'dvdp' deleted in MLflow, expected an active one; restore it")
+    assert said.endswith("it is all in reports, to be replayed by the same command after that.")
+    assert (here.folder / "reports" / "index.html").is_file()
+    before = files(here)
+
+    client.restore_experiment(experiment)
+    here.run(*COMMAND)
+    tracked_once(here, "dvdp-600")
+    assert files(here) == before
+
+
+def test_two_first_experiments_at_once_register_every_run_once(project: Callable[..., Project]) -> None:
+    here = project(**ONE, training={"images": 1600})
+    both = [here.start(*COMMAND, log=f"{number}.log") for number in (1, 2)]
+    for number, process in enumerate(both, start=1):
+        here.finish(process, log=f"{number}.log")
+    tracked_once(here, "dvdp-600")
+    client = connect(here.folder)
+    assert len(models(client.tracking_uri)) == 1
+    (experiment,) = (found for found in client.search_experiments() if found.name == "dvdp")
+    assert len(client.search_logged_models([experiment.experiment_id])) == 1
+    # The run and the comparison.
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 2
+    for run in runs:
+        for name in run.data.metrics:
+            steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
+            assert len(steps) == len(set(steps)), name
 
 
 def models(address: str) -> list[str]:

@@ -202,6 +202,54 @@ run_deployment("long/test", timeout=0)
 """
 
 
+LIMITED = """
+import sys
+from prefect import flow
+from prefect.deployments import run_deployment
+long = flow.from_source(source=sys.argv[1], entrypoint="flows.py:long")
+long.deploy(
+    name="test", work_pool_name="dvdp", build=False, push=False, print_next_steps=False, concurrency_limit=1
+)
+print(run_deployment("long/test", timeout=0).id)
+"""
+STATE = """
+import sys
+from prefect.client.orchestration import get_client
+with get_client(sync_client=True) as client:
+    print(client.read_flow_run(sys.argv[1]).state_type.value)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_after_a_reboot_the_dead_scheduled_run_gives_back_its_slot(tmp_path: Path) -> None:
+    ports = free_port(), free_port()
+    home = {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    (tmp_path / "flows.py").write_text(FLOW)
+
+    def run(script: str, argument: str) -> str:
+        environment = {**os.environ, **services_environment(tmp_path, timeout=20), **home}
+        command = [sys.executable, "-c", script, argument]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()[-1]
+
+    try:
+        services.up(tmp_path, *ports)
+        dead = run(LIMITED, str(tmp_path))
+        wait_until((tmp_path / "flow.json").exists, 120)
+        for process in services.service_processes(str(tmp_path / ".services")):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        wait_until(lambda: not services.service_processes(str(tmp_path / ".services")), 20)
+        (tmp_path / "flow.json").unlink()
+
+        services.up(tmp_path, *ports)
+        assert run(STATE, dead) == "CRASHED"
+        run(LIMITED, str(tmp_path))
+        wait_until((tmp_path / "flow.json").exists, 120)
+    finally:
+        services.down(tmp_path)
+
+
 @pytest.mark.slow
 def test_a_failed_start_is_one_sentence_and_ends_what_was_started(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

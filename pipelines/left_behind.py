@@ -1,0 +1,106 @@
+"""What experiments leave behind that were killed, and its end at the next start.
+
+Whatever ends a process, a reboot included, the system drops its locks. A flow run holds ``.services/running/<id>.lock``
+while it lasts, its runs in MLflow carry the id as a tag, and what the command starts carries its process in the
+environment. What nobody holds any more is dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID
+
+import psutil
+
+from dvdp.files import locked
+
+logger = logging.getLogger("dvdp.left_behind")
+
+RUNNING = Path(".services/running")
+#: In the environment of all that a command starts: the command's process, and when and where it began.
+MARK = "DVDP_STARTED_BY"
+
+
+def mark_children() -> None:
+    """Let whatever this process starts be known as its own."""
+    os.environ[MARK] = " ".join([*_process(psutil.Process()), str(Path.cwd())])
+
+
+def end_orphans() -> None:
+    """Kill what a command of this folder has started that has ended itself, e.g. Prefect's temporary server."""
+    alive = {_process(process) for process in psutil.process_iter()}
+    for process in psutil.process_iter(["environ"]):
+        # No environment can be read of other users' processes and of zombies.
+        mark = (process.info["environ"] or {}).get(MARK, "").split(" ", 2)
+        if len(mark) == 3 and mark[2] == str(Path.cwd()) and (mark[0], mark[1]) not in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def _process(process: psutil.Process) -> tuple[str, str]:
+    """Two processes with the same number began at different times."""
+    with contextlib.suppress(psutil.Error):
+        return str(process.pid), f"{process.create_time():.1f}"
+    return "", ""
+
+
+@contextlib.contextmanager
+def running(flow_run: str) -> Iterator[None]:
+    """Hold the lock of a flow run, and let its runs in MLflow carry its id, while the block lasts."""
+    from pipelines.tracking.runs import of_flow_run
+
+    file = RUNNING / f"{flow_run}.lock"
+    with locked(file), of_flow_run(flow_run):
+        try:
+            yield
+        except Exception:  # Not so a signal: what it leaves behind is ended by the next start.
+            file.unlink(missing_ok=True)
+            raise
+        file.unlink(missing_ok=True)
+
+
+def end_dead_runs() -> None:
+    """Let flow runs whose process is gone end as crashed, which frees their slots, and their runs in MLflow as killed.
+
+    Needs a Prefect server. What does not answer now is tried again by the next start.
+    """
+    for file in RUNNING.glob("*.lock"):
+        with locked(file, patience=0) as free:
+            if not free:
+                continue
+            try:
+                crash([UUID(file.stem)])
+                kill_in_mlflow(file.stem)
+            except Exception as error:  # It is no reason not to start.
+                logger.warning("flow run %s was killed, and cannot be ended now (%s)", file.stem, error)
+                return
+            file.unlink(missing_ok=True)
+
+
+def crash(flow_runs: list[UUID]) -> None:
+    """End flow runs that have no process; those that have ended, or are none of this server's, stay as they are."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+    from prefect.states import Crashed, State
+
+    with get_client(sync_client=True) as client:
+        for identifier in flow_runs:
+            with contextlib.suppress(ObjectNotFound):
+                state = client.read_flow_run(identifier).state
+                if state is not None and not state.is_final():
+                    ended: State[None] = Crashed(message="Its process was killed; the next run goes on from there.")
+                    client.set_flow_run_state(identifier, ended, force=True)
+                    logger.info("flow run %s was killed earlier, and is marked as crashed now", identifier)
+
+
+def kill_in_mlflow(flow_run: str) -> None:
+    """End the runs in MLflow that a flow run has left unfinished."""
+    from pipelines.tracking.connection import connect, there_is_a_store
+    from pipelines.tracking.runs import kill_runs_of
+
+    if there_is_a_store():
+        kill_runs_of(connect(), flow_run)
