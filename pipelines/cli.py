@@ -166,20 +166,18 @@ SEED = Option(None, help="One seed alone.")
 
 
 @app.command(rich_help_panel=PARAMS)
-def check(file: str = FILE, changes: list[str] = CHANGES) -> None:
-    """Read the params and say what each setting will cost; runs nothing."""
-    from dvdp.models.flops import mean_flops, relative_flops, training_images
-
+def check(
+    file: str = FILE,
+    changes: list[str] = CHANGES,
+    gpu: str | None = Option(None, metavar="NAME", help="On this GPU in place of this machine, such as A100-80GB."),
+    price: float | None = Option(None, min=0, help="Of an hour of one worker's device."),
+    trial: bool = Option(False, "--trial", help="Time a few steps of each setting on this machine, and keep that."),
+) -> None:
+    """Read the params and say what each setting will take, and what does not fit; trains nothing."""
     params = _read(file, changes)
-    for run in params.runs():
-        images = training_images(run)
-        print(
-            f"{run.setting} seed {run.seed}: {images:,} training images, {3 * images * mean_flops(run):.2e} FLOPs,"
-            f" {1 / relative_flops(run):.2f}x cheaper an image than DDPM"
-        )
-    for setting in params.settings:
-        if isinstance(setting.turning_points, str):
-            print(f"{setting.name}: its turning points are chosen once the data set is prepared, see `dvdp plan`")
+    from pipelines.commands.check import check
+
+    print(check(params, gpu, price, trial))
 
 
 @app.command("params", rich_help_panel=PARAMS)

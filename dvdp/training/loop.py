@@ -7,14 +7,14 @@ is a function of (run seed, step, rank), so an interrupted run goes on as if not
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import islice
+from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ from dvdp.models.unet import build_network
 from dvdp.training import checkpoints, ledger
 from dvdp.training.compilation import compile_network, explained
 from dvdp.training.ema import EMA
-from dvdp.training.estimate import estimate, peak_memory
+from dvdp.training.estimate import Estimate, median_seconds, peak_memory
 from dvdp.training.levels import level_counts, parts
+from dvdp.training.memory import run_bytes, worker_memory
 from dvdp.training.optimizer import build_optimizers, pack_optimizers, unpack_optimizers
 from dvdp.training.transfer import to_device
 
@@ -183,10 +184,10 @@ class Training:
         settings, folder = self.run.training, self.folder
         if seen:
             self._resume(seen)
+        else:
+            self._estimate()
         if self.rank == 0:
             ledger.truncate(folder / "metrics.jsonl", seen)
-            if seen == 0:
-                self._estimate()
         batches = self._batches(seen // settings.batch)
         batch = next(batches, None)
         clock, clocked = time.perf_counter(), seen
@@ -309,24 +310,45 @@ class Training:
         return F.mse_loss(output.float(), wanted)
 
     def _estimate(self) -> None:
-        settings, resolution = self.run.training, self.run.resolution
-        shares = self.process.schedule.shares()
-        trial = copy.deepcopy(self.network)
-        if settings.compile:
-            compile_network(trial)
-
-        def try_level(level: int) -> int:
-            size = settings.batch // self.world_size
-            count = max(1, round(shares[level] * size)) if settings.levels == "all" else size
-            counts = [count if k == level else 0 for k in range(len(shares))]
-            images = torch.zeros((count, 3, resolution, resolution), dtype=torch.uint8)
-            self._backward(trial, images, counts, torch.full((count,), -1))
-            return count * self.world_size
-
-        expected = estimate(self.run, trial, try_level, self.device)
+        size, side = self.run.training.batch // self.world_size, self.run.resolution
+        # Nothing is read: whoever goes on from here reads what an undisturbed run would.
+        batch = Batch(torch.zeros((size, 3, side, side), dtype=torch.uint8), torch.full((size,), -1))
+        seconds = self.time_steps(repeat(batch)) * self.total / self.run.training.batch
+        self.optimizers = build_optimizers(self.network, self.run.training)
         self.window.zero_()
+        if self.rank:
+            return
+        expected = Estimate(
+            self.total,
+            3 * self.total * mean_flops(self.run),
+            seconds,
+            worker_memory(self.run, self.world_size, self.device.type == "cuda"),
+            run_bytes(self.run),
+        )
         write_atomically(self.folder / "estimate.json", json.dumps(asdict(expected), indent=2) + "\n")
         logger.info("%s: %s", self._name(), expected.sentence())
+
+    def time_steps(self, batches: Iterator[Batch]) -> float:
+        """Seconds of a step, the mean over the levels where a step has one.
+
+        The steps are those of training at a learning rate of 0: weights stay as they are, the optimisers' moments do
+        not.
+        """
+        settings, schedule = self.run.training, self.process.schedule
+        size = settings.batch // self.world_size
+        if settings.levels == "all":
+            kinds = [(1.0, level_counts(schedule, "all", self.run.seed, 0, images=size))]
+        else:
+            levels = range(self.process.levels + 1)
+            kinds = [(share, [size if k == i else 0 for k in levels]) for i, share in enumerate(schedule.shares())]
+
+        def step(counts: Sequence[int]) -> None:
+            images, labels = next(batches)
+            self.update(images, counts, labels)
+            self.ema.update(settings.batch, settings.batch)
+
+        self.learning_rate = 0.0
+        return sum(share * median_seconds(partial(step, counts), self.device) for share, counts in kinds)
 
     def _log(self, seen: int, rate: float) -> None:
         window = self.window.clone()

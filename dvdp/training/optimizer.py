@@ -20,15 +20,16 @@ def build_optimizers(network: nn.Module, params: TrainingParams) -> list[torch.o
     With ``optimizer`` "muon" the weights of its linear layers and convolutions, but for the first and the last, go to
     :class:`Muon`. Both take the same learning rate and weight decay.
     """
-    matrices = _matrices(network) if params.optimizer == "muon" else []
-    taken = {id(weight) for weight in matrices}
+    muon = matrices(network) if params.optimizer == "muon" else []
+    taken = {id(weight) for weight in muon}
     rest = [parameter for parameter in network.parameters() if id(parameter) not in taken]
     rate, decay = params.learning_rate, params.weight_decay
     adamw = torch.optim.AdamW(rest, lr=rate, weight_decay=decay, fused=True)
-    return [adamw, Muon(matrices, rate, decay)] if matrices else [adamw]
+    return [adamw, Muon(muon, rate, decay)] if muon else [adamw]
 
 
-def _matrices(network: nn.Module) -> list[Tensor]:
+def matrices(network: nn.Module) -> list[Tensor]:
+    """The weights that Muon is for."""
     return [
         module.weight
         for name, module in network.named_modules()

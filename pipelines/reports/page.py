@@ -19,6 +19,7 @@ from pipelines.jobs.job import Job
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process
 from pipelines.reports.comparison import Result, Row, legend, table
+from pipelines.reports.costs import costs
 from pipelines.reports.sweeps import draw_sweeps, known_settings
 from pipelines.reports.text_tables import as_csv, as_markdown, as_page
 
@@ -103,6 +104,7 @@ def write_report(
         sweeps=_inline(sweeps),
         grids=_inline(grids),
         processes=_inline(processes),
+        costs=costs(results),
         anchors=_anchors(params.dataset.name, DataPaths.of(params).reference, record.metrics),
         provenance=provenance,
     )

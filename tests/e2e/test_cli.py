@@ -241,7 +241,7 @@ def test_params_are_printed_with_every_key_and_with_overrides(
     assert main([*command, "--out", "params.yaml"]) == 0
     assert yaml.safe_load(Path("params.yaml").read_text()) == tree
     assert main(["check"]) == 0
-    assert "dvdp-600 seed 0" in capsys.readouterr().out
+    assert "\ndvdp-600 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["prepare", "extractor", "reference", "experiment"])
