@@ -31,13 +31,15 @@ HOLES_GPU, CONTEXT_GPU = 1.1, 500 * MIB
 CHECKPOINT_COPIES = 1.2
 #: Images of the counted pass, so that what does not grow with them hardly counts.
 _IMAGES = 16
+#: How torch draws weights.
+_DRAWN = {"normal_", "uniform_", "kaiming_uniform_"}
 #: What autocast casts to bf16.
 _LOW = {"conv2d", "conv_transpose2d", "linear"}
 
 
 @lru_cache(maxsize=64)
 def _network(model: ModelParams, levels: int) -> nn.Module:
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         return build_network(model, levels)
 
 
@@ -106,7 +108,7 @@ def activation_bytes(run: Run, level: int, gpu: bool) -> float:
 @lru_cache(maxsize=64)
 def _activations(model: ModelParams, resolution: int, low: bool, gpu: bool) -> tuple[float, float, float]:
     """Bytes an image: all that is kept, the inputs of the stages, and the most that is kept within a stage."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         network, t = _Staged(model), torch.empty(_IMAGES)
         x, labels = torch.empty(_IMAGES, 3, resolution, resolution), torch.zeros(_IMAGES, dtype=torch.long)
     notes = network.notes
@@ -117,6 +119,15 @@ def _activations(model: ModelParams, resolution: int, low: bool, gpu: bool) -> t
     everything = {key: size for stage in notes.stages for key, size in stage.items()}
     inputs = {key: size for key, size in notes.inputs.items() if key not in notes.ignored}
     return sum(everything.values()) / _IMAGES, sum(inputs.values()) / _IMAGES, max(stages) / _IMAGES
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves weights as they are: on a meta device torch imports its compiler, for seconds, to draw numbers."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return None if getattr(func, "__name__", "") in _DRAWN else func(*args, **(kwargs or {}))
 
 
 class _Notes:

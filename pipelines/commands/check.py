@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dvdp import hardware
 from dvdp.config import Params, Run
 from dvdp.diffusion.timesteps import share_steps
 from dvdp.errors import UserError, did_you_mean
@@ -235,7 +234,7 @@ def _misfits(costs: Sequence[Cost], params: Params, gpu: str | None) -> list[str
     """A sentence for everything that does not fit."""
     lines, seeds, ranks = [], len(params.seeds), params.cluster.num_workers
     if gpu in GPUS or not params.cluster.gpu:
-        there, place = (GPUS[gpu].gib * GIB, gpu) if gpu in GPUS else (machine_memory(), "this machine")
+        there, place = (GPUS[gpu].gib * GIB, gpu) if gpu in GPUS else (hardware.memory(), "this machine")
         for cost in costs:
             needed = cost.memory * (1 if gpu else ranks)
             if needed > there:
@@ -255,16 +254,6 @@ def _misfits(costs: Sequence[Cost], params: Params, gpu: str | None) -> list[str
             " training.keep_checkpoints or sampling.count, or name another cluster.storage."
         )
     return lines
-
-
-def machine_memory() -> float:
-    """Bytes that processes here may use: of the machine, or what its container is given."""
-    found: list[float] = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        path = Path("/sys/fs/cgroup") / name
-        if path.is_file() and (text := path.read_text().strip()).isdigit():
-            found.append(int(text))
-    return min(found)
 
 
 def _trials(params: Params, runs: Sequence[Run], measure: bool, gpu: str | None) -> list[Trial | None]:
