@@ -9,48 +9,26 @@ from functools import lru_cache
 
 from dvdp.config import ModelParams, Run
 from dvdp.diffusion.spans import level_shares
+from dvdp.models.layout import Attention, Block, unet_layout
 
 
 @lru_cache(maxsize=1024)
 def network_flops(model: ModelParams, resolution: int) -> int:
     """FLOPs of one forward pass of one image of this resolution (a multiply-add is two)."""
-    widths = [model.model_channels * multiplier for multiplier in model.channel_mult]
-    embedding, last = 4 * model.model_channels, len(widths) - 1
-    pixels = [(resolution >> i) ** 2 for i in range(len(widths))]
+    width, embedding, pixels = model.model_channels, 4 * model.model_channels, resolution**2
 
-    def block(inputs: int, outputs: int, stage: int) -> int:
-        convolutions = 9 * inputs * outputs + 9 * outputs**2 + (inputs * outputs if inputs != outputs else 0)
-        return pixels[stage] * convolutions + 2 * embedding * outputs
+    def multiply_adds(layer: Block | Attention) -> int:
+        before, after = layer.pixels(resolution)
+        if isinstance(layer, Attention):
+            return 4 * before * layer.width**2 + 2 * before**2 * layer.width
+        inputs, outputs = layer.inputs, layer.width
+        # Upsampling, it runs as a transposed convolution, with 4x4 taps on the pixels that come in.
+        first = 16 * before if layer.resample == "up" else 9 * after
+        skip = after * inputs * outputs if inputs != outputs else 0
+        return first * inputs * outputs + 9 * after * outputs**2 + skip + 2 * embedding * outputs
 
-    def upsampling(width: int, stage: int) -> int:
-        # Its first convolution runs as a transposed one, with 4x4 taps on the pixels of the coarser stage.
-        return block(width, width, stage - 1) + (16 * pixels[stage] - 9 * pixels[stage - 1]) * width**2
-
-    def attention(width: int, stage: int) -> int:
-        return 4 * pixels[stage] * width**2 + 2 * pixels[stage] ** 2 * width
-
-    def stage(inputs: int, i: int) -> int:
-        return block(inputs, widths[i], i) + (attention(widths[i], i) if 2**i in model.attention_factors else 0)
-
-    width = model.model_channels
-    skips = [width]
-    total = width * embedding + embedding**2 + 27 * width * pixels[0]
-    for i, outputs in enumerate(widths):
-        for _ in range(model.num_res_blocks):
-            total += stage(width, i)
-            width = outputs
-            skips.append(width)
-        if i < last:
-            total += block(width, width, i + 1)
-            skips.append(width)
-    total += 2 * block(width, width, last) + attention(width, last)
-    for i, outputs in reversed(list(enumerate(widths))):
-        for j in range(model.num_res_blocks + 1):
-            total += stage(width + skips.pop(), i)
-            width = outputs
-            if i > 0 and j == model.num_res_blocks:
-                total += upsampling(width, i)
-    return 2 * (total + 27 * width * pixels[0])
+    ends = width * embedding + embedding**2 + 27 * pixels * width * (1 + model.channel_mult[0])
+    return 2 * (ends + sum(map(multiply_adds, unet_layout(model).layers)))
 
 
 def level_flops(run: Run) -> list[int]:

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Up to so many pixels attention may hold its whole matrix of weights.
-FEW_PIXELS = 256
+from dvdp.models.layout import FEW_PIXELS
 
 
 def convolve_doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:

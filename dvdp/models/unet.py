@@ -8,7 +8,6 @@ of t cannot say. In a class-conditional network, so does one of the class.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from dvdp.config import ModelParams
 from dvdp.diffusion.bands import pool
 from dvdp.errors import UserError
+from dvdp.models import layout
 from dvdp.models.ops import attend, convolve_doubled
 
 
@@ -47,38 +47,20 @@ class UNet(nn.Module):
             nn.init.zeros_(self.classes.weight)
         self.width = width
 
-        def block(inputs: int, outputs: int, resample: Resample = None) -> ResidualBlock:
-            return ResidualBlock(inputs, outputs, embedding, params.dropout, resample)
+        def stage(layers: layout.Stage) -> nn.ModuleList:
+            return nn.ModuleList(
+                ResidualBlock(layer.inputs, layer.width, embedding, params.dropout, layer.resample)
+                if isinstance(layer, layout.Block)
+                else Attention(layer.width, params.num_head_channels)
+                for layer in layers
+            )
 
-        def stage(inputs: int, outputs: int, factor: int) -> nn.ModuleList:
-            layers: list[nn.Module] = [block(inputs, outputs)]
-            if factor in params.attention_factors:
-                layers.append(Attention(outputs, params.num_head_channels))
-            return nn.ModuleList(layers)
-
+        stages = layout.unet_layout(params)
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        self.encoder = nn.ModuleList()
-        skips = [width]
-        last = len(params.channel_mult) - 1
-        for i, multiplier in enumerate(params.channel_mult):
-            for _ in range(params.num_res_blocks):
-                self.encoder.append(stage(width, params.model_channels * multiplier, 2**i))
-                width = params.model_channels * multiplier
-                skips.append(width)
-            if i < last:
-                self.encoder.append(nn.ModuleList([block(width, width, "down")]))
-                skips.append(width)
-        self.middle = nn.ModuleList(
-            [block(width, width), Attention(width, params.num_head_channels), block(width, width)]
-        )
-        self.decoder = nn.ModuleList()
-        for i, multiplier in reversed(list(enumerate(params.channel_mult))):
-            for j in range(params.num_res_blocks + 1):
-                layers = stage(width + skips.pop(), params.model_channels * multiplier, 2**i)
-                width = params.model_channels * multiplier
-                if i > 0 and j == params.num_res_blocks:
-                    layers.append(block(width, width, "up"))
-                self.decoder.append(layers)
+        self.encoder = nn.ModuleList(map(stage, stages.encoder))
+        self.middle = stage(stages.middle)
+        self.decoder = nn.ModuleList(map(stage, stages.decoder))
+        width *= params.channel_mult[0]
         self.head = nn.Sequential(norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor, level: int, labels: Tensor | None = None) -> Tensor:
@@ -136,13 +118,12 @@ def build_network(params: ModelParams, levels: int, activation_checkpointing: bo
     return kind(params, levels, activation_checkpointing=activation_checkpointing)
 
 
-Resample = Literal["down", "up"] | None
-
-
 class ResidualBlock(nn.Module):
     """BigGAN residual block: resampling inside both branches, scale and shift from the embedding."""
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, resample: Resample = None) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, embedding: int, dropout: float, resample: layout.Resample = None
+    ) -> None:
         super().__init__()
         self.resample = resample
         self.norm1 = norm(inputs)
@@ -171,7 +152,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, num_head_channels: int) -> None:
         super().__init__()
-        self.heads = max(1, width // num_head_channels)
+        self.heads = layout.attention_heads(width, num_head_channels)
         self.norm = norm(width)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.out = zeroed(nn.Conv2d(width, width, 1))
@@ -191,9 +172,8 @@ def run(layers: nn.Module, embedding: Tensor, *parts: Tensor) -> Tensor:
 
 
 def norm(width: int) -> nn.GroupNorm:
-    """Group norm with up to 32 groups of at least 4 channels."""
-    groups = next(g for g in range(min(32, max(1, width // 4)), 0, -1) if width % g == 0)
-    return nn.GroupNorm(groups, width)
+    """Group norm with as many groups as its width allows."""
+    return nn.GroupNorm(layout.norm_groups(width), width)
 
 
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
