@@ -1,21 +1,13 @@
-"""Bytes that training holds and writes, counted from shapes alone: nothing is run, and no weights are made."""
+"""Bytes that training holds and writes, counted from sizes alone, which takes no torch; tests compare them with it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 
 from dvdp.config import ModelParams, Run
-from dvdp.models.unet import UNet, build_network
-from dvdp.training.levels import level_counts, parts
-from dvdp.training.optimizer import matrices
+from dvdp.diffusion.spans import level_spans
+from dvdp.models.flops import training_images
+from dvdp.models.layout import FEW_PIXELS, Attention, Block, attention_heads, norm_groups, unet_layout
 
 MIB = 2**20
 #: Of a process that has trained a first step: Python, torch and what they load; measured with torch 2.15 on a CPU.
@@ -29,30 +21,37 @@ HOLES, HOLES_CHECKPOINTING = 1.45, 3.4
 HOLES_GPU, CONTEXT_GPU = 1.1, 500 * MIB
 #: Copies of a checkpoint's tensors while it is written, in memory that is not free already.
 CHECKPOINT_COPIES = 1.2
-#: Images of the counted pass, so that what does not grow with them hardly counts.
-_IMAGES = 16
-#: How torch draws weights.
-_DRAWN = {"normal_", "uniform_", "kaiming_uniform_"}
-#: What autocast casts to bf16.
-_LOW = {"conv2d", "conv_transpose2d", "linear"}
-
-
-@lru_cache(maxsize=64)
-def _network(model: ModelParams, levels: int) -> nn.Module:
-    with torch.device("meta"), _Uninitialised():
-        return build_network(model, levels)
 
 
 def parameter_count(run: Run) -> int:
     """Of the network, or of the networks of all levels together."""
-    return sum(p.numel() for p in _network(run.model, len(run.turning_points)).parameters())
+    return sum(_parameters(run))
+
+
+def _parameters(run: Run) -> tuple[int, int]:
+    """Those that Muon is for, and the others."""
+    model, levels = run.model, len(run.turning_points) + 1
+    width, embedding, layers = model.model_channels, 4 * model.model_channels, unet_layout(model).layers
+    networks, rows = (levels, 1) if model.networks == "per_level" else (1, levels)
+    rows += model.num_classes + 1 if model.num_classes else 0
+    matrices, others = embedding * (width + embedding), embedding * (2 + rows)
+    for layer in layers:
+        if isinstance(layer, Attention):
+            matrices += 4 * layer.width**2
+            others += 6 * layer.width
+        else:
+            inputs, outputs, skip = layer.inputs, layer.width, int(layer.inputs != layer.width)
+            matrices += outputs * ((9 + skip) * inputs + 9 * outputs + 2 * embedding)
+            others += 2 * inputs + (6 + skip) * outputs
+    # The first and the last convolution, and the norm before that.
+    others += 28 * width + 29 * width * model.channel_mult[0] + 3
+    return networks * matrices, networks * others
 
 
 def optimizer_bytes(run: Run) -> int:
     """Two moments a parameter of AdamW, one of Muon."""
-    network = _network(run.model, len(run.turning_points))
-    muon = sum(p.numel() for p in matrices(network)) if run.training.optimizer == "muon" else 0
-    return 4 * (2 * (parameter_count(run) - muon) + muon)
+    matrices, others = _parameters(run)
+    return 4 * ((1 if run.training.optimizer == "muon" else 2) * matrices + 2 * others)
 
 
 def checkpoint_bytes(run: Run) -> int:
@@ -62,8 +61,6 @@ def checkpoint_bytes(run: Run) -> int:
 
 def run_bytes(run: Run) -> int:
     """What a finished run leaves on disk: checkpoints, weights and samples, without pictures and logs."""
-    from dvdp.models.flops import training_images
-
     written = math.ceil(training_images(run) / run.training.checkpoint_images)
     kept = min(run.training.keep_checkpoints, written) * checkpoint_bytes(run)
     return kept + 4 * parameter_count(run) + run.sampling.count * 3 * run.resolution**2
@@ -76,18 +73,14 @@ def worker_memory(run: Run, ranks: int, gpu: bool) -> int:
     activations, the less sure. On a GPU it is not measured.
     """
     weights, settings = 4 * parameter_count(run), run.training
-    images = settings.batch // ranks
-    if settings.levels == "all":
-        steps = [level_counts(run.build_schedule(), "all", run.seed, 0, images)]
-    else:
-        levels = range(len(run.turning_points) + 1)
-        steps = [[images if k == level else 0 for k in levels] for level in levels]
+    images = math.ceil(settings.batch / ranks)
     at_once = math.ceil(images / settings.accumulation)
-    activations = max(
-        (places.stop - places.start) * activation_bytes(run, level, gpu)
-        for counts in steps
-        for level, places in parts(counts, at_once)
-    )
+    activations: float = 0
+    for level, (low, high) in enumerate(level_spans(run.turning_points, run.schedule.timesteps)):
+        # The most that a step has of this level, and how many of them go through the network at once.
+        most = -(-images * (high - low) // run.schedule.timesteps) if settings.levels == "all" else images
+        part = math.ceil(most / math.ceil(most / (at_once * 4**level)))
+        activations = max(activations, part * activation_bytes(run, level, gpu))
     if settings.precision == "bf16":
         activations += weights / 2
     # Network, average, gradients, optimiser.
@@ -98,106 +91,48 @@ def worker_memory(run: Run, ranks: int, gpu: bool) -> int:
     return round(LIBRARIES + RAY + state + holes * activations + CHECKPOINT_COPIES * checkpoint_bytes(run))
 
 
-def activation_bytes(run: Run, level: int, gpu: bool) -> float:
+def activation_bytes(run: Run, level: int, gpu: bool) -> int:
     """What one image of a level leaves in memory for the backward pass."""
-    low = run.training.precision == "bf16"
-    kept, inputs, stage = _activations(run.model, run.resolution >> level, low, gpu)
-    return inputs + stage if run.training.activation_checkpointing else kept
+    model, resolution, low = run.model, run.resolution >> level, run.training.precision == "bf16"
+    stages, pixels, width = unet_layout(model).stages, resolution**2, model.model_channels
+    size = 2 if low else 4
+    kept = [sum(_kept(layer, model, resolution, low, gpu) for layer in stage) for stage in stages]
+    if run.training.activation_checkpointing:
+        outputs = (stage[-1].width * stage[-1].pixels(resolution)[1] for stage in stages[:-1])
+        return size * (width * pixels + sum(outputs)) + max(kept)
+    # Sinusoids, what goes into both SiLUs and the second linear layer, and into blocks, which in bf16 copy it.
+    embedding = width * (size * (1 + 4 + 4) + 4 * (4 if low else 8))
+    last = width * model.channel_mult[0]
+    ends = _normalised(last, pixels, low, gpu) + size * (3 + last) * pixels
+    return embedding + sum(kept) + ends
 
 
-@lru_cache(maxsize=64)
-def _activations(model: ModelParams, resolution: int, low: bool, gpu: bool) -> tuple[float, float, float]:
-    """Bytes an image: all that is kept, the inputs of the stages, and the most that is kept within a stage."""
-    with torch.device("meta"), _Uninitialised():
-        network, t = _Staged(model), torch.empty(_IMAGES)
-        x, labels = torch.empty(_IMAGES, 3, resolution, resolution), torch.zeros(_IMAGES, dtype=torch.long)
-    notes = network.notes
-    notes.ignore(*network.parameters())
-    with saved_tensors_hooks(notes.keep, lambda tensor: tensor), _Autocast(notes, low, gpu):
-        network(x, t, 0, labels)
-    stages = [sum(stage.values()) for stage in notes.stages]
-    everything = {key: size for stage in notes.stages for key, size in stage.items()}
-    inputs = {key: size for key, size in notes.inputs.items() if key not in notes.ignored}
-    return sum(everything.values()) / _IMAGES, sum(inputs.values()) / _IMAGES, max(stages) / _IMAGES
+def _kept(layer: Block | Attention, model: ModelParams, resolution: int, low: bool, gpu: bool) -> int:
+    """Bytes of an image that a layer leaves: an operation keeps its input, copied if autocast casts it."""
+    size, normal = 2 if low else 4, 2 if low and not gpu else 4
+    before, after = layer.pixels(resolution)
+    if isinstance(layer, Attention):
+        values, heads = layer.width * before, attention_heads(layer.width, model.num_head_channels)
+        # The first convolution's input, q, k, v and what comes out, which is copied for the last one if heads are many.
+        whole = size * (6 if heads > 1 else 5) * values + 4 * heads * before
+        if low and not gpu and before <= FEW_PIXELS:
+            # Not fused, the weights are kept, and no copy is made; of one head, k and v stay as views of q's storage.
+            whole = size * ((5 if heads > 1 else 6) * values + heads * before**2)
+        return _normalised(layer.width, before, low, gpu) - normal * values + whole
+    inputs, outputs = layer.inputs * before, layer.width * after
+    kept = _normalised(layer.inputs, before, low, gpu) + _normalised(layer.width, after, low, gpu)
+    # What the scale multiplies; the convolutions' inputs; the scale itself and, in bf16, a copy of the embedding.
+    kept += normal * outputs + size * (layer.inputs * (before if layer.resample == "up" else after) + outputs)
+    kept += size * layer.width + (8 * model.model_channels if low else 0)
+    if model.dropout:
+        kept += outputs * (1 if gpu else normal)
+    if gpu and layer.resample == "down":
+        kept += normal * inputs  # Pooling keeps its input where it is no sum of rows.
+    if gpu and low and (layer.resample == "down" or layer.inputs != layer.width):
+        kept += size * inputs  # The other branch does not share the norm's copy.
+    return kept
 
 
-class _Uninitialised(TorchFunctionMode):
-    """Leaves weights as they are: on a meta device torch imports its compiler, for seconds, to draw numbers."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        return None if getattr(func, "__name__", "") in _DRAWN else func(*args, **(kwargs or {}))
-
-
-class _Notes:
-    """Storages that the backward pass needs, by stage."""
-
-    def __init__(self) -> None:
-        self.stages: list[dict[int, int]] = [{}]
-        self.inputs: dict[int, int] = {}
-        self.ignored: set[int] = set()
-        self._alive: list[Any] = []  # An address must not be used again.
-
-    def ignore(self, *tensors: Tensor) -> None:
-        self.ignored |= {self._key(tensor) for tensor in tensors}
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        if (key := self._key(tensor)) not in self.ignored:
-            self.stages[-1][key] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    def begin(self, inputs: tuple[Tensor, ...]) -> None:
-        self.inputs |= {self._key(tensor): tensor.untyped_storage().nbytes() for tensor in inputs}
-        self.stages.append({})
-
-    def _key(self, tensor: Tensor) -> int:
-        self._alive.append(tensor.untyped_storage())
-        return self._alive[-1]._cdata
-
-
-class _Staged(UNet):
-    """Notes what each stage keeps."""
-
-    def __init__(self, params: ModelParams) -> None:
-        super().__init__(params)
-        self.notes = _Notes()
-
-    def _stage(self, layers: nn.Module, embedding: Tensor, *parts: Tensor) -> Tensor:
-        self.notes.begin(parts)
-        out = super()._stage(layers, embedding, *parts)
-        self.notes.stages.append({})
-        return out
-
-
-class _Autocast(TorchFunctionMode):
-    """What autocast to bf16 casts, which torch does not do on a meta device; and fused attention."""
-
-    def __init__(self, notes: _Notes, low: bool, gpu: bool) -> None:
-        super().__init__()
-        self.notes, self.low, self.gpu = notes, low, gpu
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if self.low and name in _LOW:
-            args = tuple(self._cast(value, torch.bfloat16) for value in args)
-        elif self.low and self.gpu and name == "group_norm":
-            args = tuple(self._cast(value, torch.float32) for value in args)
-        elif name == "scaled_dot_product_attention":
-            # Keeps what goes in and what comes out, and no matrix of weights.
-            q, k, v = (self._cast(value, torch.bfloat16) if self.low else value for value in args[:3])
-            out = q + k + v
-            for tensor in (q, k, v, out):
-                self.notes.keep(tensor)
-            return out
-        return func(*args, **(kwargs or {}))
-
-    def _cast(self, value: Any, kind: torch.dtype) -> Any:
-        if not isinstance(value, Tensor) or value.dtype == kind:
-            return value
-        cast = value.to(kind)
-        if isinstance(value, nn.Parameter):
-            self.notes.ignore(cast)
-        return cast
+def _normalised(width: int, pixels: int, low: bool, gpu: bool) -> int:
+    """What group norm and the SiLU after it keep: their inputs, and mean and deviation of each group."""
+    return 2 * (2 if low and not gpu else 4) * width * pixels + 8 * norm_groups(width)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from dvdp import hardware
 from dvdp.config import Params, Run
-from dvdp.diffusion.timesteps import share_steps
 from dvdp.errors import UserError, did_you_mean
 from dvdp.files import write_atomically
 from dvdp.models.flops import level_flops, mean_flops, relative_flops, training_images
@@ -116,6 +115,8 @@ def _cost(run: Run, trial: Trial | None, params: Params, gpu: str | None) -> Cos
 
 def sampling_flops(run: Run) -> float:
     """Of one image."""
+    from dvdp.diffusion.timesteps import share_steps
+
     calls = share_steps(run.build_schedule(), run.sampling.steps, run.sampling.timestep_spacing, run.sampling.share)
     return sum(count * flops for count, flops in zip(calls, level_flops(run), strict=True))
 

@@ -8,8 +8,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
-
 from dvdp.text import printable
 
 
@@ -41,5 +39,7 @@ def as_csv(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 def as_page(template: str, **values: Any) -> str:
     """A page that needs no other file."""
+    from jinja2 import Environment, PackageLoader
+
     environment = Environment(loader=PackageLoader("pipelines.reports"), autoescape=True)
     return environment.get_template(template).render(**values)

@@ -5,16 +5,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from dvdp.config import Run, parse_params
+from dvdp.config import ModelParams, Run, parse_params
 from dvdp.data.loading import ArrayImages
-from dvdp.models.unet import build_network
+from dvdp.models.unet import UNet, build_network
 from dvdp.training import checkpoints
 from dvdp.training.loop import train
 from dvdp.training.memory import (
@@ -26,6 +28,7 @@ from dvdp.training.memory import (
     run_bytes,
     worker_memory,
 )
+from dvdp.training.optimizer import matrices
 
 TRAIN = """
 import sys, json, tempfile
@@ -106,29 +109,114 @@ def test_the_counted_disk_is_what_a_run_leaves(tmp_path: Path, optimizer: str, n
     assert (said["disk_bytes"], said["memory_bytes"]) == (run_bytes(run), worker_memory(run, 1, False))
 
 
-def test_parameters_and_moments_are_those_of_the_network() -> None:
-    run = run_of([300, 600])
-    count = sum(p.numel() for p in build_network(run.model, 2).parameters())
+MODELS: list[tuple[dict[str, Any], int]] = [
+    ({}, 32),
+    ({"model_channels": 8, "channel_mult": [3], "attention_factors": [], "num_classes": 0}, 4),
+    ({"model_channels": 8, "channel_mult": [1, 1], "attention_factors": [1, 2], "num_res_blocks": 3}, 16),
+    ({"channel_mult": [4, 2, 1], "num_head_channels": 16, "networks": "per_level", "dropout": 0.3}, 16),
+    ({"model_channels": 64, "channel_mult": [1, 1, 2, 3], "attention_factors": [2, 8], "num_res_blocks": 2}, 32),
+    ({"model_channels": 12, "channel_mult": [2, 1, 5], "num_head_channels": 4, "dropout": 0.1}, 20),
+    ({"model_channels": 8, "attention_factors": [1], "num_head_channels": 4}, 20),
+]
+
+
+@pytest.mark.parametrize("points", [[], [300, 600]])
+@pytest.mark.parametrize(("model", "resolution"), MODELS)
+def test_parameters_and_moments_are_those_of_the_network(
+    points: list[int], model: dict[str, Any], resolution: int
+) -> None:
+    run = run_of(points, model)
+    network = build_network(run.model, len(points))
+    count, muon = (sum(p.numel() for p in found) for found in (network.parameters(), matrices(network)))
     assert parameter_count(run) == count
     adamw = dataclasses.replace(run, training=dataclasses.replace(run.training, optimizer="adamw"))
     assert optimizer_bytes(adamw) == 8 * count
-    assert 4 * count < optimizer_bytes(run) < 8 * count, "Muon keeps one moment of most of them"
+    assert optimizer_bytes(run) == 8 * count - 4 * muon, "Muon keeps one moment of its matrices"
 
 
-def test_activations_are_those_that_autograd_saves_on_a_cpu() -> None:
-    run, saved = run_of(), {}
-    network = build_network(run.model, 0)
-    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(("model", "resolution"), MODELS)
+def test_activations_are_those_that_autograd_saves(
+    model: dict[str, Any], resolution: int, gpu: bool, precision: str
+) -> None:
+    run = dataclasses.replace(run_of(model=model, precision=precision), resolution=resolution)
+    few, more = (_saved(run.model, resolution, precision == "bf16", gpu, images) for images in (2, 4))
+    # So that what does not grow with the images, such as weights, does not count.
+    total, inputs, *stages = ((b - a) / 2 for a, b in zip(few, more, strict=True))
+    assert activation_bytes(run, 0, gpu) == pytest.approx(total, rel=0.01)
+    again = dataclasses.replace(run, training=dataclasses.replace(run.training, activation_checkpointing=True))
+    assert activation_bytes(again, 0, gpu) == pytest.approx(inputs + max(stages), rel=0.01)
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+
+def _saved(model: ModelParams, resolution: int, low: bool, gpu: bool, images: int) -> list[int]:
+    """Bytes that a forward pass saves: all of them, the inputs of stages, and those within each stage.
+
+    Of a GPU nothing runs: shapes are those of the meta device, and casts those that CUDA's autocast makes.
+    """
+    inputs: dict[int, int] = {}
+    stages: list[dict[int, int]] = [{}]  # And what lies between them.
+    everything: dict[int, int] = {}
+    alive = []  # An address must not be used again.
+
+    def note(tensor: torch.Tensor, *into: dict[int, int]) -> torch.Tensor:
+        alive.append(tensor.untyped_storage())
+        for sizes in into:
+            sizes[alive[-1]._cdata] = alive[-1].nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        network(torch.randn(16, 3, 32, 32), torch.zeros(16), 0, torch.zeros(16, dtype=torch.long))
-    assert activation_bytes(run, 0, False) == pytest.approx(sum(size for size, _ in saved.values()) / 16, rel=0.03)
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        return note(tensor, everything, stages[-1])
+
+    class Staged(UNet):
+        def _stage(self, layers: torch.nn.Module, embedding: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+            for part in parts:
+                note(part, inputs)
+            stages.append({})
+            out = super()._stage(layers, embedding, *parts)
+            stages.append({})
+            return out
+
+    with torch.device("meta" if gpu else "cpu"):
+        network, x, t = Staged(model), torch.zeros(images, 3, resolution, resolution), torch.zeros(images)
+        labels = torch.zeros(images, dtype=torch.long)
+    casts = _Cuda(low, keep) if gpu else torch.autocast("cpu", torch.bfloat16, enabled=low)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), casts:
+        network(x, t, 0, labels)
+    return [sum(sizes.values()) for sizes in (everything, inputs, *stages[1::2])]
+
+
+class _Cuda(TorchFunctionMode):
+    """Casts, fused attention and masks of CUDA, on a meta device."""
+
+    CASTS: ClassVar = {
+        **dict.fromkeys(("conv2d", "conv_transpose2d", "linear", "scaled_dot_product_attention"), torch.bfloat16),
+        "group_norm": torch.float32,
+    }
+
+    def __init__(self, low: bool, keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.low, self.keep = low, keep
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if self.low and name in self.CASTS:
+            args = tuple(value.to(self.CASTS[name]) if isinstance(value, torch.Tensor) else value for value in args)
+        if name == "scaled_dot_product_attention":
+            # What goes in, what comes out, and a sum for each row, but no matrix of weights.
+            out = args[0] + args[1] + args[2]
+            for tensor in (*args[:3], out, torch.empty(out.shape[:-1], device="meta")):
+                self.keep(tensor)
+            return out
+        if name == "dropout" and kwargs and kwargs["p"]:
+            return torch.native_dropout(args[0], 0.5, True)[0]
+        return func(*args, **(kwargs or {}))
+
+
+def test_bf16_halves_activations_and_computing_them_again_leaves_a_third() -> None:
+    run = run_of()
     low, again = (run_of(**change) for change in ({"precision": "bf16"}, {"activation_checkpointing": True}))
     assert activation_bytes(low, 0, False) == pytest.approx(activation_bytes(run, 0, False) / 2, rel=0.03)
     assert activation_bytes(low, 0, True) > activation_bytes(low, 0, False), "CUDA normalises in fp32"
