@@ -104,7 +104,7 @@ def compare(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
     if not common and not problems:
         problems.append("ratios: found none that the baseline has, expected some in common; measure the same sizes.")
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError(" ".join(problems))
     shares = [tolerance(baseline, name) for name in common]
     lines = [f"None of {len(common)} ratios fell by more than its tolerance, {min(shares):.1%} to {max(shares):.1%}."]
     lines += [f"Not compared ({why}): {'; '.join(names)}." for why, names in skipped.items()]

@@ -259,4 +259,5 @@ def test_the_largest_that_is_allowed_is_borne(tmp_path: Path) -> None:
             }
         )
     )
-    assert len(check("--params", str(file)).splitlines()) == 1000
+    printed = check("--params", str(file))
+    assert all(name in printed for name in names)

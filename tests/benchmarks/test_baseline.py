@@ -43,7 +43,7 @@ def test_a_ratio_that_fell_by_more_than_its_tolerance_is_named_in_one_sentence()
         compare(found(ratios=fallen), BASELINE)
     with pytest.raises(UserError) as error:
         compare(found(ratios=dict.fromkeys(fallen, 0.5)), BASELINE)
-    assert len(str(error.value).splitlines()) == 3
+    assert [str(error.value).count(name) for name in fallen] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -248,7 +248,7 @@ def test_an_unavailable_server_and_a_file_in_the_way_are_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", "--out", "params.yaml"]) == 2
-    assert capsys.readouterr().err.startswith("dvdp: --out: found the file 'params.yaml', expected a folder")
+    assert capsys.readouterr().err.startswith("dvdp: --out: found 'params.yaml/tables.html', expected")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert main(["report", "--out", "out"]) == 2
     assert capsys.readouterr().err.startswith("dvdp: MLFLOW_TRACKING_URI: found no answer from MLflow there")
