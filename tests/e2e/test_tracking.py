@@ -83,7 +83,7 @@ def test_a_deleted_experiment_stops_before_work_and_later_costs_neither_score_no
     client.delete_experiment(experiment)
     said = sentence(here.run(*COMMAND, status=2).stderr)
     assert said.startswith("tracking.experiment: found 'dvdp' deleted in MLflow, expected an active one; restore it")
-    assert not (here.folder / "runs").exists()
+    assert not here.runs()
 
     client.restore_experiment(experiment)
     process = here.start(*COMMAND)

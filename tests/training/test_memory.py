@@ -91,8 +91,8 @@ def test_the_counted_memory_is_near_what_a_process_takes(
         env={**os.environ, **WORKER_ENVIRONMENT, "OMP_NUM_THREADS": "1"},
         check=True,
     )
-    # Within a tenth on a quiet machine. A busy one takes back pages of the libraries, which are most of this.
-    assert worker_memory(run, ranks=1, gpu=False) - RAY == pytest.approx(int(done.stdout.split()[-1]), rel=0.25)
+    # Of small processes most is pages of the libraries, of which machines keep more or fewer: 0.77 to 1.0 GB seen.
+    assert worker_memory(run, ranks=1, gpu=False) - RAY == pytest.approx(int(done.stdout.split()[-1]), rel=0.3)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
