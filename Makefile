@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n $(TESTS_AT_A_TIME) --dist loadfile
 # Compiled modules halve the start of every process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup repro test test-slow bench lint pins services services-down ui
+.PHONY: setup repro test test-slow test-soak bench lint pins services services-down ui
 
 setup: .venv/ready
 
@@ -41,9 +41,13 @@ lint: setup
 test: setup lint
 	$(PYTEST)
 
-# Fault, soak and end-to-end tests with real processes and servers.
+# Fault and end-to-end tests with real processes and servers.
 test-slow: setup
 	$(PYTEST) -m slow
+
+# More of these, minutes each and one at a time: before a release, and after a change of what they name.
+test-soak: setup
+	$(BIN)/python -m pytest -m soak
 
 # Did a training step or sampling become slower? Three minutes on one core, against the committed ratios.
 bench: setup

@@ -43,7 +43,7 @@ def limited(cpus: float, memory: int) -> Iterator[list[Path]]:
                 group.rmdir()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(2 * LIMIT)
 def test_the_demo_runs_in_a_container_behind_a_dead_proxy_with_a_long_temporary_folder_and_no_home(
     prepared: Project, tmp_path: Path

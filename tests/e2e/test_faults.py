@@ -59,7 +59,7 @@ def test_an_experiment_whose_driver_is_killed_goes_on_when_run_again(
     assert (here.folder / "reports" / "index.html").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(500)
 def test_an_interrupted_experiment_ends_soon_and_goes_on_where_it_stopped(
     project: MakeProject, undisturbed: Project
@@ -87,7 +87,7 @@ def test_an_interrupted_experiment_ends_soon_and_goes_on_where_it_stopped(
     assert losses(calm) == losses(stopped)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(500)
 def test_two_ranks_go_on_exactly_after_a_killed_driver_and_a_killed_rank(project: MakeProject) -> None:
     changes = {"cluster": {"num_workers": 2}, "training": {"precision": "bf16", "accumulation": 2}}
@@ -110,7 +110,7 @@ def test_two_ranks_go_on_exactly_after_a_killed_driver_and_a_killed_rank(project
     same_as(calm, here, "dvdp-600")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_a_driver_killed_on_a_shared_cluster_leaves_nobody_training(project: MakeProject, undisturbed: Project) -> None:
     here, port = project(), free_port()

@@ -189,7 +189,7 @@ def test_the_start_after_a_kill_ends_what_was_left_behind(tmp_path: Path) -> Non
             child.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_an_experiment_told_to_end_leaves_no_process(project: Callable[..., Project], number: signal.Signals) -> None:

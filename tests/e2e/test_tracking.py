@@ -16,7 +16,7 @@ from pipelines.tracking.connection import connect
 from tests.e2e.support import Project, end, sentence, tracked_once, wait_until
 from tests.tracking.support import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = pytest.mark.timeout(500)
 
 ONE = {"settings": [{"name": "dvdp-600", "process": "dvdp", "turning_points": [600]}]}
 COMMAND = ("dvdp", "experiment", "--reports", "reports")
@@ -36,6 +36,7 @@ def mlflow_server(project: Project, port: int) -> Iterator[None]:
         end(process)
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_the_server_is_unavailable_and_nothing_is_lost(project: Callable[..., Project]) -> None:
     here, port = project(**ONE, training={"images": 9600}), free_port()
     address = f"http://127.0.0.1:{port}"
@@ -55,6 +56,7 @@ def test_training_goes_on_while_the_server_is_unavailable_and_nothing_is_lost(pr
     assert not (here.folder / "mlflow.db").exists()
 
 
+@pytest.mark.soak
 def test_an_experiment_without_its_server_is_replayed_later_and_not_trained_again(
     project: Callable[..., Project],
 ) -> None:
@@ -74,6 +76,7 @@ def test_an_experiment_without_its_server_is_replayed_later_and_not_trained_agai
     assert files(here) == before
 
 
+@pytest.mark.soak
 def test_a_deleted_experiment_stops_before_work_and_later_costs_neither_score_nor_report(
     project: Callable[..., Project],
 ) -> None:
@@ -101,6 +104,7 @@ def test_a_deleted_experiment_stops_before_work_and_later_costs_neither_score_no
     assert files(here) == before
 
 
+@pytest.mark.soak
 def test_two_first_experiments_at_once_register_every_run_once(project: Callable[..., Project]) -> None:
     here = project(**ONE, training={"images": 1600})
     both = [here.start(*COMMAND, log=f"{number}.log") for number in (1, 2)]

@@ -220,7 +220,7 @@ with get_client(sync_client=True) as client:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_after_a_reboot_the_dead_scheduled_run_gives_back_its_slot(tmp_path: Path) -> None:
     ports = free_port(), free_port()

@@ -64,7 +64,7 @@ def run_of(points: list[int] | None = None, model: dict[str, Any] | None = None,
     return parse_params(tree).runs()[0]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("points", "model", "training"),
     [
