@@ -31,7 +31,7 @@ COPIED = (
 )  # fmt: skip
 
 #: Seconds for whatever a test waits for, on a busy machine.
-LIMIT = 200
+LIMIT = 400
 
 
 def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tests.tracking.support import free_port
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_an_audit_is_resumed_drawn_and_tracked(undisturbed: Project, tmp_path: Path) -> None:
     here = undisturbed.copy(tmp_path / "project")
     command = ("dvdp", "audit", "--setting", "dvdp-600", "--solver-steps", "12")

@@ -44,7 +44,7 @@ def services(here: Project) -> Iterator[dict[str, str]]:
         here.run(*command, "down")
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_the_scheduled_deployment_runs_to_its_end_and_writes_nothing_that_dvc_tracks(
     here: Project, services: dict[str, str]
 ) -> None:
@@ -70,7 +70,7 @@ def test_the_scheduled_deployment_runs_to_its_end_and_writes_nothing_that_dvc_tr
     assert MlflowClient(address).get_model_version_by_alias("dvdp-digits", "champion").version
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 def test_data_other_than_dvc_lock_names_are_refused(here: Project) -> None:
     with (here.folder / "data" / "digits" / "store" / "data-00000.mdb").open("ab") as file:
         file.write(bytes(4096))

@@ -12,7 +12,7 @@ from tests.e2e.support import Project, sentence
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_setting_that_fails_does_not_stop_the_others(project: Callable[..., Project]) -> None:
     wild = {"training": {"learning_rate": 100.0, "clip_norm": 1e9, "warmup_images": 0}}
     here = project(

@@ -23,7 +23,7 @@ MakeProject = Callable[..., Project]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_run_whose_worker_is_killed_ends_as_if_nothing_had_happened(
     project: MakeProject, undisturbed: Project
 ) -> None:
@@ -39,7 +39,7 @@ def test_a_run_whose_worker_is_killed_ends_as_if_nothing_had_happened(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_an_experiment_whose_driver_is_killed_goes_on_when_run_again(
     project: MakeProject, undisturbed: Project
 ) -> None:
@@ -60,7 +60,7 @@ def test_an_experiment_whose_driver_is_killed_goes_on_when_run_again(
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_an_interrupted_experiment_ends_soon_and_goes_on_where_it_stopped(
     project: MakeProject, undisturbed: Project
 ) -> None:
@@ -88,7 +88,7 @@ def test_an_interrupted_experiment_ends_soon_and_goes_on_where_it_stopped(
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_two_ranks_go_on_exactly_after_a_killed_driver_and_a_killed_rank(project: MakeProject) -> None:
     changes = {"cluster": {"num_workers": 2}, "training": {"precision": "bf16", "accumulation": 2}}
     calm, here = project(**changes), project(**changes)
@@ -111,7 +111,7 @@ def test_two_ranks_go_on_exactly_after_a_killed_driver_and_a_killed_rank(project
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_driver_killed_on_a_shared_cluster_leaves_nobody_training(project: MakeProject, undisturbed: Project) -> None:
     here, port = project(), free_port()
     address = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}

@@ -164,7 +164,7 @@ def mlflow_states(project: Project) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_the_start_after_a_kill_ends_what_was_left_behind(tmp_path: Path) -> None:
     here = Project(tmp_path)
     (tmp_path / ".services" / "prefect").mkdir(parents=True)
@@ -190,7 +190,7 @@ def test_the_start_after_a_kill_ends_what_was_left_behind(tmp_path: Path) -> Non
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_an_experiment_told_to_end_leaves_no_process(project: Callable[..., Project], number: signal.Signals) -> None:
     here = project(training={"images": 96000})

@@ -69,7 +69,7 @@ def test_sampling_killed_at_random_moments_keeps_its_shards_and_ends_with_the_sa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_two_workers_with_odd_batches_draw_the_same_images(
     undisturbed: Project, tmp_path: Path, calm: dict[str, np.ndarray]
 ) -> None:

@@ -50,7 +50,7 @@ def test_a_fresh_clone_shows_and_compares_scores_before_a_pull(clone: Project) -
     assert {"changed outs": {"data/digits/store": "not in cache"}} in status["prepare"], "not: changed"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_after_a_pull_nothing_is_left_to_do(clone: Project) -> None:
     # What a scheduled run needs, then the report.
     clone.run("dvc", "pull", "prepare", "extractor", "reference")
@@ -65,7 +65,7 @@ def test_after_a_pull_nothing_is_left_to_do(clone: Project) -> None:
     assert clone.run("git", "status", "--porcelain").stdout == ""
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_an_experiment_changes_params_from_the_command_line_and_is_kept(clone: Project) -> None:
     clone.run("dvc", "pull", "prepare")
     params = clone.folder / "params.yaml"

@@ -16,7 +16,7 @@ from pipelines.tracking.connection import connect
 from tests.e2e.support import Project, end, sentence, tracked_once, wait_until
 from tests.tracking.support import free_port
 
-pytestmark = pytest.mark.timeout(500)
+pytestmark = pytest.mark.timeout(900)
 
 ONE = {"settings": [{"name": "dvdp-600", "process": "dvdp", "turning_points": [600]}]}
 COMMAND = ("dvdp", "experiment", "--reports", "reports")

@@ -221,7 +221,7 @@ with get_client(sync_client=True) as client:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_after_a_reboot_the_dead_scheduled_run_gives_back_its_slot(tmp_path: Path) -> None:
     ports = free_port(), free_port()
     home = {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
