@@ -307,7 +307,7 @@ def test_services_come_up_behind_a_dead_proxy_run_flows_and_end(tmp_path: Path) 
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: all(pid not in (0, started[name]) for name, pid in pids(tmp_path).items()), 60)
         assert command("up").count("starting") == 0
-        assert services_environment(tmp_path, timeout=10) == addresses
+        assert services_environment(tmp_path, timeout=120) == addresses
         assert alive(flow["pid"])
         started = pids(tmp_path)
     finally:
