@@ -283,7 +283,7 @@ def test_services_come_up_behind_a_dead_proxy_run_flows_and_end(tmp_path: Path) 
     try:
         printed = command("up", *ports)
         assert printed.count(": ready after") == 3
-        addresses = services_environment(tmp_path, timeout=10)
+        addresses = services_environment(tmp_path, timeout=120)
         assert addresses == {
             "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports[1]}",
             "PREFECT_API_URL": f"http://127.0.0.1:{ports[3]}/api",
