@@ -109,3 +109,6 @@ def test_paths_that_cannot_be_opened_are_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"^dataset\.path: ") as error:
             prepare(DatasetParams(source="image_folder", path=path), tmp_path / "store")
         assert str(error.value).isprintable()
+    with pytest.raises(UserError, match=r"^path: found '.*', expected a path without control characters") as error:
+        DatasetParams(source="image_folder", path=os.fsdecode(b"no\xe9\n"))
+    assert str(error.value).isprintable()
