@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -47,3 +48,8 @@ def healthy(address: str, timeout: float) -> bool:
             return bool(answer.status == 200)
     except (OSError, ValueError):
         return False
+
+
+def public(text: str) -> str:
+    """Without the name and password that an address may hold."""
+    return re.sub(r"//[^/@\s]*@", "//", text)

@@ -6,7 +6,6 @@ import contextlib
 import getpass
 import ipaddress
 import os
-import re
 import socket
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dvdp.errors import UserError
+from pipelines.addresses import public
 
 #: Variables with the address of a server.
 ADDRESSES = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL")
@@ -125,7 +125,7 @@ def check_prefect() -> None:
         client = httpx.Client(timeout=10, follow_redirects=True)
     except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
         names = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "ssl_cert_dir")
-        found = ", ".join(f"{name}={_public(value)}" for name, value in os.environ.items() if name.lower() in names)
+        found = ", ".join(f"{name}={public(value)}" for name, value in os.environ.items() if name.lower() in names)
         raise UserError(
             f"proxies and certificates: found {found}, which cannot be used ({error}), expected addresses such as"
             " http://proxy:3128 and files that exist; change or unset them."
@@ -144,11 +144,6 @@ def check_prefect() -> None:
             problem = f"{error or type(error).__name__}"
     if problem:
         raise UserError(
-            f"PREFECT_API_URL: found no Prefect server that answers at '{_public(address)}' ({problem}), expected one"
+            f"PREFECT_API_URL: found no Prefect server that answers at '{public(address)}' ({problem}), expected one"
             " such as http://127.0.0.1:4200/api; start it, or unset the variable to use a temporary one."
         )
-
-
-def _public(text: str) -> str:
-    """Without the name and password that an address may hold."""
-    return re.sub(r"//[^/@\s]*@", "//", text)

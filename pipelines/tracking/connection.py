@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError
 
 from dvdp.errors import UserError
 from dvdp.files import locked
+from pipelines.addresses import public
 
 # A database that does not answer is asked three times rather than ten, which takes 100 s; its errors are ours to tell.
 mlflow.store.db.utils.MAX_RETRY_COUNT = 3
@@ -121,7 +122,7 @@ def connect(project: Path | str = ".") -> MlflowClient:
     """
     address = tracking_address(project)
     _check_address(address)
-    database = _sqlite_file(address)
+    database = sqlite_file(address)
     with usable(address):
         if database is None:
             return MlflowClient(address)
@@ -130,7 +131,7 @@ def connect(project: Path | str = ".") -> MlflowClient:
         with contextlib.closing(sqlite3.connect(database, timeout=20, isolation_level=None)) as there:
             there.execute("BEGIN IMMEDIATE")
         address = f"sqlite:///{database}"
-        with locked(_lock_of(address)):
+        with locked(lock_of(address)):
             return MlflowClient(address)
 
 
@@ -150,7 +151,7 @@ def usable(address: str) -> Iterator[None]:
         if is_temporary(error):
             raise unavailable(address, Path(), error) from error
         raise UserError(
-            f"MLflow: found that it cannot be used at {_public(address)} ({_reason(error)}), expected a server or a"
+            f"MLflow: found that it cannot be used at {public(address)} ({_reason(error)}), expected a server or a"
             f" database that takes runs; {_remedy(error)}, or name another with MLFLOW_TRACKING_URI."
         ) from error
 
@@ -163,7 +164,7 @@ def find_or_create(
     A process of another machine may create the same at once: both look again and take what ``find`` puts first, and
     whose it is not deletes its own.
     """
-    with locked(_lock_of(client.tracking_uri)):
+    with locked(lock_of(client.tracking_uri)):
         found = find()
         if found is None:
             made = create()
@@ -173,9 +174,9 @@ def find_or_create(
     return found
 
 
-def _lock_of(address: str) -> Path:
+def lock_of(address: str) -> Path:
     """One process of this machine (and user) at a time creates things in a store."""
-    database = _sqlite_file(address)
+    database = sqlite_file(address)
     name = hashlib.sha256(address.encode()).hexdigest()[:16]
     shared = Path(tempfile.gettempdir()) / f"dvdp-{os.getuid()}-{name}.lock"
     return database.with_name(f"{database.name}.lock") if database else shared
@@ -192,12 +193,12 @@ def _check_address(address: str) -> None:
     wrong = not whole if kind in ("http", "https") else kind == "sqlite" and not address.startswith("sqlite:///")
     if wrong or kind == "file" or address == "sqlite:///":
         raise UserError(
-            f"MLFLOW_TRACKING_URI: found '{_public(address)}', expected the address of a server (http://...) or a"
+            f"MLFLOW_TRACKING_URI: found '{public(address)}', expected the address of a server (http://...) or a"
             " database (sqlite:///...), as MLflow keeps no plain folders; unset it to use mlflow.db here."
         )
 
 
-def _sqlite_file(address: str) -> Path | None:
+def sqlite_file(address: str) -> Path | None:
     return Path(address.removeprefix("sqlite:///")).resolve() if address.startswith("sqlite:///") else None
 
 
@@ -225,7 +226,7 @@ def is_temporary(error: BaseException) -> bool:
 
 def unavailable(address: str, folder: Path, error: Exception) -> TrackingUnavailable:
     """What to say of an error, and whether the same command alone helps."""
-    where, start = f"it is all in {folder}", f"tracking: MLflow at {_public(address)} did not take everything"
+    where, start = f"it is all in {folder}", f"tracking: MLflow at {public(address)} did not take everything"
     if is_temporary(error):
         text = f"{start} ({_reason(error)}); {where}, and running the same command again replays it."
         return TrackingUnavailable(text)
@@ -262,10 +263,5 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _reason(error: Exception) -> str:
-    first = _public((str(error).splitlines() or [""])[0]) or type(error).__name__
+    first = public((str(error).splitlines() or [""])[0]) or type(error).__name__
     return first if len(first) <= 200 else f"{first[:200]}..."
-
-
-def _public(text: str) -> str:
-    """Without the name and password that an address may hold."""
-    return re.sub(r"//[^/@\s]*@", "//", text)

@@ -34,7 +34,8 @@ from PIL import Image
 from dvdp.errors import UserError
 from dvdp.files import locked
 from dvdp.text import utf8
-from pipelines.tracking.connection import _lock_of, _public, _sqlite_file, find_or_create
+from pipelines.addresses import public
+from pipelines.tracking.connection import find_or_create, lock_of, sqlite_file
 
 logger = logging.getLogger("dvdp.tracking")
 #: Tags that runs are found by.
@@ -104,7 +105,7 @@ class TrackedRun:
         """Metrics outside the ledger, e.g. scores; a value that differs from the newest at this step is added."""
         now = time.time_ns() // 1_000_000
         changed = []
-        with locked(_lock_of(self.client.tracking_uri)):
+        with locked(lock_of(self.client.tracking_uri)):
             for key, value in values.items():
                 past = [entry for entry in self.client.get_metric_history(self.run_id, key) if entry.step == step]
                 newest = max(past, key=lambda entry: entry.timestamp, default=None)
@@ -242,11 +243,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _experiment(client: MlflowClient, name: str) -> str:
-    with locked(_lock_of(client.tracking_uri)):
+    with locked(lock_of(client.tracking_uri)):
         found = client.get_experiment_by_name(name)
         if found is None:
             # A server knows where its artifacts go; beside a sqlite file they go next to it, not into this folder.
-            database = _sqlite_file(client.tracking_uri)
+            database = sqlite_file(client.tracking_uri)
             location = None if database is None else (database.parent / "mlartifacts").as_uri()
             # Without this tag MLflow's page asks what kind of experiment it is.
             kind = {"mlflow.experimentKind": "custom_model_development"}
@@ -260,7 +261,7 @@ def _experiment(client: MlflowClient, name: str) -> str:
     if found.lifecycle_stage != "active":
         raise UserError(
             f"tracking.experiment: found '{name}' deleted in MLflow, expected an active one; restore it with"
-            f" `MLFLOW_TRACKING_URI={_public(client.tracking_uri)} mlflow experiments restore --experiment-id"
+            f" `MLFLOW_TRACKING_URI={public(client.tracking_uri)} mlflow experiments restore --experiment-id"
             f" {found.experiment_id}` or take another name."
         )
     return str(found.experiment_id)
