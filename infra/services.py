@@ -195,7 +195,7 @@ def _wait(folder: Path, supervisor: Any, name: str, address: str) -> str:
     """Return once it works; in words."""
     began = said = time.monotonic()
     process = supervisor.getProcessInfo(name)
-    while not (_worker_works(address, process["start"]) if name == "worker" else healthy(f"{address}/health", 2)):
+    while not _works(folder, name, address, process):
         now = time.monotonic()
         if supervisor.getProcessInfo(name)["pid"] != process["pid"]:
             raise UserError(f"services: {name} ended at once, expected it to run; {_last_words(folder, name)}")
@@ -206,6 +206,18 @@ def _wait(folder: Path, supervisor: Any, name: str, address: str) -> str:
             said = now
         time.sleep(0.3)
     return f"ready after {time.monotonic() - began:.0f} s, {address}, pid {process['pid']}"
+
+
+def _works(folder: Path, name: str, address: str, process: dict[str, Any]) -> bool:
+    """Whether the process that supervisord runs does its work, and not one that an earlier start left behind."""
+    if name == "worker":
+        return _worker_works(address, process["start"])
+    try:
+        began = psutil.Process(process["pid"]).create_time()
+        left_behind = any(other.create_time() < began for other in service_processes(str(folder), name))
+    except psutil.NoSuchProcess:
+        return False
+    return not left_behind and healthy(f"{address}/health", 2)
 
 
 def _worker_works(api: str, started: int) -> bool:
