@@ -43,7 +43,7 @@ from pipelines.jobs.sample import draw_process, sample_job, seconds_per_sample
 from pipelines.jobs.score import check_scorable, score_job
 from pipelines.jobs.train import train_job
 from pipelines.left_behind import end_dead_runs, running
-from pipelines.logs import to_terminal
+from pipelines.logs import to_flow_run, to_terminal
 from pipelines.provenance import DVC_HASH, GIT_COMMIT, check_data_is_locked, provenance
 from pipelines.reports.comparison import Result, Row, best, compare, legend, table
 from pipelines.reports.page import Report, draw_samples, write_report
@@ -62,6 +62,7 @@ from pipelines.tracking.job_runs import check_tracking, description, model_file,
 from pipelines.tracking.runs import COMPARISON_HASH, TrackedRun, adopt, open_run
 from pipelines.tracking.sync import LedgerSync
 from pipelines.turning_points import resolve
+from pipelines.webhook import HOOKS
 
 
 class _OneSentence(logging.Filter):
@@ -77,7 +78,16 @@ for _name in ("prefect.task_runs", "prefect.flow_runs"):
     logging.getLogger(_name).addFilter(_OneSentence())
 
 
-@flow(name="experiment")
+def _run_name() -> str:
+    """Data set and commit; of params that cannot be read the flow itself says so."""
+    with contextlib.suppress(UserError):
+        params = read_params(flow_run.parameters["params_file"], flow_run.parameters["overrides"] or ())
+        commit, *dirty = provenance().get(GIT_COMMIT, "no commit").split("-")
+        return f"{params.dataset.name} at {'-'.join([commit[:9], *dirty])}"
+    return "experiment"
+
+
+@flow(name="experiment", flow_run_name=_run_name, **HOOKS)
 def experiment(
     params_file: str = "params.yaml", reports: str | None = None, overrides: list[str] | None = None
 ) -> State | None:
@@ -95,7 +105,8 @@ def experiment(
     # A scheduled flow runs without the CLI.
     reach_loopback_directly()
     to_terminal()
-    with running(flow_run.id or uuid.uuid4().hex):
+    name = flow_run.id or uuid.uuid4().hex
+    with running(name), to_flow_run(name):
         end_dead_runs()
         return _experiment(read_params(params_file, overrides or ()), reports)
 
@@ -247,13 +258,26 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
     get_run_logger().info("%s", "\n".join(["", *lines]))
 
     key = re.sub("[^a-z0-9]+", "-", results[0].job.params.dataset.name.lower())
-    create_table_artifact([dict(zip(headings, line, strict=True)) for line in cells], key=f"comparison-{key}")
+    on = f"of {len(rows)} settings on {results[0].job.params.dataset.name}"
+    create_table_artifact(
+        [dict(zip(headings, line, strict=True)) for line in cells],
+        key=f"comparison-{key}",
+        description=f"Scores and speed-ups {on}.",
+    )
     notes = map(markdown, legend(rows, results[0].record))
-    create_markdown_artifact("\n\n".join([report.text, *notes]), key=f"report-{key}")
-    create_image_artifact(data_url(report.contact_sheet), key=f"samples-{key}")
+    create_markdown_artifact(
+        "\n\n".join([report.text, *notes]), key=f"report-{key}", description=f"The report {on}, as in {report.page}."
+    )
+    create_image_artifact(
+        data_url(report.contact_sheet), key=f"samples-{key}", description=f"The first samples {on}, one row each."
+    )
     for result in results:
         name = re.sub("[^a-z0-9]+", "-", result.job.name.lower())
-        create_image_artifact(data_url(draw_process(result.job)), key=f"process-{key}-{name}")
+        create_image_artifact(
+            data_url(draw_process(result.job)),
+            key=f"process-{key}-{name}",
+            description=f"An image on its way to noise, and one that {result.job.name} drew on its way back.",
+        )
     try:
         _compare_in_mlflow(results, rows, report)
     except Exception as error:
