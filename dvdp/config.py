@@ -323,6 +323,8 @@ class ClusterParams(Section):
     """CPU threads a worker."""
     gpu: Flag = False
     """One GPU for each worker."""
+    busy: Literal["wait", "leave", "share"] = "wait"
+    """What a run does while another one uses the cores of this machine; nothing on a cluster of ``RAY_ADDRESS``."""
     max_failures: Annotated[Whole, Field(ge=0, le=100)] = 2
     """Worker failures after which a run gives up."""
     storage: LocalPath = Path("runs")

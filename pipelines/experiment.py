@@ -23,7 +23,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.runtime import flow_run
-from prefect.states import Failed, State
+from prefect.states import Cancelled, Failed, State
 from prefect.tasks import exponential_backoff
 
 from dvdp.config import Params, read_params
@@ -38,6 +38,7 @@ from dvdp.training.loop import is_finished
 from pipelines.environment import reach_loopback_directly
 from pipelines.jobs.cluster import Slots, cluster
 from pipelines.jobs.job import Job, jobs
+from pipelines.jobs.machine import Busy
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process, sample_job, seconds_per_sample
 from pipelines.jobs.score import check_scorable, score_job
@@ -100,7 +101,7 @@ def experiment(
 
     Returns:
         A failed state that says which settings failed and why, if any did (they do not stop the others), or that
-        MLflow was unavailable.
+        MLflow was unavailable; a cancelled one if it left the machine to another run (``cluster.busy``).
     """
     # A scheduled flow runs without the CLI.
     reach_loopback_directly()
@@ -108,7 +109,10 @@ def experiment(
     name = flow_run.id or uuid.uuid4().hex
     with running(name), to_flow_run(name):
         end_dead_runs()
-        return _experiment(read_params(params_file, overrides or ()), reports)
+        try:
+            return _experiment(read_params(params_file, overrides or ()), reports)
+        except Busy as other:
+            return Cancelled(message=str(other))
 
 
 def _experiment(params: Params, reports: str | None) -> State | None:
