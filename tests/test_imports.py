@@ -56,6 +56,10 @@ MAY_IMPORT = {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
         "pipelines.provenance", "pipelines.logs", "pipelines.environment", "pipelines.left_behind", "pipelines.webhook",
     },
+    "pipelines.schedules": {
+        "dvdp", "pipelines.commands", "pipelines.environment", "pipelines.jobs", "pipelines.left_behind",
+        "pipelines.logs", "pipelines.tracking", "pipelines.webhook",
+    },
     "pipelines.cli": {"dvdp", "pipelines"},
     "infra": {"dvdp", "pipelines"},
 }  # fmt: skip
