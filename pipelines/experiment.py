@@ -82,7 +82,7 @@ for _name in ("prefect.task_runs", "prefect.flow_runs"):
 def _run_name() -> str:
     """Data set and commit; of params that cannot be read the flow itself says so."""
     with contextlib.suppress(UserError):
-        params = read_params(flow_run.parameters["params_file"], flow_run.parameters["overrides"] or ())
+        params = read_params(flow_run.parameters["params_file"], flow_run.parameters["overrides"])
         commit, *dirty = provenance().get(GIT_COMMIT, "no commit").split("-")
         return f"{params.dataset.name} at {'-'.join([commit[:9], *dirty])}"
     return "experiment"
@@ -90,12 +90,12 @@ def _run_name() -> str:
 
 @flow(name="experiment", flow_run_name=_run_name, **HOOKS)
 def experiment(
-    params_file: str = "params.yaml", reports: str | None = None, overrides: list[str] | None = None
+    params_file: str = "params.yaml", reports: str | None = None, overrides: dict[str, Any] | None = None
 ) -> State | None:
     """Run every setting of a params file and compare them.
 
     Args:
-        overrides: other values than the file's, each as ``key=value``; see :func:`dvdp.config.read_params`.
+        overrides: other values than the file's by key, such as ``{"training.batch": 64}``, checked before any work.
         reports: folder of the report, an output of ``dvc repro``. Without it (as when scheduled) nothing that DVC
             tracks is written: the data must be what ``dvc.lock`` names, and the report goes beside the runs.
 
@@ -106,11 +106,10 @@ def experiment(
     # A scheduled flow runs without the CLI.
     reach_loopback_directly()
     to_terminal()
-    name = flow_run.id or uuid.uuid4().hex
-    with running(name), to_flow_run(name):
+    with running(flow_run.id or uuid.uuid4().hex), to_flow_run(flow_run.id):
         end_dead_runs()
         try:
-            return _experiment(read_params(params_file, overrides or ()), reports)
+            return _experiment(read_params(params_file, overrides), reports)
         except Busy as other:
             return Cancelled(message=str(other))
 

@@ -68,11 +68,14 @@ class Sparse:
 
 
 @contextlib.contextmanager
-def to_flow_run(flow_run: str) -> Iterator[None]:
-    """Send status lines to the log of a flow run in Prefect, too, while the block runs.
+def to_flow_run(flow_run: str | None) -> Iterator[None]:
+    """Send status lines to the log of a flow run in Prefect, too, while the block runs; nowhere if that is None.
 
     What a task logs goes to the task, sparsely (:class:`Sparse`): the run's ``log.txt`` has all. Warnings all go.
     """
+    if flow_run is None:
+        yield
+        return
     from prefect.context import TaskRunContext
     from prefect.logging.handlers import APILogHandler
 
