@@ -76,7 +76,7 @@ def case(resolution: int, points: list[int], model: dict[str, Any], training: di
     return parse_params(
         {
             "dataset": {"name": "none", "resolution": resolution},
-            "settings": [{"name": "x", "process": "dvdp" if points else "ddpm", "turning_points": points}],
+            "settings": {"x": {"process": "dvdp" if points else "ddpm", "turning_points": points}},
             "model": model,
             "training": {**whole, "checkpoint_images": images, **training},
             "sampling": {"count": SAMPLES, "batch": SAMPLES},
