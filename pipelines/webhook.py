@@ -47,23 +47,23 @@ def tell(flow: str, flow_run: FlowRun, state: State[Any]) -> None:
         "message": said,
         "url": url_for("flow-run", obj_id=flow_run.id),
     }
+    problems: list[str] = []
     # A name that is looked up, or an answer that trickles in, would outlast the limits of any client.
-    thread = threading.Thread(target=_post, args=(address, word), name="webhook", daemon=True)
+    thread = threading.Thread(target=_post, args=(address, word, problems), name="webhook", daemon=True)
     thread.start()
     thread.join(LIMIT)
     if thread.is_alive():
-        logger.warning("DVDP_WEBHOOK: found no answer within %.0f s; nobody was told how this flow run ended", LIMIT)
+        problems = [f"no answer within {LIMIT:g} s"]
+    if problems:
+        logger.warning("DVDP_WEBHOOK: found %s, expected an address that takes JSON; nobody was told", problems[0])
 
 
-def _post(address: str, word: dict[str, Any]) -> None:
+def _post(address: str, word: dict[str, Any], problems: list[str]) -> None:
     import httpx
 
     try:
         httpx.post(address, json=word, timeout=LIMIT).raise_for_status()
     except httpx.HTTPStatusError as error:
-        found = f"status {error.response.status_code}"
+        problems.append(f"status {error.response.status_code}")
     except Exception as error:  # Addresses of webhooks are secrets: what httpx says of one is not shown.
-        found = type(error).__name__
-    else:
-        return
-    logger.warning("DVDP_WEBHOOK: found %s, expected an address that takes JSON; nobody was told", found)
+        problems.append(type(error).__name__)
