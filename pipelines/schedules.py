@@ -45,7 +45,7 @@ def _at_work() -> Iterator[None]:
     """What every scheduled flow needs around it."""
     reach_loopback_directly()
     to_terminal()
-    with running(flow_run.id or uuid4().hex), to_flow_run(flow_run.id):
+    with to_flow_run(flow_run.id):
         end_dead_runs()
         yield
 
@@ -59,7 +59,7 @@ def refresh(params_file: str = "params.yaml") -> State[None]:
     Raises:
         UserError: DVC fails; the data set is then as before.
     """
-    with _at_work():
+    with _at_work(), running(flow_run.id or uuid4().hex):
         params = read_params(params_file)
         path, note = params.dataset.path, params.cluster.storage / "sources" / f"{params.dataset.name}.json"
         if path is None:
@@ -96,7 +96,7 @@ def re_evaluate(
         UserError: no version has the alias, or the params do not fit it.
         TrackingUnavailable: MLflow does not answer.
     """
-    with _at_work():
+    with _at_work(), running(flow_run.id or uuid4().hex):
         params = read_params(params_file, overrides)
         model = registered_model(params, f"models:/{model_name(params)}@{alias}")
         record = evaluate(model)
