@@ -382,6 +382,21 @@ def draw(
     draw(weights, count, device, picture, seed=seed, steps=steps, solver=solver, label=label)
 
 
+@app.command(rich_help_panel=EXPERIMENTS)
+def clean(
+    file: str = FILE,
+    changes: list[str] = CHANGES,
+    keep: list[str] = Option([], metavar="KIND", help="Leave checkpoints, samples, versions or artifacts alone."),
+    days: int = Option(30, min=0, help="Age at which an artifact in Prefect goes."),
+    yes: bool = Option(False, "--yes", help="Remove it; else it is listed alone."),
+) -> None:
+    """List, or remove, what finished runs left and nobody needs: docs/results.md."""
+    params = _read(file, changes, services=True)
+    from pipelines.commands.clean import clean
+
+    print(clean(params, keep, days, yes))
+
+
 @app.command("experiment", rich_help_panel=EXPERIMENTS)
 def run_experiment(
     file: str = FILE,
