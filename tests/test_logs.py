@@ -6,8 +6,14 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
+
+from pipelines import logs
+from pipelines.jobs import failures
+from pipelines.jobs.train import following
 from pipelines.logs import to_file
 
 PROJECT = Path(__file__).parents[1]
@@ -32,3 +38,29 @@ def test_a_file_takes_any_text(tmp_path: Path) -> None:
     with to_file(tmp_path / "log.txt"):
         logging.getLogger("dvdp").info("★ %s", os.fsdecode(b"caf\xe9"))
     assert (tmp_path / "log.txt").read_text("utf-8").endswith(" ★ caf\\udce9\n")
+
+
+def test_what_a_run_logs_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (logs, failures):
+        monkeypatch.setattr(module, "MOST_BYTES", 1000)
+    with to_file(tmp_path / "log.txt"):
+        for number in range(200):
+            logging.getLogger("dvdp").info("line %s", number)
+    for _ in range(50):
+        failures.keep("error " * 20, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "log.txt.1", "errors.txt", "errors.txt.1"}
+    assert all(path.stat().st_size < 1200 for path in tmp_path.iterdir())
+    assert (tmp_path / "log.txt").read_text().endswith("line 199\n")
+
+
+def test_who_follows_a_file_sees_that_it_was_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logs, "MOST_BYTES", 1000)
+    logs.to_terminal()
+    with following(tmp_path / "log.txt"):
+        (tmp_path / "log.txt").write_text("first line\n" * 80)
+        time.sleep(1)
+        (tmp_path / "log.txt").write_text("second line\n" * 2)
+    printed = capfd.readouterr().out
+    assert (printed.count("first line"), printed.count("second line")) == (80, 2)

@@ -39,6 +39,8 @@ from pipelines.tracking.runs import SETTING
 CHAMPIONS = "dvdp.champions"
 #: Tags of versions that stay: those that a person wants to keep, and those that must not come back unmarked.
 KEPT_TAGS = ("dvdp.keep", "dvdp.rejected")
+#: Artifacts that Prefect is asked for at a time, with their data.
+PAGE = 50
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ def _prefect_artifacts(params: Params, days: int) -> Iterator[Removal]:
             seen, keys = 0, set()
             found = []
             while page := client.read_artifacts(
-                artifact_filter=wanted, limit=50, offset=seen, sort=ArtifactSort.CREATED_DESC
+                artifact_filter=wanted, limit=PAGE, offset=seen, sort=ArtifactSort.CREATED_DESC
             ):
                 for artifact in page:
                     key = artifact.key or ""

@@ -177,11 +177,12 @@ def test_old_artifacts_go_but_for_the_newest_of_each_key_and_those_of_others(
     prefect_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", prefect_server)
+    monkeypatch.setattr("pipelines.commands.clean.PAGE", 3)
     from prefect.artifacts import create_markdown_artifact
     from prefect.client.orchestration import get_client
 
     kept = [create_markdown_artifact("of others", key=key) for key in 2 * ["weather-digits"] + 2 * ["report-faces"]]
-    gone = [create_markdown_artifact("x" * 1000, key="report-digits") for _ in range(60)]
+    gone = [create_markdown_artifact("x" * 1000, key="report-digits") for _ in range(5)]
     kept.append(create_markdown_artifact("newest", key="report-digits"))
     gone.append(create_markdown_artifact("old", key="process-digits-ddpm"))
     kept.append(create_markdown_artifact("newest", key="process-digits-ddpm"))
