@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import threading
 from pathlib import Path
 
 import mlflow.artifacts
@@ -23,6 +24,8 @@ from pipelines.tracking.registry import WEIGHTS_DIGEST, read_weights, weights_di
 from pipelines.tracking.runs import TRAINING_HASH, read_text
 
 logger = logging.getLogger("dvdp.tracking")
+#: One setting at a time, as the environment says how long MLflow is waited for.
+_asking = threading.Lock()
 
 
 def fetch_training(job: Job) -> str:
@@ -38,9 +41,10 @@ def fetch_training(job: Job) -> str:
         if not free or is_finished(job.folder) or not there_is_a_store():
             return ""
         try:
-            with _impatient():
+            with _asking, _impatient():
                 client = connect()
-                return next((said for model in _candidates(client, job) if (said := _take(client, job, model))), "")
+                found = _candidates(client, job)
+            return next((said for model in found if (said := _take(client, job, model))), "")
         except Exception as error:  # Whatever it is, training remains.
             logger.warning("%s: its weights cannot be fetched from MLflow (%s), so it is trained here", job.name, error)
             return ""
