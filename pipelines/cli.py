@@ -30,6 +30,7 @@ from pipelines.environment import (
     reach_loopback_directly,
 )
 from pipelines.logs import to_terminal
+from pipelines.provenance import keep_in_project
 
 if TYPE_CHECKING:
     from dvdp.config import Params
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     try:
         check_folder()
+        keep_in_project(".services", "mlflow.db")
         find_home()
         # The place where `make services` looks, so that its page shows runs made without it.
         os.environ.setdefault("PREFECT_HOME", str(Path(".services/prefect").resolve()))
@@ -103,6 +105,7 @@ def _read(file: str, changes: Sequence[str], services: bool = False) -> Params:
     from pipelines.addresses import services_environment
 
     params = read_params(file, parse_overrides(changes))
+    keep_in_project(params.cluster.storage)
     if "DVC_STAGE" in os.environ:
         check_says_every_key(file)
     for name, value in services_environment(Path()).items() if services else ():
@@ -377,6 +380,21 @@ def draw(
     from pipelines.commands.runs import draw
 
     draw(weights, count, device, picture, seed=seed, steps=steps, solver=solver, label=label)
+
+
+@app.command(rich_help_panel=EXPERIMENTS)
+def clean(
+    file: str = FILE,
+    changes: list[str] = CHANGES,
+    keep: list[str] = Option([], metavar="KIND", help="Leave checkpoints, samples, versions or artifacts alone."),
+    days: int = Option(30, min=0, help="Age at which an artifact in Prefect goes."),
+    yes: bool = Option(False, "--yes", help="Remove it; else it is listed alone."),
+) -> None:
+    """List, or remove, what finished runs left and nobody needs: docs/results.md."""
+    params = _read(file, changes, services=True)
+    from pipelines.commands.clean import clean
+
+    print(clean(params, keep, days, yes))
 
 
 @app.command("experiment", rich_help_panel=EXPERIMENTS)

@@ -59,6 +59,7 @@ from pipelines.tracking.connection import (
     tracking_address,
     unavailable,
 )
+from pipelines.tracking.fetch import fetch_training
 from pipelines.tracking.job_runs import check_tracking, description, model_file, model_name, tracked
 from pipelines.tracking.runs import COMPARISON_HASH, TrackedRun, adopt, open_run
 from pipelines.tracking.sync import LedgerSync
@@ -184,7 +185,10 @@ def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
 
 @task(task_run_name="train {job.name}", cache_policy=NO_CACHE)
 def train(job: Job, slots: Slots) -> None:
-    """Train on the cluster; MLflow follows as well as it can."""
+    """Train on the cluster, unless MLflow has the weights; it follows as well as it can."""
+    if fetched := fetch_training(job):
+        get_run_logger().info("%s", fetched)
+        return
 
     def begin() -> TrackedRun:
         run = tracked(job)
@@ -238,6 +242,7 @@ def register(job: Job, record: ScoreRecord) -> None:
         run.set_metrics(measured, step=training_images(job.run))
         run.log_json("score.json", json.loads(record.to_json()))
         run.log_file(job.folder / "estimate.json")
+        run.log_file(job.folder / "metrics.jsonl")
         run.log_json("params.json", job.params.describe())
         run.log_file(draw_samples(job, job.folder / "pictures" / f"samples-{job.sampling_hash}.png"), "pictures")
         run.log_file(draw_process(job), "pictures")

@@ -9,9 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
+#: Of a file of status lines; some 100,000 of them.
+MOST_BYTES = 10 * 2**20
 FORMAT = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
 
 
@@ -36,8 +39,9 @@ def to_terminal() -> None:
 
 @contextlib.contextmanager
 def to_file(path: Path) -> Iterator[None]:
-    """Add status lines to a file while the block runs."""
-    handler = _add(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace", delay=True))
+    """Add status lines to a file while the block runs; one that is full is kept as ``<name>.1``, and begun anew."""
+    options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "delay": True}
+    handler = _add(RotatingFileHandler(path, maxBytes=MOST_BYTES, backupCount=1, **options))
     try:
         yield
     finally:

@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "pipelines.reports": {"dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.provenance"},
     "pipelines.commands": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
+        "pipelines.left_behind",
     },
     "pipelines.experiment": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",

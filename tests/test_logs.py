@@ -9,6 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from pipelines import logs
+from pipelines.jobs import failures
 from pipelines.jobs.train import following
 from pipelines.logs import BURST, SECONDS_A_LINE, Sparse, to_file
 from tests.logs import hearing
@@ -57,3 +61,26 @@ def test_lines_that_workers_add_to_a_file_are_logged_whole_and_once(tmp_path: Pa
             file.write(part.encode())
             time.sleep(0.7)
     assert lines == ["ddpm: 320 / 4800 images ★", "10:30:00 done"]
+
+
+def test_what_a_run_logs_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (logs, failures):
+        monkeypatch.setattr(module, "MOST_BYTES", 1000)
+    with to_file(tmp_path / "log.txt"):
+        for number in range(200):
+            logging.getLogger("dvdp").info("line %s", number)
+    for _ in range(50):
+        failures.keep("error " * 20, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "log.txt.1", "errors.txt", "errors.txt.1"}
+    assert all(path.stat().st_size < 1200 for path in tmp_path.iterdir())
+    assert (tmp_path / "log.txt").read_text().endswith("line 199\n")
+
+
+def test_who_follows_a_file_sees_that_it_was_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "MOST_BYTES", 1000)
+    lines: list[str] = []
+    with hearing(lines.append), following(tmp_path / "log.txt"):
+        (tmp_path / "log.txt").write_text("first line\n" * 80)
+        time.sleep(1)
+        (tmp_path / "log.txt").write_text("second line\n" * 2)
+    assert lines == ["first line"] * 80 + ["second line"] * 2

@@ -192,6 +192,8 @@ def following(path: Path) -> Iterator[None]:
         position = start
         while True:
             last = done.wait(0.5)
+            if path.exists() and path.stat().st_size < position:
+                position = 0  # It was full, and begun anew.
             if path.exists():
                 with path.open("rb") as file:
                     file.seek(position)
