@@ -1,4 +1,4 @@
-"""Small flows beside the experiment, which ``prefect.yaml`` schedules: new data, and the champion's score."""
+"""Small flows beside the experiment, which ``prefect.yaml`` schedules: new data, the champion's score, clean-up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import psutil
 from prefect import flow
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed, State
 
@@ -25,6 +25,7 @@ from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.files import write_atomically
+from pipelines.commands.clean import clean
 from pipelines.commands.evaluate import evaluate, registered_model, track
 from pipelines.environment import reach_loopback_directly
 from pipelines.jobs.paths import DataPaths
@@ -107,6 +108,25 @@ def re_evaluate(
         )
         track(model, record)
         return _said(f"{model.name} ({alias}): {_scores(record)}")
+
+
+@flow(name="clean", **HOOKS)
+def clean_up(
+    params_file: str = "params.yaml", keep: list[str] | None = None, days: int = 30, yes: bool = False
+) -> State[None]:
+    """``dvdp clean``: list what finished runs left and nobody needs, and remove it if ``yes``.
+
+    Args:
+        keep, days: see :func:`pipelines.commands.clean.clean`.
+    """
+    with _at_work():
+        text = clean(read_params(params_file), keep or (), days, yes)
+        create_markdown_artifact(
+            f"```\n{text}\n```",
+            key="clean-up",
+            description=f"What was {'removed' if yes else 'found, and not removed'}.",
+        )
+        return _said(text.splitlines()[-1])
 
 
 def _scores(record: ScoreRecord) -> str:

@@ -15,7 +15,7 @@ import yaml
 from dvdp.config import read_params
 from dvdp.errors import UserError
 from pipelines import schedules
-from pipelines.schedules import refresh
+from pipelines.schedules import clean_up, refresh
 from pipelines.stages import prepare_data
 from tests.data.support import make_images
 from tests.tracking.support import wait_until
@@ -114,3 +114,12 @@ def test_what_dvc_started_ends_with_it(stubborn: bool, monkeypatch: pytest.Monke
     schedules._end(process)
     assert not psutil.pid_exists(process.pid)
     wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 5)
+
+
+def test_clean_lists_what_may_go(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(schedules, "create_markdown_artifact", lambda text, **_: shown.append(text))
+    state = clean_up.fn()
+    assert state.is_completed()
+    assert str(state.message).endswith("nothing was removed yet, the same command with --yes does it.")
+    assert str(state.message) in shown[0]
