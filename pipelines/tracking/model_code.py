@@ -48,7 +48,7 @@ class ImageModel(PythonModel):
     def load_context(self, context: Any) -> None:
         """Read the weights, onto a GPU where there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = load_model(context.artifacts["weights"], device)
+        self.model = load_model(context.artifacts["weights"], device)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Images of all rows, one after the other.
@@ -98,7 +98,7 @@ class ImageModel(PythonModel):
         label: str | None = None,
         format: str = "png",
     ) -> pd.DataFrame:
-        model, defaults = self._model, self._model.run.sampling
+        model, defaults = self.model, self.model.run.sampling
         seed = secrets.randbelow(2**31) if seed is None else seed
         calls = (steps or defaults.steps) * math.ceil(count / defaults.batch)
         with tqdm(total=calls, desc=f"{count} images", unit="call", disable=None, leave=False) as bar:
@@ -106,7 +106,7 @@ class ImageModel(PythonModel):
             def advance(progress: Progress) -> None:
                 bar.update()
 
-            options = {"seed": seed, "first": first, "solver": solver, "steps": steps, "label": label}
+            options: dict[str, Any] = {"seed": seed, "first": first, "solver": solver, "steps": steps, "label": label}
             images = model.sample(count, **options, callback=advance).permute(0, 2, 3, 1).contiguous().numpy()
         drawn = None if label else model.labels(seed, first, count)
         names = [label] * count if drawn is None else [self._name(number) for number in drawn.tolist()]
@@ -120,7 +120,7 @@ class ImageModel(PythonModel):
         )
 
     def _name(self, label: int) -> str | None:
-        names = self._model.classes.names if self._model.classes else ()
+        names = self.model.classes.names if self.model.classes else ()
         return None if label < 0 else str(names[label] if label < len(names) else label)
 
 
