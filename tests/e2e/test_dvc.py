@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ def test_repro_makes_everything_that_is_declared(reproduced: Project) -> None:
 def test_an_experiment_in_a_copy_trains_one_setting_into_the_project_and_dvc_shows_it(
     here: Project,
 ) -> None:
+    # As a colleague has it, whose MLflow holds what others trained.
+    theirs = here.runs()["ddpm"]
+    shutil.move(theirs, here.folder / "theirs")
     before = weights(here)
     change = "settings.dvdp-600.turning_points=[500]"
     printed = here.run("dvc", "exp", "run", "--temp", "--name", "earlier", "-S", change).stdout
@@ -49,7 +53,11 @@ def test_an_experiment_in_a_copy_trains_one_setting_into_the_project_and_dvc_sho
 
     after = weights(here)
     assert {path: time for path, time in after.items() if path in before} == before, "nothing is trained again"
-    (new,) = after.keys() - before.keys()
+    fetched = theirs / "weights.safetensors"
+    (new,) = after.keys() - before.keys() - {fetched}
+    assert fetched.read_bytes() == (here.folder / "theirs" / "weights.safetensors").read_bytes()
+    assert not (theirs / "ray").exists(), "it is not trained again"
+    assert (theirs / "metrics.jsonl").read_bytes() == (here.folder / "theirs" / "metrics.jsonl").read_bytes()
     assert json.loads((new.parent / "run.json").read_text())["run"]["setting"] == "dvdp-600"
     client = MlflowClient(f"sqlite:///{here.folder / 'mlflow.db'}")
     (run,) = client.search_runs(["1"], f"tags.`{TRAINING_HASH}` = '{new.parent.name}'")
