@@ -39,6 +39,14 @@ class Estimate(NamedTuple):
         """Half the width of the interval at :data:`CONFIDENCE`."""
         return _quantile(self.freedom) * self.error
 
+    @property
+    def text(self) -> str:
+        """``2.26 ± 0.31``, in as many digits as the margin has two of; the value alone where its error is not known."""
+        if not 0 < self.margin < math.inf:
+            return f"{self.value:.2f}"
+        digits = max(2, 1 - math.floor(math.log10(self.margin)))
+        return f"{self.value:.{digits}f} ± {self.margin:.{digits}f}"
+
 
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of one setting's scores, one a seed.

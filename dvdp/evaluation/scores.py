@@ -176,8 +176,8 @@ def _remarks(extractor: Extractor, samples: int, references: int | None = None) 
     for what, number in (("samples", samples), ("references", references)):
         if number is not None and number < extractor.features:
             found.append(
-                f"{number} {what} are fewer than the extractor's {extractor.features} features:"
-                " the Frechet distance says little."
+                f"{number} {what} are fewer than the extractor's {extractor.features} features: their covariance is not"
+                " known in every direction, and most of the Frechet distance is the bias of so few; take more."
             )
     if extractor.name == "inception" and samples < INCEPTION_SAMPLES:
         found.append(f"fid of {samples} samples, fewer than {INCEPTION_SAMPLES}, compares with no published one.")
