@@ -41,6 +41,7 @@ from pipelines.jobs.job import Job, jobs
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process, sample_job, seconds_per_sample
 from pipelines.jobs.score import anchors_of, check_scorable, score_job
+from pipelines.jobs.timing import time_settings
 from pipelines.jobs.train import train_job
 from pipelines.left_behind import end_dead_runs, running
 from pipelines.logs import to_terminal
@@ -119,6 +120,9 @@ def _experiment(params: Params, reports: str | None) -> State | None:
             futures[job.name] = run_setting.submit(job, slots)
             futures[job.name].add_done_callback(lambda _: slots.release())
         outcomes = {job.name: futures[job.name].result(raise_on_failure=False) for job in listed}
+        done = [outcome.job for outcome in outcomes.values() if isinstance(outcome, Result)]
+        if done:
+            measure_speed(done)
     for name, outcome in outcomes.items():
         if isinstance(outcome, Result):
             results.append(outcome)
@@ -231,6 +235,15 @@ def register(job: Job, record: ScoreRecord) -> None:
             run, model_name(job.params), model_file(job), description(job), record, training_images(job.run)
         )
         run.set_status("FINISHED")
+
+
+@task(name="measure speed", cache_policy=NO_CACHE)
+def measure_speed(done: list[Job]) -> None:
+    """Time all settings in turns, now that nothing runs beside them; a comparison without is one all the same."""
+    try:
+        time_settings(done)
+    except UserError as problem:
+        get_run_logger().warning("the settings are not timed: %s", problem)
 
 
 @task(name="compare", cache_policy=NO_CACHE)

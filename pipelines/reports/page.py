@@ -80,7 +80,7 @@ def write_report(
     sheet = figures.contact_sheet({r.job.name: _samples(r.job, SHEET_IMAGES) for r in results}, columns=SHEET_IMAGES)
     figures.save_png(sheet, report.contact_sheet)
     curves = _draw_curves(plots, rows, results)
-    sweeps = draw_sweeps(report.pictures, known_settings(results), results[0].job.run)
+    sweeps = draw_sweeps(report.pictures, known_settings(results), results[0].job.run, rows)
     grids, processes = [], []
     for r in results:
         path = draw_samples(r.job, report.pictures / f"samples_{r.job.name}.png")
@@ -123,8 +123,11 @@ def _metrics(rows: Sequence[Row]) -> dict[str, Any]:
         row.setting: {
             **row.metrics,
             "training_images": row.images,
-            "milliseconds_per_training_image": 1e3 * row.seconds_per_image,
-            "seconds_per_sample": row.seconds_per_sample,
+            **(
+                {name: getattr(row.timing, name) for name in ("seconds_per_step", "seconds_per_sample")}
+                if row.timing
+                else {}
+            ),
             "training_speedup": row.training_speedup,
             "sampling_speedup": row.sampling_speedup,
         }
