@@ -33,6 +33,8 @@ from pipelines.logs import to_terminal
 
 if TYPE_CHECKING:
     from dvdp.config import Params
+    from pipelines.commands.evaluate import RegisteredModel
+    from pipelines.jobs.job import Job
 
 #: Quiet libraries; said before any of them is imported.
 ENVIRONMENT = {
@@ -163,6 +165,7 @@ FILE = Option("params.yaml", "--params", metavar="FILE", help="The params file."
 CHANGES = Option([], "-S", "--set-param", metavar="KEY=VALUE", help="Another value, such as training.batch=64.")
 SETTING = Option(None, metavar="NAME", help="One setting alone.")
 SEED = Option(None, help="One seed alone.")
+MODEL = Option(None, metavar="ADDRESS", help="A registered model in place of settings, models:/NAME@ALIAS or /VERSION.")
 
 
 @app.command(rich_help_panel=PARAMS)
@@ -296,13 +299,34 @@ def train(
 
 @app.command(rich_help_panel=RUNS)
 def sample(
-    file: str = FILE, changes: list[str] = CHANGES, setting: str | None = SETTING, seed: int | None = SEED
+    file: str = FILE,
+    changes: list[str] = CHANGES,
+    setting: str | None = SETTING,
+    seed: int | None = SEED,
+    model: str | None = MODEL,
+    out: str | None = Option(None, metavar="FOLDER", help="Of PNG files, one an image; an interrupted run goes on."),
 ) -> None:
-    """Draw the images of trained settings that scores need."""
-    params = _read(file, changes, services=True)
-    from pipelines.commands.runs import chosen, sample
+    """Draw the sampling.count images of trained settings, or of a registered model."""
+    subjects = _subjects(params := _read(file, changes, services=True), setting, seed, model)
+    from pipelines.commands.runs import sample
 
-    sample(params, chosen(params, setting, seed))
+    sample(params, subjects, None if out is None else Path(out))
+
+
+@app.command(rich_help_panel=RUNS)
+def serve(
+    file: str = FILE,
+    changes: list[str] = CHANGES,
+    model: str | None = Option(None, metavar="ADDRESS", help="models:/NAME@ALIAS or /VERSION; else the champion."),
+    port: int = Option(8000, min=1, max=65535, help="On this machine only."),
+) -> None:
+    """Serve a page to draw images from a registered model."""
+    params = _read(file, changes, services=True)
+    from pipelines.commands.serve import serve
+    from pipelines.tracking.job_runs import model_name
+    from pipelines.tracking.registry import CHAMPION
+
+    serve(model or f"models:/{model_name(params)}@{CHAMPION}", port)
 
 
 @app.command(rich_help_panel=RUNS)
@@ -311,22 +335,15 @@ def evaluate(
     changes: list[str] = CHANGES,
     setting: str | None = SETTING,
     seed: int | None = SEED,
-    model: str | None = Option(
-        None, metavar="ADDRESS", help="A registered model in place of settings, models:/NAME@ALIAS or /VERSION."
-    ),
+    model: str | None = MODEL,
     statistics: str | None = Option(
         None, metavar="FILE", help="An .npz with published 'mu' and 'sigma' in place of the reference: FID alone."
     ),
 ) -> None:
     """Score the images of settings, or a registered model, and add that to MLflow."""
-    if model and (setting or seed is not None):
-        raise UserError("--model: found it beside --setting or --seed, expected one or the other; leave one out.")
-    params = _read(file, changes, services=True)
-    # Seconds to import.
-    from pipelines.commands.evaluate import evaluate, registered_model, track
-    from pipelines.commands.runs import chosen
+    subjects = _subjects(_read(file, changes, services=True), setting, seed, model)
+    from pipelines.commands.evaluate import evaluate, track
 
-    subjects = [registered_model(params, model)] if model else chosen(params, setting, seed)
     problems: list[str] = []
     for subject in subjects:
         record = evaluate(subject, Path(statistics) if statistics else None)
@@ -461,6 +478,19 @@ def _file(option: str, name: str) -> Path:
             with tempfile.TemporaryFile(dir=there):
                 return path
     raise UserError(f"{option}: found '{name}', expected the name of a file in a folder that can be written.")
+
+
+def _subjects(
+    params: Params, setting: str | None, seed: int | None, model: str | None
+) -> Sequence[Job | RegisteredModel]:
+    """The jobs of settings, or a registered model."""
+    if model and (setting or seed is not None):
+        raise UserError("--model: found it beside --setting or --seed, expected one or the other; leave one out.")
+    # Seconds to import.
+    from pipelines.commands.evaluate import registered_model
+    from pipelines.commands.runs import chosen
+
+    return [registered_model(params, model)] if model else chosen(params, setting, seed)
 
 
 def _unavailable(work: Callable[[], None]) -> list[str]:
