@@ -41,7 +41,8 @@ from pipelines.jobs.job import Job, jobs
 from pipelines.jobs.machine import Busy
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process, sample_job, seconds_per_sample
-from pipelines.jobs.score import check_scorable, score_job
+from pipelines.jobs.score import anchors_of, check_scorable, score_job
+from pipelines.jobs.timing import time_settings
 from pipelines.jobs.train import train_job
 from pipelines.left_behind import end_dead_runs, running
 from pipelines.logs import to_flow_run, to_terminal
@@ -134,6 +135,9 @@ def _experiment(params: Params, reports: str | None) -> State | None:
             futures[job.name] = run_setting.submit(job, slots)
             futures[job.name].add_done_callback(lambda _: slots.release())
         outcomes = {job.name: futures[job.name].result(raise_on_failure=False) for job in listed}
+        done = [outcome.job for outcome in outcomes.values() if isinstance(outcome, Result)]
+        if done:
+            measure_speed(done)
     for name, outcome in outcomes.items():
         if isinstance(outcome, Result):
             results.append(outcome)
@@ -252,6 +256,15 @@ def register(job: Job, record: ScoreRecord) -> None:
         run.set_status("FINISHED")
 
 
+@task(name="measure speed", cache_policy=NO_CACHE)
+def measure_speed(done: list[Job]) -> None:
+    """Time all settings in turns, now that nothing runs beside them; a comparison without is one all the same."""
+    try:
+        time_settings(done)
+    except UserError as problem:
+        get_run_logger().warning("the settings are not timed: %s", problem)
+
+
 @task(name="compare", cache_policy=NO_CACHE)
 def compare_settings(results: list[Result], failures: Mapping[str, str], folder: Path) -> str:
     """One table, one contact sheet, one page; the best model becomes the champion.
@@ -262,7 +275,8 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
     rows = compare(results)
     report = write_report(folder, rows, results, failures, _provenance(results))
     headings, cells = table(rows, results[0].record.headline)
-    lines = [as_text(headings, cells), *legend(rows, results[0].record), "", *_where_to_look(report)]
+    notes = legend(rows, results[0].record, anchors_of(results[0].job.params)["real"])
+    lines = [as_text(headings, cells), *notes, "", *_where_to_look(report)]
     get_run_logger().info("%s", "\n".join(["", *lines]))
 
     key = re.sub("[^a-z0-9]+", "-", results[0].job.params.dataset.name.lower())
@@ -272,9 +286,8 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
         key=f"comparison-{key}",
         description=f"Scores and speed-ups {on}.",
     )
-    notes = map(markdown, legend(rows, results[0].record))
     create_markdown_artifact(
-        "\n\n".join([report.text, *notes]), key=f"report-{key}", description=f"The report {on}, as in {report.page}."
+        "\n\n".join([report.text, *map(markdown, notes)]), key=f"report-{key}", description=f"The report {on}, as in {report.page}."
     )
     create_image_artifact(
         data_url(report.contact_sheet), key=f"samples-{key}", description=f"The first samples {on}, one row each."
