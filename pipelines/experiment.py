@@ -287,7 +287,9 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
         description=f"Scores and speed-ups {on}.",
     )
     create_markdown_artifact(
-        "\n\n".join([report.text, *map(markdown, notes)]), key=f"report-{key}", description=f"The report {on}, as in {report.page}."
+        "\n\n".join([report.text, *map(markdown, notes)]),
+        key=f"report-{key}",
+        description=f"The report {on}, as in {report.page}.",
     )
     create_image_artifact(
         data_url(report.contact_sheet), key=f"samples-{key}", description=f"The first samples {on}, one row each."
