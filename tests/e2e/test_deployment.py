@@ -56,7 +56,7 @@ def services(here: Project, webhook: tuple[str, list[tuple[str, bytes]]]) -> Ite
         here.run(*command, "down")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_the_scheduled_deployment_can_be_cancelled_and_runs_to_its_end_and_writes_nothing_that_dvc_tracks(
     here: Project, services: dict[str, str], webhook: tuple[str, list[tuple[str, bytes]]]
 ) -> None:
@@ -82,16 +82,15 @@ def test_the_scheduled_deployment_can_be_cancelled_and_runs_to_its_end_and_write
     shell(here, f"prefect flow-run cancel {run['id']}")
     wait_until(lambda: not ray_processes(here), 30)
     wait_until(lambda: asked(api, "flow_runs")[0]["state_type"] == "CANCELLED", 120)
-    assert [(told["flow_run"], told["state"]) for told in map(json.loads, (body for _, body in webhook[1]))] == [
-        (run["name"], "CANCELLING")
-    ]
+    told = [json.loads(body) for _, body in webhook[1]]
+    assert {(each["flow_run"], each["state"]) for each in told} == {(run["name"], "CANCELLING")}
 
     shell(here, f"prefect deployment run {NAME} --watch --watch-timeout 400")
 
     # What the cancelled run left of its tasks was ended by the next.
     states = {task["state_type"] for task in asked(api, "task_runs")}
     assert states <= {"COMPLETED", "CRASHED", "CANCELLED", "FAILED"}
-    assert all(artifact["description"] for artifact in asked(api, "artifacts"))
+    assert all(artifact["description"] for artifact in asked(api, "artifacts") if artifact["key"])
     assert contents(here.folder / "reports") == before
     assert here.run("dvc", "status").stdout.strip() == "Data and pipelines are up to date."
     assert here.run("git", "status", "--porcelain").stdout == ""
