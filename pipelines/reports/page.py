@@ -72,7 +72,8 @@ def write_report(
 
     write_atomically(folder / "table.csv", as_csv(headings, cells))
     write_atomically(folder / "table.md", report.text + "\n")
-    write_atomically(folder / "metrics.json", json.dumps(_metrics(rows), indent=2, sort_keys=True) + "\n")
+    for name, values in (("metrics", _scores(rows, record.headline)), ("timings", _timings(rows))):
+        write_atomically(folder / f"{name}.json", json.dumps(values, indent=2) + "\n")
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     _write_loss_csv(plots / "loss.csv", results)
@@ -118,10 +119,21 @@ def _samples(job: Job, count: int) -> np.ndarray:
     return np.stack([shards[i].numpy() for i in range(min(count, len(shards)))])
 
 
-def _metrics(rows: Sequence[Row]) -> dict[str, Any]:
+def _scores(rows: Sequence[Row], headline: str) -> dict[str, Any]:
+    """By setting, the one that ranks first, as `dvc exp show` keeps the order."""
     return {
         row.setting: {
+            headline: row.score,
+            **({f"{headline}_spread": row.spread} if row.seeds > 1 else {}),
             **row.metrics,
+        }
+        for row in rows
+    }
+
+
+def _timings(rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        row.setting: {
             "training_images": row.images,
             **(
                 {name: getattr(row.timing, name) for name in ("seconds_per_step", "seconds_per_sample")}
