@@ -113,12 +113,12 @@ def _speedups(
     if own is None or base is None or own.device != base.device:
         return None, None
     return (
-        _reliable(base.seconds_per_step / own.seconds_per_step, training_bound),
-        _reliable(base.seconds_per_sample / own.seconds_per_sample, sampling_bound),
+        reliable(base.seconds_per_step / own.seconds_per_step, training_bound),
+        reliable(base.seconds_per_sample / own.seconds_per_sample, sampling_bound),
     )
 
 
-def _reliable(speedup: float, bound: float) -> float | None:
+def reliable(speedup: float, bound: float) -> float | None:
     """A measured speed-up is at most its bound; None where it exceeds that by more than timing errs."""
     return min(speedup, bound) if speedup < ERROR * bound else None
 

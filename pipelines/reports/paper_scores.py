@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from dvdp.config import Params
 from dvdp.evaluation.records import ScoreRecord, mean_and_spread, score_differences
-from dvdp.models.flops import training_images
+from dvdp.models.flops import relative_flops, training_images
+from pipelines.reports.comparison import reliable, sampling_bound
 from pipelines.reports.paper import TABLES, TIMESTEPS, Row, Table
 from pipelines.tracking.connection import connect, reaching, there_is_a_store
 from pipelines.tracking.history import Measured, read_measured, scored_entries
@@ -146,14 +147,16 @@ def _line(table: Table, row: Row, group: dict[Row, dict[int, Measured]]) -> Line
     seeds = tuple(measured for _, measured in sorted(group[row].items()))
     ddpm = next((tuple(found.values()) for other, found in group.items() if other.process == "ddpm"), ())
 
-    def speedup(name: str) -> float | None:
+    def speedup(name: str, bound: float) -> float | None:
         of_ddpm, ours = ([getattr(run, name) for run in runs] for runs in (ddpm, seeds))
         if not of_ddpm or None in of_ddpm + ours:
             return None
-        return statistics.mean(of_ddpm) / statistics.mean(ours)
+        return reliable(statistics.mean(of_ddpm) / statistics.mean(ours), bound)
 
     differs = _differences(table, row, seeds[0])
-    return Line(row, seeds, speedup("seconds_per_image"), speedup("seconds_per_sample"), tuple(differs))
+    run = seeds[0].run
+    training = speedup("seconds_per_image", 1 / relative_flops(run))
+    return Line(row, seeds, training, speedup("seconds_per_sample", sampling_bound(run)), tuple(differs))
 
 
 def _differences(table: Table, row: Row, measured: Measured) -> list[str]:

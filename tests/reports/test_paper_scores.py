@@ -125,6 +125,7 @@ def test_without_any_run_the_papers_numbers_stand_beside_empty_cells(capsys: pyt
 def test_runs_fill_the_cells_of_their_data_set_and_setting_and_no_others(project: Path) -> None:
     client = empty_store(project)
     ran(client, (), [3.0, 4.0], speed=(100.0, 0.5))
+    # Sampling seems faster than its FLOPs allow: that is no measurement.
     ran(client, (600,), [3.5, 4.5, 5.5], speed=(125.0, 0.25))
     # Of no row: other turning points, data sets and resolutions.
     ran(client, (300,), [1.0])
@@ -137,11 +138,9 @@ def test_runs_fill_the_cells_of_their_data_set_and_setting_and_no_others(project
     assert filled(lines) == {ddpm: 3.5, dvdp: 4.5}
     told = ("metric", "spread", "seeds", "samples", "extractor", "solver", "steps", "training_images", "differs")
     assert [lines[dvdp][name] for name in told] == ["fid", "1.0", "3", "50000", "inception", "ddpm", "1000", "640", ""]
-    assert [float(lines[dvdp][f"{what}_speedup"]) for what in ("training", "sampling")] == [1.25, 2]
+    assert [lines[dvdp][f"{what}_speedup"] for what in ("training", "sampling")] == ["1.25", ""]
     text = Path("out/tables.md").read_text()
-    assert (
-        "| 3.24 | 4.50 ± 1.00 | 0.15 s, 1.2x | 1.25x | 0.26 s, 1.3x | 2.00x | fid (inception), 50,000 samples" in text
-    )
+    assert "| 3.24 | 4.50 ± 1.00 | 0.15 s, 1.2x | 1.25x | 0.26 s, 1.3x |  | fid (inception), 50,000 samples" in text
     assert "†" not in text
     left_out = "1 of cifar10 (16 px), 2 of cifar10 (32 px), 1 of cifar100 (32 px), 1 of digits (32 px)."
     assert left_out in text
