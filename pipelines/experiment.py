@@ -27,7 +27,6 @@ from prefect.states import Failed, State
 from prefect.tasks import exponential_backoff
 
 from dvdp.config import Params, read_params
-from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.evaluation.figures import data_url
 from dvdp.evaluation.records import ScoreRecord
@@ -44,8 +43,9 @@ from pipelines.jobs.score import check_scorable, score_job
 from pipelines.jobs.train import train_job
 from pipelines.left_behind import end_dead_runs, running
 from pipelines.logs import to_terminal
-from pipelines.provenance import DVC_HASH, GIT_COMMIT, check_data_is_locked, provenance
+from pipelines.provenance import check_data_is_locked, provenance
 from pipelines.reports.comparison import Result, Row, best, compare, legend, table
+from pipelines.reports.origin import Services
 from pipelines.reports.page import Report, draw_samples, write_report
 from pipelines.reports.paper_page import write_tables
 from pipelines.reports.text_tables import as_text, markdown
@@ -241,7 +241,7 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
         Why MLflow does not have it, or the empty string.
     """
     rows = compare(results)
-    report = write_report(folder, rows, results, failures, _provenance(results))
+    report = write_report(folder, rows, results, failures, _services(results), model_name(results[0].job.params))
     headings, cells = table(rows, results[0].record.headline)
     lines = [as_text(headings, cells), *legend(rows, results[0].record), "", *_where_to_look(report)]
     get_run_logger().info("%s", "\n".join(["", *lines]))
@@ -287,15 +287,14 @@ def _comparison_hash(results: list[Result]) -> str:
     return hashlib.sha256("/".join(names).encode()).hexdigest()[:12]
 
 
-def _provenance(results: list[Result]) -> dict[str, str]:
-    store = ImageStore(DataPaths.of(results[0].job.params).store)
-    about = provenance(store=DataPaths.of(results[0].job.params).store)
-    return {
-        "data set": f"{store.metadata.name}, {store.metadata.count:,} images, digest {store.metadata.digest}",
-        "git commit": about.get(GIT_COMMIT, "not in a git repository"),
-        "DVC hash of the data": about.get(DVC_HASH, "not in dvc.lock"),
-        **{f"training hash of {result.job.name}": result.job.training_hash for result in results},
-    }
+def _services(results: list[Result]) -> Services:
+    """Where the runs can be looked at; without their ids where MLflow does not have them."""
+    runs: dict[str, tuple[str, str]] = {}
+    if not any(result.problem for result in results):
+        with contextlib.suppress(Exception):  # It is said where the comparison goes to MLflow.
+            found = {result.job.name: tracked(result.job) for result in results}
+            runs = {name: (run.experiment_id, run.run_id) for name, run in found.items()}
+    return Services(tracking_address(), runs, os.environ.get("PREFECT_API_URL", ""), flow_run.id or "")
 
 
 def _where_to_look(report: Report) -> list[str]:
