@@ -126,7 +126,7 @@ def _legend(filled: Filled) -> list[str]:
 
 def _own(filled: Filled) -> tuple[list[str], list[list[str]]] | None:
     """Headings and cells of what stands in no table; None if all does."""
-    headings = ["data set", "setting", "turning points", "seed", "score", "training images", "trained until"]
+    headings = ["data set", "setting", "turning points", "seed", "score", "training images", "finished"]
     cells = [
         [
             data_set(entry),
@@ -148,7 +148,7 @@ def _markdown(
     own: tuple[list[str], list[list[str]]] | None,
     figure: Path | None,
 ) -> str:
-    parts = [f"# {TITLE}", *map(markdown, legend), *(["## Your own data", as_markdown(*own)] if own else [])]
+    parts = [f"# {TITLE}", *map(markdown, legend), *(["## Your own runs", as_markdown(*own)] if own else [])]
     for section in sections:
         parts += [f"## {section.title}", as_markdown(section.headings, section.cells), *map(markdown, section.notes)]
     if figure:

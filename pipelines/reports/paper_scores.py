@@ -28,6 +28,9 @@ from pipelines.tracking.runs import DATASET, SETTING
 if TYPE_CHECKING:
     from mlflow.entities import Run as Entry
 
+#: Params in MLflow that tell runs of one setting apart.
+_OF_A_SETTING = ("turning_points", "seed")
+
 
 @dataclass(frozen=True)
 class Line:
@@ -62,7 +65,7 @@ class Filled:
     left_out: dict[str, int]
     """Scored runs that stand in no cell, counted by data set."""
     own: list[Entry]
-    """The newest of them of every data set, setting and seed."""
+    """The newest of them of every data set, setting, turning points and seed."""
 
 
 def fill_tables(params: Params) -> Filled:
@@ -87,7 +90,7 @@ def fill_tables(params: Params) -> Filled:
     shown = {seed.run_id for table in lines.values() for line in table for seed in line.seeds}
     others = [entry for entry in entries if entry.info.run_id not in shown]
     # The newest come first.
-    own = {(data_set(e), e.data.tags.get(SETTING), e.data.params.get("seed")): e for e in reversed(others)}
+    own = {(data_set(e), e.data.tags.get(SETTING), *map(e.data.params.get, _OF_A_SETTING)): e for e in reversed(others)}
     left_out = Counter(map(data_set, others))
     return Filled(lines, params.tracking.experiment, dict(left_out), [*reversed(own.values())])
 
