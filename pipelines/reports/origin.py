@@ -151,10 +151,10 @@ def _optimiser(run: Run) -> str:
 def _overrides(params: Params) -> dict[str, str]:
     """What settings have of their own."""
     lines = {}
-    for setting in params.settings:
+    for name, setting in params.settings.items():
         own = [f"{section}.{key} {value}" for section, keys in setting.overrides.items() for key, value in keys.items()]
         if own:
-            lines[f"only {setting.name}"] = ", ".join(own)
+            lines[f"only {name}"] = ", ".join(own)
     return lines
 
 

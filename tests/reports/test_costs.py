@@ -99,8 +99,7 @@ def test_a_setting_costs_the_mean_of_its_seeds_and_hours_of_gpus_are_called_so(t
 def test_a_sentence_says_what_settings_had_in_common(
     training: dict[str, Any], override: dict[str, Any], sentence: str
 ) -> None:
-    ddpm, dvdp = PARAMS["settings"]
-    settings = [ddpm, {**dvdp, "overrides": override}]
+    settings = {**PARAMS["settings"], "dvdp": {**PARAMS["settings"]["dvdp"], "overrides": override}}
     params = parse_params({**PARAMS, "settings": settings, "training": training})
     assert budget([Result(Job(params, run, "digest"), RECORD) for run in params.runs()]) == sentence
 
