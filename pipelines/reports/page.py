@@ -19,7 +19,7 @@ from dvdp.training import ledger
 from pipelines.jobs.job import Job
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process
-from pipelines.reports.comparison import Result, Row, best, legend, table
+from pipelines.reports.comparison import Result, Row, best, legend, table, tied
 from pipelines.reports.costs import budget, costs, total
 from pipelines.reports.origin import Services, commands, facts, run_table
 from pipelines.reports.sweeps import draw_sweeps, known_settings
@@ -104,7 +104,7 @@ def write_report(
         subtitle=f"{_count(len(rows), 'setting')}, {_count(len(params.seeds), 'seed')},"
         f" {params.dataset.resolution} px images"
         + (f", class-conditional with {params.model.num_classes} classes" if params.model.num_classes else ""),
-        result=[f"Best: {leader}."],
+        result=verdict(rows, record.headline),
         headings=headings,
         cells=cells,
         legend=legend(rows, record),
@@ -125,6 +125,25 @@ def write_report(
     )
     write_atomically(report.page, page)
     return report
+
+
+def verdict(rows: Sequence[Row], primary: str) -> list[str]:
+    """Which setting is best, and whether that is certain."""
+    leader, compared = best(rows), [row for row in rows if row.same_terms]
+    others = [row for row in tied(rows) if row is not leader]
+    score = f"{primary} {leader.estimate.text}"
+    if len(compared) == 1:
+        lines = [f"{leader.setting} has {score}; there is no other setting to compare it with."]
+    elif not others:
+        lines = [f"{leader.setting} is best: its {score} is lower than every other's by more than chance explains."]
+    else:
+        names = " and ".join(f"{row.setting} ({row.estimate.text})" for row in others)
+        lines = [
+            f"No setting is certainly best. {leader.setting} has the lowest score, {score}, but chance may explain its"
+            f" lead over {names}."
+        ]
+    apart = [row.setting for row in rows if not row.same_terms]
+    return lines + ([f"Scored on other terms, and not compared: {', '.join(apart)}."] if apart else [])
 
 
 def _samples(job: Job, count: int) -> np.ndarray:

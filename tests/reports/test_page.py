@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
@@ -14,7 +15,7 @@ import pytest
 
 from pipelines.reports.comparison import Result, compare
 from pipelines.reports.origin import Services
-from pipelines.reports.page import write_report
+from pipelines.reports.page import verdict, write_report
 from tests.reports.study import COMMIT, study
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -55,7 +56,7 @@ def test_the_page_answers_what_a_person_asks(results: list[Result], markup: str)
     shown = text(markup)
     best, job = next(r for r in results if r.job.run.setting == "dvdp-300-600"), results[0].job
     # Which is best; what did it cost; from which data and commit.
-    assert shown.index("Result") < shown.index("dvdp-300-600") < shown.index("Samples") < shown.index("Cost")
+    assert "No setting is certainly best. dvdp-300-600 has the lowest score, fd_labels 2.05 ± 0.64, but chance" in shown
     assert "All settings were trained on equal FLOPs, 11.5 TFLOPs each" in shown
     assert "6 runs took " in shown
     assert "core-minutes of training" in shown
@@ -72,11 +73,24 @@ def test_the_page_answers_what_a_person_asks(results: list[Result], markup: str)
     assert 'mlflow.pyfunc.load_model("models:/dvdp-digits@champion")' in shown
 
 
+def test_the_verdict_says_how_certain_it_is(results: list[Result]) -> None:
+    certain = compare([result for result in results if result.job.run.seed == 0])
+    (line,) = verdict(certain, "fd_labels")
+    assert line.startswith("dvdp-300-600 is best: its fd_labels 2.000 ± 0.098 is lower than every other's by more than")
+    ties = verdict(compare(results), "fd_labels")
+    assert ties[0].endswith("over ddpm (2.25 ± 0.64) and dvdp-600 (2.35 ± 0.64).")
+    other = [dataclasses.replace(row, same_terms=row.setting == "ddpm") for row in certain]
+    assert verdict(other, "fd_labels") == [
+        "ddpm has fd_labels 2.200 ± 0.098; there is no other setting to compare it with.",
+        "Scored on other terms, and not compared: dvdp-600, dvdp-300-600.",
+    ]
+
+
 def test_links_land_on_the_runs_and_carry_no_password(results: list[Result], markup: str) -> None:
     links = re.findall(r'href="([^"]*)"', markup)
     assert links.count(f"http://tracking:5000/#/experiments/7/runs/{'a' * 32}") == len(results)
     assert "http://flows:4200/runs/flow-run/0f1e" in links
-    assert all(link.startswith(("http://tracking:5000/#/", "http://flows:4200/runs/")) for link in links)
+    assert all(link.startswith(("#", "http://tracking:5000/#/", "http://flows:4200/runs/")) for link in links)
     assert "secret" not in markup
 
 
@@ -85,7 +99,7 @@ def test_the_page_needs_no_network_and_without_servers_says_how_to_start_them(
 ) -> None:
     services = Services("sqlite:////here/mlflow.db", flow_run="0f1e")
     markup = write_report(tmp_path, compare(results), results, {}, services, "dvdp-digits").page.read_text()
-    assert set(re.findall(r"""(?:src|srcset|href)=["']?(.{10})""", markup)) == {"data:image"}
+    assert set(re.findall(r"""(?:src|srcset|href)=["']?([^#"'].{9})""", markup)) == {"data:image"}
     assert not re.search(r"//|url\(|@import", re.sub(r"base64,[^\"]*|http://127.0.0.1:[0-9]*", "", markup))
     assert "make ui, then open http://127.0.0.1:5000" in markup
     assert "flow run 0f1e; make services, then open http://127.0.0.1:4200" in markup
