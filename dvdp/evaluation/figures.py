@@ -211,7 +211,7 @@ def curves(
     """Draw {label: [(x, y), ..]} into a PNG file; points that are not finite are left out."""
     width = 8 + 0.08 * max([0, *(len(shown(name, LABEL)) - 12 for name in lines)])
     charts = {title: {name: [points] for name, points in lines.items()}}
-    return panels(path, charts, xlabel, ylabel, logy, logx, size=(width, max(4.5, 0.2 * len(lines))))
+    return panels(path, charts, xlabel, ylabel, logy, logx, size=(width, 4.5))
 
 
 def panels(
@@ -234,7 +234,8 @@ def panels(
 
     columns = min(columns, len(charts))
     rows = math.ceil(len(charts) / columns)
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=120, layout="constrained")
+    height = max(size[1], 0.2 * max(map(len, charts.values())))
+    figure = Figure(figsize=(size[0] * columns, height * rows), dpi=120, layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for axes, (title, lines) in zip(grid, charts.items(), strict=False):
         _style(axes, title, xlabel, ylabel)
@@ -256,7 +257,7 @@ def panels(
         axes.remove()
     _scale(figure.axes[0], logx, logy)
     for axes, lines in zip(figure.axes, charts.values(), strict=True):
-        _label_ends(axes, lines, apart=0.22 / size[1])
+        _label_ends(axes, lines, apart=0.22 / height)
     return save_figure(figure, path)
 
 
@@ -266,7 +267,7 @@ def _scale(axes: Axes, logx: bool, logy: bool) -> None:
 
     if logx:
         axes.set_xscale("log")
-    elif max(map(abs, axes.dataLim.intervalx)) >= 10_000:
+    elif axes.get_xlim()[1] >= 10_000:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if logy:
         axes.set_yscale("log")
