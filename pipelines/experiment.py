@@ -39,7 +39,7 @@ from pipelines.jobs.cluster import Slots, cluster
 from pipelines.jobs.job import Job, jobs
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process, sample_job, seconds_per_sample
-from pipelines.jobs.score import check_scorable, score_job
+from pipelines.jobs.score import anchors_of, check_scorable, score_job
 from pipelines.jobs.train import train_job
 from pipelines.left_behind import end_dead_runs, running
 from pipelines.logs import to_terminal
@@ -243,13 +243,13 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
     rows = compare(results)
     report = write_report(folder, rows, results, failures, _services(results), model_name(results[0].job.params))
     headings, cells = table(rows, results[0].record.headline)
-    lines = [as_text(headings, cells), *legend(rows, results[0].record), "", *_where_to_look(report)]
+    notes = legend(rows, results[0].record, anchors_of(results[0].job.params)["real"])
+    lines = [as_text(headings, cells), *notes, "", *_where_to_look(report)]
     get_run_logger().info("%s", "\n".join(["", *lines]))
 
     key = re.sub("[^a-z0-9]+", "-", results[0].job.params.dataset.name.lower())
     create_table_artifact([dict(zip(headings, line, strict=True)) for line in cells], key=f"comparison-{key}")
-    notes = map(markdown, legend(rows, results[0].record))
-    create_markdown_artifact("\n\n".join([report.text, *notes]), key=f"report-{key}")
+    create_markdown_artifact("\n\n".join([report.text, *map(markdown, notes)]), key=f"report-{key}")
     create_image_artifact(data_url(report.contact_sheet), key=f"samples-{key}")
     for result in results:
         name = re.sub("[^a-z0-9]+", "-", result.job.name.lower())

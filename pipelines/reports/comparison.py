@@ -11,6 +11,7 @@ from dvdp.config import Run
 from dvdp.diffusion.timesteps import share_steps
 from dvdp.evaluation.intervals import CONFIDENCE, Estimate, better, difference, over_seeds
 from dvdp.evaluation.records import ScoreRecord, mean_and_spread, score_differences
+from dvdp.evaluation.reference import Anchor
 from dvdp.models.flops import level_flops, network_flops, relative_flops, training_images
 from dvdp.training import ledger
 from pipelines.jobs.job import Job
@@ -166,8 +167,12 @@ def table(rows: Sequence[Row], primary: str) -> tuple[list[str], list[list[str]]
     return headings, cells
 
 
-def legend(rows: Sequence[Row], record: ScoreRecord) -> list[str]:
-    """What the columns mean, one sentence each."""
+def legend(rows: Sequence[Row], record: ScoreRecord, real: Anchor | None = None) -> list[str]:
+    """What the columns mean, one sentence each.
+
+    Args:
+        real: what real images score.
+    """
     lines = [
         f"Scores: torch-fidelity on {record.samples:,} samples from the EMA weights"
         f" ({record.sampling.get('solver')}, {record.sampling.get('steps')} steps) against {record.references:,} real"
@@ -176,6 +181,13 @@ def legend(rows: Sequence[Row], record: ScoreRecord) -> list[str]:
         "Speed-ups: measured over DDPM in this comparison, beside what the FLOPs allow; settings that ran beside others"
         " or on another machine were slower or faster for that (benchmarks/steps.py measures them alone).",
     ]
+    if real:
+        fewer = "" if real.samples == record.samples else ", half of the data set and fewer than are scored here"
+        lines.append(
+            f"Real images score {real.metrics[record.headline]:.2f} ± {real.spreads[record.headline]:.2f}:"
+            f" {real.samples:,} of them held out{fewer}, against the other {real.references:,} (mean and standard"
+            f" deviation of {real.draws} draws); generated ones cannot be expected to score lower."
+        )
     name = f"{record.headline}_infinity"
     ends = [
         f"{row.setting} {row.metrics[name]:.2f} ± {row.metrics[f'{name}_error']:.2f}"

@@ -12,13 +12,13 @@ import numpy as np
 
 from dvdp.diffusion.spans import level_spans
 from dvdp.evaluation import figures
-from dvdp.evaluation.reference import read_reference
+from dvdp.evaluation.reference import Anchor
 from dvdp.evaluation.samples import SampleShards
 from dvdp.files import write_atomically
 from dvdp.training import ledger
 from pipelines.jobs.job import Job
-from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process
+from pipelines.jobs.score import anchors_of
 from pipelines.reports.comparison import Result, Row, best, legend, table, tied
 from pipelines.reports.costs import budget, costs, total
 from pipelines.reports.origin import Services, commands, facts, run_table
@@ -75,6 +75,7 @@ def write_report(
     record = results[0].record
     params = results[0].job.params
     headings, cells = table(rows, record.headline)
+    anchors = anchors_of(params)
     report = Report(folder, as_markdown(headings, cells))
 
     write_atomically(folder / "table.csv", as_csv(headings, cells))
@@ -107,7 +108,7 @@ def write_report(
         result=verdict(rows, record.headline),
         headings=headings,
         cells=cells,
-        legend=legend(rows, record),
+        legend=legend(rows, record, anchors["real"]),
         failures=failures,
         contact_sheet=figures.data_url(report.contact_sheet),
         smoothing=f"A point is the mean since the one before, over {params.training.log_images:,} images; nothing else"
@@ -119,7 +120,7 @@ def write_report(
         spent=[budget(results), total(results)],
         costs=costs(results),
         commands=commands(next(r.job for r in results if r.job.run.setting == leader), model, services.mlflow),
-        anchors=_anchors(params.dataset.name, DataPaths.of(params).reference, record.metrics),
+        anchors=_anchors(params.dataset.name, anchors, record.metrics),
         facts=facts(results, services),
         runs=run_table(results, services),
     )
@@ -200,15 +201,25 @@ def _caption(result: Result) -> str:
     return f"{result.job.name}: " + (f"turning points at t = {points}" if points else "no turning point")
 
 
-def _anchors(dataset: str, reference: Path, metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+def _anchors(
+    dataset: str, anchors: Mapping[str, Anchor], metrics: Mapping[str, float]
+) -> tuple[list[str], list[list[str]]]:
     """Headings and cells."""
-    anchors = read_reference(reference).anchors
+    real = anchors["real"]
     # What is extrapolated from samples is no anchor's.
-    names = [name for name in metrics if not name.endswith("_std") and name in anchors["halves"]["metrics"]]
-    titles = {"halves": f"two halves of {dataset}", "blurred": "blurred", "noised": "noised"}
-    return ["real images", "against", *names], [
-        [titles.get(key, key), f"{anchor['references']:,}", *(f"{anchor['metrics'][name]:.3f}" for name in names)]
-        for key, anchor in anchors.items()
+    names = [name for name in metrics if not name.endswith("_std") and name in real.metrics]
+
+    def shown(anchor: Anchor, name: str) -> str:
+        return f"{anchor.metrics[name]:.3f}" + (f" ± {anchor.spreads[name]:.3f}" if anchor.draws > 1 else "")
+
+    return ["real images", "number", "against", *names], [
+        [
+            f"of {dataset}" if title == "real" else title,
+            f"{anchor.samples:,}",
+            f"{anchor.references:,}",
+            *(shown(anchor, name) for name in names),
+        ]
+        for title, anchor in anchors.items()
     ]
 
 

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from dvdp.config import parse_params
+from dvdp.config import Params, parse_params
 from dvdp.data.prepare import prepare
 from dvdp.data.store import ImageStore
 from dvdp.diffusion.process import Process
 from dvdp.evaluation import figures
 from dvdp.evaluation.records import ScoreRecord
-from dvdp.evaluation.reference import FILE, Reference
+from dvdp.evaluation.reference import FILE, Anchor, Reference
 from dvdp.files import write_atomically
+from dvdp.identity import evaluation_hash
 from dvdp.models.flops import mean_flops, training_images
 from dvdp.models.pixels import to_float
 from dvdp.training.memory import run_bytes
@@ -32,7 +33,7 @@ from pipelines.reports.comparison import Result
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOGS = 9
 SCORES = {"ddpm": 2.2, "dvdp-600": 2.3, "dvdp-300-600": 2.0}
-ANCHOR = {"samples": 256, "references": 898, "metrics": {"fd_labels": 0.8, "precision_labels": 0.9}}
+ANCHOR = Anchor(256, 1541, 5, {"fd_labels": 1.7, "precision_labels": 0.9}, {"fd_labels": 0.2, "precision_labels": 0.01})
 
 
 def study(folder: Path, **changes: Any) -> list[Result]:
@@ -45,17 +46,21 @@ def study(folder: Path, **changes: Any) -> list[Result]:
     places = DataPaths.of(params)
     prepare(params.dataset, places.store)
     store = ImageStore(places.store)
-    _write_reference(places.reference, store)
+    _write_reference(params, store)
     return [_result(Job(params, run, store.metadata.digest), store) for run in params.runs()]
 
 
-def _write_reference(folder: Path, store: ImageStore) -> None:
+def _write_reference(params: Params, store: ImageStore) -> None:
+    folder, digest = DataPaths.of(params).reference, hashlib.sha256(b"").hexdigest()
     about = Reference(
         "labels", "e", 64, store.metadata.digest, len(store), store.metadata.resolution, "none", "torch-fidelity",
-        anchors={"halves": ANCHOR, "blurred": ANCHOR, "noised": ANCHOR}, sha256=hashlib.sha256(b"").hexdigest(),
+        sha256=digest,
     )  # fmt: skip
     write_atomically(folder / FILE, b"")
     write_atomically(folder / "reference.json", json.dumps(dataclasses.asdict(about)))
+    known = dict.fromkeys(("real", "blurred", "noised"), dataclasses.asdict(ANCHOR))
+    name = evaluation_hash(params.evaluation, "anchors", digest)
+    write_atomically(params.cluster.storage / "anchors" / f"{name}.json", json.dumps(known))
 
 
 def _result(job: Job, store: ImageStore) -> Result:

@@ -13,6 +13,7 @@ import pytest
 
 from dvdp.config import parse_params
 from dvdp.evaluation.records import ScoreRecord
+from dvdp.evaluation.reference import Anchor
 from dvdp.files import write_atomically
 from pipelines.jobs.job import Job
 from pipelines.reports.comparison import Result, best, compare, legend, table
@@ -110,3 +111,12 @@ def test_the_extrapolation_is_named_below_the_table(tmp_path: Path) -> None:
     assert not any(
         "infinitely" in line for line in legend(compare(results(tmp_path, {"ddpm": (1, 1), "dvdp": (1, 1)})), RECORD)
     )
+
+
+def test_real_images_of_the_same_number_are_named_below_the_table(tmp_path: Path) -> None:
+    rows = compare(results(tmp_path, {"ddpm": (4.0, 6.0), "dvdp": (3.0, 3.0)}))
+    real = Anchor(256, 1541, 5, {"fd_labels": 1.694}, {"fd_labels": 0.262})
+    (line,) = (line for line in legend(rows, RECORD, real) if line.startswith("Real images"))
+    assert "score 1.69 ± 0.26: 256 of them held out, against the other 1,541" in line
+    (line,) = (line for line in legend(rows, RECORD, dataclasses.replace(real, samples=200)) if "Real" in line)
+    assert "200 of them held out, half of the data set and fewer than are scored here" in line
