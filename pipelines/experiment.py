@@ -50,6 +50,7 @@ from pipelines.reports.page import Report, draw_samples, write_report
 from pipelines.reports.paper_page import write_tables
 from pipelines.reports.text_tables import as_text, markdown
 from pipelines.tracking import registry
+from pipelines.tracking.champion import promote_best
 from pipelines.tracking.connection import (
     TrackingUnavailable,
     connect,
@@ -278,7 +279,7 @@ def _compare_in_mlflow(results: list[Result], rows: list[Row], report: Report) -
             parent.log_file(file, "paper")
         parent.set_tags({"dvdp.best_setting": best(rows).setting, **provenance(store=DataPaths.of(params).store)})
         adopt(parent, {result.job.name: tracked(result.job) for result in results}, report.text)
-        get_run_logger().info("%s", registry.promote(client, model_name(params)).text)
+        get_run_logger().info("%s", promote_best(client, model_name(params), params.tracking.max_score).text)
         parent.set_status("FINISHED")
 
 
