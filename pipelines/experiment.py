@@ -60,7 +60,7 @@ from pipelines.tracking.connection import (
     unavailable,
 )
 from pipelines.tracking.job_runs import check_tracking, description, model_file, model_name, tracked
-from pipelines.tracking.runs import COMPARISON_HASH, TrackedRun, adopt, open_run
+from pipelines.tracking.runs import COMPARISON_HASH, TrackedRun, adopt, killed_when_interrupted, open_run
 from pipelines.tracking.sync import LedgerSync
 from pipelines.turning_points import resolve
 
@@ -111,7 +111,7 @@ def _experiment(params: Params, reports: str | None) -> State | None:
     torch.set_num_threads(params.cluster.threads)
     results: list[Result] = []
     failures: dict[str, str] = {}
-    with cluster(params.cluster) as slots:
+    with cluster(params.cluster) as slots, killed_when_interrupted(connect):
         futures = {}
         # The longest first, so that none runs on alone.
         for job in sorted(listed, key=_length, reverse=True):

@@ -15,7 +15,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, compress
 from pathlib import Path
@@ -35,7 +35,7 @@ from dvdp.errors import UserError
 from dvdp.files import locked
 from dvdp.text import utf8
 from pipelines.addresses import public
-from pipelines.tracking.connection import find_or_create, lock_of, sqlite_file
+from pipelines.tracking.connection import find_or_create, impatient, lock_of, sqlite_file
 
 logger = logging.getLogger("dvdp.tracking")
 #: Tags that runs are found by.
@@ -58,9 +58,10 @@ _BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 _MAX_PARAM = 6000
 _MAX_TAG = 8000
 _MAX_DIGEST = 36
-Status = Literal["RUNNING", "FINISHED", "FAILED"]
-#: The flow run of this process; threads of Ray and Prefect see it too.
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+#: The flow run of this process, and whether it was interrupted; threads of Ray and Prefect see it too.
 _flow_run = ""
+_interrupted = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ class TrackedRun:
     experiment_id: str
 
     def set_status(self, status: Status) -> None:
-        """RUNNING when work goes on, then FINISHED or FAILED."""
+        """RUNNING when work goes on, then FINISHED or FAILED; what fails after an interruption is KILLED."""
+        if _interrupted and status != "FINISHED":
+            status = "KILLED"
         if status == "RUNNING":
             self.set_tags({FLOW_RUN: _flow_run})
             self.client.update_run(self.run_id, status=status)
@@ -187,12 +190,32 @@ def open_run(client: MlflowClient, experiment: str, key: str, value: str, name: 
 @contextlib.contextmanager
 def of_flow_run(flow_run: str) -> Iterator[None]:
     """Runs that begin while the block lasts carry the flow run's id."""
-    global _flow_run
-    _flow_run = flow_run
+    global _flow_run, _interrupted
+    _flow_run, _interrupted = flow_run, False
     try:
         yield
     finally:
         _flow_run = ""
+
+
+@contextlib.contextmanager
+def killed_when_interrupted(connect: Callable[[], MlflowClient]) -> Iterator[None]:
+    """Where Ctrl-C, the system's word to end or Prefect's ends the block, the flow run's runs end as KILLED.
+
+    Args:
+        connect: a client, if MLflow answers; else the next start ends them.
+    """
+    global _interrupted
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        # First of all, as what is at work fails when its cluster goes.
+        _interrupted = True
+        with contextlib.suppress(Exception), impatient():
+            kill_runs_of(connect(), _flow_run)
+        raise
 
 
 def kill_runs_of(client: MlflowClient, flow_run: str) -> None:
@@ -215,7 +238,7 @@ def adopt(parent: TrackedRun, children: Mapping[str, TrackedRun], summary: str =
     experiments = json.dumps([parent.experiment_id])
     lines = [f"- [{name}](#/experiments/{child.experiment_id}/runs/{child.run_id})" for name, child in children.items()]
     query = f"runs={quote(runs)}&experiments={quote(experiments)}"
-    side_by_side = f"[Side by resolution](#/compare-runs?{query}), or one by one:"
+    side_by_side = f"[Side by side](#/compare-runs?{query}), or one by one:"
     note = [*([summary, ""] if summary else []), side_by_side, "", *lines]
     # MLflow cuts a longer note anywhere, also within a link.
     whole = [length <= _MAX_TAG - 2 for length in accumulate(len(line) + 1 for line in note)]

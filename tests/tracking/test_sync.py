@@ -194,7 +194,7 @@ def test_a_comparison_nests_its_runs_and_links_to_them(client: MlflowClient) -> 
     assert {run.info.run_id for run in nested} == {child.run_id for child in children.values()}
     old = open_run(client, "digits", COMPARISON_HASH, "old", "old")
     note = client.get_run(old.run_id).data.tags["mlflow.note.content"]
-    assert note.startswith("Best: dvdp\n\n[Side by resolution](#/compare-runs?runs=%5B%22")
+    assert note.startswith("Best: dvdp\n\n[Side by side](#/compare-runs?runs=%5B%22")
     assert all(f"/runs/{child.run_id})" in note for child in children.values())
 
 
