@@ -35,7 +35,7 @@ def main() -> None:
     torch.set_num_threads(1)
     params = read_params(options.params)
     store = prepared(params, options.work / params.dataset.name, None)
-    settings = [setting.name for setting in params.settings if setting.turning_points]
+    settings = [name for name, setting in params.settings.items() if setting.turning_points]
     rows = []
     for run, folder in trained(params, settings, options.work, store):
         rows.append(_row(params, run, folder, options.work))

@@ -46,7 +46,7 @@ def main() -> None:
     cases: list[dict[str, Any]] = []
     for setting in params.settings:
         losses: dict[str, dict[int, float]] = {}
-        case: dict[str, Any] = {"setting": setting.name, "seed": params.seeds[0]}
+        case: dict[str, Any] = {"setting": setting, "seed": params.seeds[0]}
         for precision in PRECISIONS:
             run = params.run(setting, params.seeds[0])
             run = replace(run, training=replace(run.training, precision=precision))
@@ -59,7 +59,7 @@ def main() -> None:
         case |= {"mean_difference": sum(apart) / len(apart), "largest_difference": max(apart)}
         cases.append(case)
         print(
-            f"{setting.name}: losses {case['mean_difference']:.2%} apart on average,"
+            f"{setting}: losses {case['mean_difference']:.2%} apart on average,"
             f" {case['largest_difference']:.2%} at most; {metric(params)} {case['bf16']['score']:.2f} in bf16,"
             f" {case['fp32']['score']:.2f} in fp32",
             flush=True,

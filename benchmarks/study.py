@@ -87,12 +87,11 @@ def trained(params: Params, settings: Sequence[str], work: Path, store: ImageSto
     Raises:
         UserError: there is no such setting, or none is trained.
     """
-    known = [setting.name for setting in params.settings]
-    if unknown := [name for name in settings if name not in known]:
-        raise UserError(f"--settings: found {', '.join(unknown)}, expected some of {', '.join(known)}.")
+    if unknown := [name for name in settings if name not in params.settings]:
+        raise UserError(f"--settings: found {', '.join(unknown)}, expected some of {', '.join(params.settings)}.")
     found = []
     for seed in params.seeds:
-        for run in (params.run(setting, seed) for setting in params.settings if setting.name in settings):
+        for run in (params.run(setting, seed) for setting in params.settings if setting in settings):
             folder = work / "runs" / training_hash(run, store.metadata.digest, params.dataset.flip, 1)
             if (folder / "weights.safetensors").exists():
                 found.append((run, folder))
@@ -155,9 +154,9 @@ def _summary(params: Params, results: list[dict[str, object]], work: Path) -> di
     reference = read_reference(work / params.dataset.name / "reference")
     means = {}
     for setting in params.settings:
-        values = [float(str(r[metric(params)])) for r in results if r["setting"] == setting.name]
+        values = [float(str(r[metric(params)])) for r in results if r["setting"] == setting]
         if values:
-            means[setting.name] = over_seeds(values)
+            means[setting] = over_seeds(values)
     return {
         "machine": machine(),
         "data": {"name": params.dataset.name, "digest": reference.data_digest, "images": reference.count},

@@ -62,6 +62,12 @@ def _local(value: Any) -> Any:
     raise PydanticCustomError("path_type", "no path")
 
 
+def _by_name(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        raise PydanticCustomError("by_name", "no mapping")
+    return value
+
+
 def _printable(value: str) -> str:
     if not value.isprintable() or not value or value != value.strip():
         raise PydanticCustomError("printable", "not printable")
@@ -195,9 +201,8 @@ Overridable = Literal["schedule", "model", "training", "sampling"]
 
 @section
 class SettingParams(Section):
-    """One line of the comparison."""
+    """One line of the comparison; its name is its key in :attr:`Params.settings`."""
 
-    name: Name
     process: ProcessName
     turning_points: Integers | Literal["auto"] = ()
     """``"auto"``: what :mod:`pipelines.turning_points` chooses once the data set is known."""
@@ -392,11 +397,16 @@ class Params(Section):
 
     dataset: DatasetParams = Field(default_factory=DatasetParams)
     schedule: ScheduleParams = ScheduleParams()
-    settings: Annotated[tuple[SettingParams, ...], Field(max_length=100)] = (
-        SettingParams("ddpm", "ddpm"),
-        SettingParams("dvdp-600", "dvdp", (600,)),
-        SettingParams("dvdp-300-600", "dvdp", (300, 600)),
+    settings: Annotated[dict[Name, SettingParams], BeforeValidator(_by_name), Field(min_length=1, max_length=100)] = (
+        Field(
+            default_factory=lambda: {
+                "ddpm": SettingParams("ddpm"),
+                "dvdp-600": SettingParams("dvdp", (600,)),
+                "dvdp-300-600": SettingParams("dvdp", (300, 600)),
+            }
+        )
     )
+    """By name, in the order of tables."""
     seeds: Annotated[tuple[Seed, ...], Field(max_length=1000)] = (0,)
     model: ModelParams = ModelParams()
     training: TrainingParams = TrainingParams()
@@ -406,15 +416,12 @@ class Params(Section):
     tracking: TrackingParams = TrackingParams()
 
     def __post_init__(self) -> None:
-        names = [setting.name for setting in self.settings]
-        if not names or len(set(names)) < len(names):
-            raise UserError(f"settings: found the names {names}, expected at least one setting and no name twice")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds: found {list(self.seeds)}, expected at least one and none twice")
-        if len(names) * len(self.seeds) > MOST_RUNS:
+        if len(self.settings) * len(self.seeds) > MOST_RUNS:
             raise UserError(
-                f"seeds: found {len(self.seeds)} for each of {len(names)} settings, expected at most {MOST_RUNS:,} runs"
-                " in all"
+                f"seeds: found {len(self.seeds)} for each of {len(self.settings)} settings, expected at most"
+                f" {MOST_RUNS:,} runs in all"
             )
         if self.evaluation.kid_subset > self.evaluation.samples:
             raise UserError(
@@ -428,16 +435,16 @@ class Params(Section):
 
     def runs(self) -> list[Run]:
         """One run for each setting and seed, checked as a whole; none yet where the turning points are ``auto``."""
-        runs = [(setting, self.run(setting, self.seeds[0])) for setting in self.settings]
+        runs = [self.run(name, self.seeds[0]) for name in self.settings]
         return [
             dataclasses.replace(run, seed=seed)
-            for setting, run in runs
-            if not isinstance(setting.turning_points, str)
+            for run in runs
+            if not isinstance(self.settings[run.setting].turning_points, str)
             for seed in self.seeds
         ]
 
-    def run(self, setting: SettingParams, seed: int) -> Run:
-        """One setting with its overrides; turning points that are ``auto`` are left out.
+    def run(self, name: str, seed: int) -> Run:
+        """The setting of a name with its overrides; turning points that are ``auto`` are left out.
 
         A precision that is ``auto`` becomes that of this machine, or of GPUs if ``cluster.gpu``: the run records it.
 
@@ -445,32 +452,29 @@ class Params(Section):
             UserError: what the setting asks for does not fit together (turning points, resolutions, steps).
         """
         try:
-            return self._run(setting, seed)
+            return self._run(name, seed)
         except UserError as error:
             key, _, rest = str(error).rstrip(".").partition(": ")
-            name, _, last = key.partition(".")
-            position = f"settings.{[other.name for other in self.settings].index(setting.name)}"
-            if name == "turning_points":
-                key = f"{position}.{key}"
-            elif last in setting.overrides.get(typing.cast(Overridable, name), ()):
-                key = f"{position}.overrides.{key}"
-            raise UserError(f"{key}: {rest}, in setting '{setting.name}'.") from None
+            section, _, last = key.partition(".")
+            if section == "turning_points":
+                key = f"settings.{name}.{key}"
+            elif last in self.settings[name].overrides.get(typing.cast(Overridable, section), ()):
+                key = f"settings.{name}.overrides.{key}"
+            raise UserError(f"{key}: {rest}, in setting '{name}'.") from None
 
-    def _run(self, setting: SettingParams, seed: int) -> Run:
-        sections = {}
-        for name in typing.get_args(Overridable):
-            values = {**dataclasses.asdict(getattr(self, name)), **setting.overrides.get(name, {})}
+    def _run(self, name: str, seed: int) -> Run:
+        setting, sections = self.settings[name], {}
+        for section in typing.get_args(Overridable):
+            values = {**dataclasses.asdict(getattr(self, section)), **setting.overrides.get(section, {})}
             try:
-                sections[name] = type(getattr(self, name))(**values)
+                sections[section] = type(getattr(self, section))(**values)
             except UserError as error:
-                raise UserError(f"{name}.{error}") from None
+                raise UserError(f"{section}.{error}") from None
         if sections["training"].precision == "auto":
             fastest = fastest_precision(self.cluster.gpu)
             sections["training"] = dataclasses.replace(sections["training"], precision=fastest)
         points = () if isinstance(setting.turning_points, str) else setting.turning_points
-        run = Run(
-            setting.name, seed, setting.process, points, self.dataset.resolution, **sections, reference_model=self.model
-        )
+        run = Run(name, seed, setting.process, points, self.dataset.resolution, **sections, reference_model=self.model)
         if isinstance(setting.turning_points, str) and not isinstance(run.sampling.share, str):
             raise UserError(
                 f"sampling.share: found {list(run.sampling.share)} beside 'turning_points: auto', expected 'length'"
@@ -559,7 +563,7 @@ def read_params(path: Path | str = "params.yaml", overrides: Sequence[str] = ())
     """Read and check a params file.
 
     Args:
-        overrides: other values, each as ``key=value``, such as ``settings.1.turning_points=[500]``.
+        overrides: other values, each as ``key=value``, such as ``settings.dvdp-600.turning_points=[500]``.
 
     Raises:
         UserError: the file is missing, is no YAML, or something in it is wrong; the text names the key.
@@ -574,7 +578,7 @@ def check_says_every_key(path: Path | str = "params.yaml") -> None:
     """Raise UserError for a key that a params file leaves to its default, whose change DVC would not see."""
     tree = _read_tree(Path(path))
     for name, default in Params().describe().items():
-        keys = default if isinstance(default, dict) else ()
+        keys = default if isinstance(default, dict) and name != "settings" else ()
         said = tree.get(name, ())
         missing = [f"{name}.{key}" for key in keys if key not in said] if name in tree else [name]
         if missing:
@@ -621,8 +625,18 @@ def _override(tree: Any, text: str) -> Any:
         raise UserError(
             f"-S {key}: found '{_short(value)}', expected YAML, such as 64, linear or [300, 600]."
         ) from None
+    path, default = key.split("."), Params().describe()
+    # A name belongs to the settings of the file, or to the default ones where it has none.
+    settings = default.pop("settings")
+    if path[0] == "settings" and isinstance(tree, Mapping | None):
+        tree = {"settings": settings, **(tree or {})}
     try:
-        return _replaced(tree, Params().describe(), key.split("."), parsed)
+        if len(path) > 2 and path[0] == "settings" and isinstance(tree, Mapping):
+            names = [str(name) for name in tree["settings"]] if isinstance(tree["settings"], Mapping) else [path[1]]
+            if path[1] not in names:
+                hint = did_you_mean(path[1], names)
+                raise UserError(f"found no setting '{path[1]}'{hint}, expected one of {_short(', '.join(names))}")
+        return _replaced(tree, default, path, parsed)
     except UserError as error:
         raise UserError(f"-S {key}: {error}.") from None
 
@@ -676,6 +690,7 @@ EXPECTED = {
     "invalid_key": "a word",
     "dataclass_type": "keys with values",
     "dict_type": "keys with values",
+    "by_name": "a mapping by name, each as 'dvdp-600: {{process: dvdp, turning_points: [600]}}'",
     "bool_type": "true or false",
     "printable": "a name without spaces around it and without characters that cannot be printed",
     "missing": "a value",
@@ -689,7 +704,9 @@ def _sentence(error: pydantic.ValidationError, kind: type) -> str:
     key = ".".join(str(part) if re.fullmatch(r"[\w-]{1,60}", str(part)) else _shown(part) for part in where)
     if problem == "value_error":
         return f"{key + '.' if key else ''}{str(first['ctx']['error']).rstrip('.')}"
-    if problem in ("unexpected_keyword_argument", "extra_forbidden") or first["loc"][-1] == "[key]":
+    if problem in ("unexpected_keyword_argument", "extra_forbidden") or (
+        first["loc"][-1] == "[key]" and problem == "literal_error"
+    ):
         known = _known_keys(kind, where[:-1])
         return f"{key}: unknown key{did_you_mean(_short(str(where[-1])), known)}, expected one of {', '.join(known)}"
     # Where several kinds of values are allowed there is an error for each.
@@ -718,7 +735,7 @@ def _keys(location: tuple[int | str, ...]) -> list[int | str]:
 
 def _known_keys(kind: Any, path: Collection[Any]) -> list[str]:
     for part in path:
-        kind = typing.get_args(kind)[0] if isinstance(part, int) else typing.get_type_hints(kind)[part]
+        kind = typing.get_type_hints(kind)[part] if dataclasses.is_dataclass(kind) else typing.get_args(kind)[-1]
     if dataclasses.is_dataclass(kind):
         return [entry.name for entry in dataclasses.fields(kind)]
     return list(typing.get_args(typing.get_args(kind)[0]))

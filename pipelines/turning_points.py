@@ -26,16 +26,15 @@ def resolve(params: Params) -> Params:
     Raises:
         UserError: the data set is not prepared, nothing meets a tolerance, or MLflow does not answer.
     """
-    if not any(isinstance(setting.turning_points, str) for setting in params.settings):
+    if not any(isinstance(setting.turning_points, str) for setting in params.settings.values()):
         return params
     metadata = prepared_store(params).metadata
-    settings = []
-    for setting in params.settings:
+    settings = dict(params.settings)
+    for name, setting in params.settings.items():
         if isinstance(setting.turning_points, str):
-            points = _choice(params, setting, metadata)
-            setting = dataclasses.replace(setting, turning_points=points, tolerance=None)
-        settings.append(setting)
-    return dataclasses.replace(params, settings=tuple(settings))
+            points = _choice(params, name, metadata)
+            settings[name] = dataclasses.replace(setting, turning_points=points, tolerance=None)
+    return dataclasses.replace(params, settings=settings)
 
 
 def band_std(metadata: StoreMetadata) -> tuple[float, ...]:
@@ -53,7 +52,7 @@ def band_std(metadata: StoreMetadata) -> tuple[float, ...]:
     return std
 
 
-def _choice(params: Params, setting: SettingParams, metadata: StoreMetadata) -> tuple[int, ...]:
+def _choice(params: Params, setting: str, metadata: StoreMetadata) -> tuple[int, ...]:
     """Turning points of a setting that says ``auto``: those chosen before, or chosen now."""
     run = params.run(setting, params.seeds[0])
     about = {
@@ -66,20 +65,20 @@ def _choice(params: Params, setting: SettingParams, metadata: StoreMetadata) -> 
         "sampling": {
             k: v for k, v in run.describe()["sampling"].items() if k not in ("count", "batch", "seed", "clip")
         },
-        "tolerance": setting.tolerance,
+        "tolerance": params.settings[setting].tolerance,
         "data": metadata.digest,
     }
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     path = params.cluster.storage / "plans" / f"{name}.json"
     if not path.exists():
         try:
-            chosen, why = _choose(params, setting, run, metadata)
+            chosen, why = _choose(params, params.settings[setting], run, metadata)
         except UserError as error:
-            raise UserError(f"settings.{setting.name}: {error}") from None
+            raise UserError(f"settings.{setting}: {error}") from None
         content = {"turning_points": chosen.turning_points, "why": why, "for": about}
         write_atomically(path, json.dumps(content, indent=2) + "\n")
     kept = json.loads(path.read_text())
-    logger.info("%s: turning points %s, %s (kept in %s)", setting.name, kept["turning_points"], kept["why"], path)
+    logger.info("%s: turning points %s, %s (kept in %s)", setting, kept["turning_points"], kept["why"], path)
     return tuple(kept["turning_points"])
 
 

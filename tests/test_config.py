@@ -23,11 +23,11 @@ from dvdp.yaml_files import dump_yaml
 
 PROJECT = next(folder for folder in Path(__file__).parents if (folder / "params.yaml").exists())
 
-DVDP = {"name": "a", "process": "dvdp", "turning_points": [300, 600]}
+DVDP = {"process": "dvdp", "turning_points": [300, 600]}
 
 
 def setting(**changes: Any) -> dict[str, Any]:
-    return {"settings": [{**DVDP, **changes}]}
+    return {"settings": {"a": {**DVDP, **changes}}}
 
 
 def check_sentence(text: str, *parts: str) -> None:
@@ -50,18 +50,18 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
     "unknown key, no hint": ({"model": {"zzz": 3}}, ["model.zzz: unknown key, expected one of prediction_type,"]),
     "unknown key of a setting": (
         setting(turningpoints=[3]),
-        ["settings.0.turningpoints", "did you mean 'turning_points'?"],
+        ["settings.a.turningpoints", "did you mean 'turning_points'?"],
     ),
-    "key missing": ({"settings": [{"process": "ddpm"}]}, ["settings.0.name", "found nothing"]),
+    "key missing": ({"settings": {"a": {}}}, ["settings.a.process", "found nothing"]),
     "no mapping": ([1, 2], ["found [1, 2]"]),
     "a section that is no mapping": ({"schedule": None}, ["schedule: found None"]),
     "word for a number": ({"schedule": {"timesteps": "many"}}, ["schedule.timesteps: found 'many'", "a whole number"]),
     "fraction for a whole number": ({"sampling": {"steps": 10.5}}, ["sampling.steps: found 10.5", "a whole number"]),
-    "number for a list": (setting(turning_points=600), ["settings.0.turning_points: found 600"]),
-    "fraction for a turning point": (setting(turning_points=[600.5]), ["settings.0.turning_points.0", "600.5"]),
+    "number for a list": (setting(turning_points=600), ["settings.a.turning_points: found 600"]),
+    "fraction for a turning point": (setting(turning_points=[600.5]), ["settings.a.turning_points.0", "600.5"]),
     "word for a seed": ({"seeds": ["x"]}, ["seeds.0: found 'x'"]),
     "list for a name": ({"dataset": {"name": [1]}}, ["dataset.name: found [1]"]),
-    "unknown process": (setting(process="dvpd"), ["settings.0.process: found 'dvpd'", "'dvdp'"]),
+    "unknown process": (setting(process="dvpd"), ["settings.a.process: found 'dvpd'", "'dvdp'"]),
     "unknown base": ({"schedule": {"base": "liner"}}, ["schedule.base: found 'liner'", "'linear'"]),
     "unknown attenuation": ({"schedule": {"attenuation": "cosin"}}, ["schedule.attenuation", "did you mean 'cosine'?"]),
     "unknown solver": ({"sampling": {"solver": "ddmp"}}, ["sampling.solver", "did you mean 'ddpm'?"]),
@@ -92,11 +92,11 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
     "attention nowhere": ({"model": {"attention_factors": [64]}}, ["model.attention_factors: found factor 64"]),
     "odd heads": ({"model": {"num_head_channels": 48}}, ["model.num_head_channels: found 48"]),
     "no ranks": ({"cluster": {"num_workers": 0}}, ["cluster.num_workers: found 0"]),
-    "turning points out of order": (setting(turning_points=[600, 300]), ["settings.0.turning_points", "[600, 300]"]),
-    "turning point twice": (setting(turning_points=[300, 300]), ["settings.0.turning_points", "[300, 300]"]),
-    "turning point at 0": (setting(turning_points=[0]), ["settings.0.turning_points", "[0]"]),
-    "turning point at T": (setting(turning_points=[1000]), ["settings.0.turning_points", "between 1 and 999"]),
-    "turning points of ddpm": (setting(process="ddpm"), ["settings.0.turning_points", "expected none"]),
+    "turning points out of order": (setting(turning_points=[600, 300]), ["settings.a.turning_points", "[600, 300]"]),
+    "turning point twice": (setting(turning_points=[300, 300]), ["settings.a.turning_points", "[300, 300]"]),
+    "turning point at 0": (setting(turning_points=[0]), ["settings.a.turning_points", "[0]"]),
+    "turning point at T": (setting(turning_points=[1000]), ["settings.a.turning_points", "between 1 and 999"]),
+    "turning points of ddpm": (setting(process="ddpm"), ["settings.a.turning_points", "expected none"]),
     "resolution not divisible": (
         setting() | {"dataset": {"resolution": 30}},
         ["dataset.resolution: found 30", "in setting 'a'", "30"],
@@ -125,25 +125,25 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
     ),
     "override of an unknown section": (
         setting(overrides={"modle": {"model_channels": 8}}),
-        ["settings.0.overrides.modle: unknown key", "did you mean 'model'?"],
+        ["settings.a.overrides.modle: unknown key", "did you mean 'model'?"],
     ),
     "override of a section that all share": (
         setting(overrides={"dataset": {"resolution": 8}}),
-        ["settings.0.overrides.dataset: unknown key", "expected one of schedule"],
+        ["settings.a.overrides.dataset: unknown key", "expected one of schedule"],
     ),
     "override of an unknown key": (
         setting(overrides={"model": {"modle_channels": 8}}),
-        ["settings.0.overrides.model.modle_channels", "did you mean 'model_channels'?"],
+        ["settings.a.overrides.model.modle_channels", "did you mean 'model_channels'?"],
     ),
     "override of the wrong type": (
         setting(overrides={"model": {"model_channels": "wide"}}),
-        ["settings.0.overrides.model.model_channels: found 'wide'"],
+        ["settings.a.overrides.model.model_channels: found 'wide'"],
     ),
     "override out of range": (
         setting(overrides={"model": {"model_channels": 30}}),
-        ["settings.0.overrides.model.model_channels: found 30"],
+        ["settings.a.overrides.model.model_channels: found 30"],
     ),
-    "override that is no mapping": (setting(overrides={"model": 3}), ["settings.0.overrides.model: found 3"]),
+    "override that is no mapping": (setting(overrides={"model": 3}), ["settings.a.overrides.model: found 3"]),
     "override that does not fit the setting": (
         setting(overrides={"sampling": {"steps": 2}}),
         ["sampling.steps: found 2, expected at least 3"],
@@ -156,9 +156,20 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
     "name too long": ({"dataset": {"name": "a" * 101}}, ["dataset.name: found 'aaa", "at most 100 characters"]),
     "too many seeds": ({"seeds": list(range(1001))}, ["seeds: found [0, 1", "at most 1000"]),
     "key that is no word": ({"model": {1: 2}}, ["model.1: found 1, expected a word"]),
-    "one name twice": ({"settings": [DVDP, DVDP]}, ["settings: found the names ['a', 'a']"]),
+    "settings as a list": (
+        {"settings": [{"name": "a", **DVDP}]},
+        [
+            "settings: found [{'name': 'a', 'process': 'dvdp',",
+            "expected a mapping by name, each as 'dvdp-600: {process: ",
+        ],
+    ),
+    "dot in a name": (
+        {"settings": {"a.b": DVDP}},
+        ["settings.'a.b': found 'a.b', expected letters a to z, digits, '-' and '_' alone"],
+    ),
+    "number for a name": ({"settings": {600: DVDP}}, ["settings.600: found 600, expected text, in quotes"]),
     "one seed twice": ({"seeds": [3, 3]}, ["seeds: found [3, 3]"]),
-    "no settings": ({"settings": []}, ["settings: found the names []"]),
+    "no settings": ({"settings": {}}, ["settings: found {}, expected at least 1 of them"]),
     "no seeds": ({"seeds": []}, ["seeds: found []"]),
 }
 
@@ -236,7 +247,7 @@ def test_what_dvc_reads_must_say_every_key(tmp_path: Path) -> None:
     check_says_every_key(path)
     for section, values in Params().describe().items():
         tree, name = Params().describe(), section
-        if isinstance(values, dict):
+        if isinstance(values, dict) and section != "settings":
             name = f"{section}.{tree[section].popitem()[0]}"
         else:
             del tree[section]
@@ -260,7 +271,7 @@ def test_preset_says_only_what_differs_from_the_defaults(preset: Path) -> None:
     said, default, whole = yaml.safe_load(preset.read_text()), Params().describe(), read_params(preset).describe()
     for section, values in said.items():
         assert values != default[section], section
-        if isinstance(values, dict):
+        if isinstance(values, dict) and section != "settings":
             assert all(value != default[section][key] for key, value in values.items()), section
             assert {**default[section], **values} == whole[section]
 
@@ -276,8 +287,8 @@ def test_names_are_those_of_the_registries() -> None:
     [
         ("training.batch=16", lambda params: params.training.batch == 16),
         ("training.learning_rate=1e-4", lambda params: params.training.learning_rate == 1e-4),
-        ("settings.1.turning_points=[500]", lambda params: params.settings[1].turning_points == (500,)),
-        ("settings.1.overrides.training.batch=8", lambda params: params.runs()[1].training.batch == 8),
+        ("settings.dvdp-600.turning_points=[500]", lambda params: params.settings["dvdp-600"].turning_points == (500,)),
+        ("settings.dvdp-600.overrides.training.batch=8", lambda params: params.runs()[1].training.batch == 8),
         ("model.channel_mult.2=2", lambda params: params.model.channel_mult == (1, 2, 2)),
         ("seeds=[1, 2]", lambda params: params.seeds == (1, 2)),
         ("dataset.path=null", lambda params: params.dataset.path is None),
@@ -288,7 +299,7 @@ def test_any_field_can_be_overridden(
     override: str, found: Callable[[Params], bool], whole: bool, tmp_path: Path
 ) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(Params().describe()) if whole else "")
+    path.write_text(yaml.safe_dump(Params().describe(), sort_keys=False) if whole else "")
     params = read_params(path, [override])
     assert found(params)
     assert parse_params(params.describe()) == params
@@ -301,8 +312,12 @@ def test_any_field_can_be_overridden(
         ("training.bacth=3", ["training.bacth: unknown key", "did you mean 'batch'?"]),
         ("training.batch=many", ["training.batch: found 'many', expected a whole number"]),
         ("training.batch.size=3", ["-S training.batch.size: found 'size' below the value 32"]),
-        ("settings.3.name=x", ["-S settings.3.name: found position '3', expected a number below 3"]),
-        ("settings.first.name=x", ["-S settings.first.name: found position 'first'"]),
+        ("model.channel_mult.3=1", ["-S model.channel_mult.3: found position '3', expected a number below 3"]),
+        ("model.channel_mult.first=1", ["-S model.channel_mult.first: found position 'first'"]),
+        (
+            "settings.dvdp600.turning_points=[500]",
+            ["found no setting 'dvdp600' (did you mean 'dvdp-600'?), expected one of ddpm, dvdp-600, dvdp-300-600"],
+        ),
         ("seeds=[1", ["-S seeds: found '[1', expected YAML"]),
         ("=1", ["-S: found '=1'"]),
     ],
@@ -317,9 +332,12 @@ def test_mistake_in_an_override_is_answered_with_one_sentence(override: str, par
     ("override", "told"),
     [
         ("schedule.timesteps=1000000000", "schedule.timesteps: found 1000000000, expected at most 10000"),
-        ("settings.1.overrides.schedule.timesteps=1000000000", "found 1000000000, expected at most 10000"),
-        ("settings.1.overrides.sampling.batch=2000000", "sampling.batch: found 2000000, expected at most 1000000"),
-        ("settings.1.overrides.training.batch=true", "training.batch: found True, expected a whole number"),
+        ("settings.dvdp-600.overrides.schedule.timesteps=1000000000", "found 1000000000, expected at most 10000"),
+        (
+            "settings.dvdp-600.overrides.sampling.batch=2000000",
+            "sampling.batch: found 2000000, expected at most",
+        ),
+        ("settings.dvdp-600.overrides.training.batch=true", "training.batch: found True, expected a whole number"),
         ("training.learning_rate=.inf", "training.learning_rate: found inf, expected a finite number"),
         ("training.compile=yes", "training.compile: found 'yes', expected true or false"),
         (f"seeds={list(range(400))}", "seeds: found 400 for each of 3 settings, expected at most 1,000 runs in all"),
@@ -371,8 +389,8 @@ def test_file_says_everything_and_numbers_may_be_written_as_yaml_writes_them(tmp
         dataset: {name: my-faces, source: image_folder, path: faces, resolution: 64}
         schedule: {floor: 0.2, shift: -1}
         settings:
-          - {name: plain, process: ddpm}
-          - {name: "600", process: dvdp, turning_points: [600]}
+          plain: {process: ddpm}
+          "600": {process: dvdp, turning_points: [600]}
         seeds: [0, 1, 2]
         training: {learning_rate: 1e-4, images: 5}
         """
@@ -380,7 +398,7 @@ def test_file_says_everything_and_numbers_may_be_written_as_yaml_writes_them(tmp
     params = read_params(path)
     assert params.dataset.path == Path("faces")
     assert params.training.learning_rate == 1e-4
-    assert params.settings[1].turning_points == (600,)
+    assert params.settings["600"].turning_points == (600,)
     runs = params.runs()
     assert [(run.setting, run.seed) for run in runs] == [(s, i) for s in ("plain", "600") for i in range(3)]
     assert {run.resolution for run in runs} == {64}
@@ -390,9 +408,9 @@ def test_overrides_apply_to_their_setting_alone() -> None:
     params = parse_params(
         {
             "training": {"precision": "fp32"},
-            "settings": [
-                {"name": "plain", "process": "ddpm"},
-                {
+            "settings": {
+                "plain": {"process": "ddpm"},
+                "a": {
                     **DVDP,
                     "overrides": {
                         "schedule": {"floor": 0.3},
@@ -401,8 +419,8 @@ def test_overrides_apply_to_their_setting_alone() -> None:
                         "sampling": {"steps": 30},
                     },
                 },
-                {**DVDP, "name": "b"},
-            ],
+                "b": DVDP,
+            },
         }
     )
     plain, changed, other = params.runs()
@@ -430,11 +448,11 @@ def test_a_setting_gives_its_schedule() -> None:
     params = parse_params(
         {
             "schedule": {"timesteps": 500, "base": "cosine", "shift": -0.5, "attenuation": "linear"},
-            "settings": [
-                {"name": "d", "process": "ddpm"},
-                {"name": "s", "process": "subspace", "turning_points": [200]},
-                {"name": "v", "process": "dvdp", "turning_points": [200]},
-            ],
+            "settings": {
+                "d": {"process": "ddpm"},
+                "s": {"process": "subspace", "turning_points": [200]},
+                "v": {"process": "dvdp", "turning_points": [200]},
+            },
         }
     )
     from dvdp import Schedule
@@ -487,8 +505,8 @@ def test_names_of_data_sets_settings_and_models_are_file_names(name: object) -> 
     for tree in (
         {"dataset": {"name": name}},
         {"tracking": {"model": name}},
-        {"settings": [{"name": name, "process": "ddpm"}]},
+        {"settings": {name: {"process": "ddpm"}}},
     ):
-        with pytest.raises(UserError, match=r"name|model"):
+        with pytest.raises(UserError, match=r"name|model|settings"):
             parse_params(tree)
     assert parse_params({"dataset": {"name": "600"}}).dataset.name == "600"

@@ -20,7 +20,7 @@ from dvdp.yaml_files import dump_yaml
 from pipelines.cli import main
 
 DEFAULTS = Params().describe()
-SECTIONS = [name for name, value in DEFAULTS.items() if isinstance(value, dict)]
+SECTIONS = [name for name, value in DEFAULTS.items() if isinstance(value, dict) and name != "settings"]
 WORDS = (
     "", " ", "64", "1e3", "true", "auto", "none", "../up", "~", "a" * 300, "new\nline", "nul\0", "\x1b[31m", "\u202e",
     "cost", "cosine", "squared_cosine", "per_level", "subspace", "one", "logsnr", "fixed_large", "inception", "{{x}}",
@@ -69,7 +69,7 @@ overrides = st.lists(st.sampled_from(OVERRIDABLE), max_size=2, unique=True).flat
     lambda names: st.fixed_dictionaries({name: section(name) for name in names})
 )
 setting = st.fixed_dictionaries(
-    {"name": rarely(odd, st.sampled_from(["a", "b", "c"])), "process": st.sampled_from(["ddpm", "dvdp", "subspace"])},
+    {"process": st.sampled_from(["ddpm", "dvdp", "subspace"])},
     optional={
         "turning_points": rarely(odd, st.sampled_from([[], [50], [300, 600], [1, 2, 3, 4], [999], [9999], "auto"])),
         "tolerance": rarely(odd, st.none()),
@@ -83,7 +83,7 @@ trees = rarely(
         lambda names: st.fixed_dictionaries(
             {name: section(name) for name in names},
             optional={
-                "settings": rarely(odd, st.lists(setting, max_size=3)),
+                "settings": rarely(odd, st.dictionaries(st.sampled_from("abc") | scalars, setting, max_size=3)),
                 "seeds": rarely(odd, st.lists(st.sampled_from(WHOLE), max_size=3)),
             },
         )
@@ -150,7 +150,7 @@ def test_any_text_is_checked_or_answered_with_one_sentence(
 ) -> None:
     text = (
         "dataset: &d {name: mine, resolution: 32, flip: true}\nschedule: {timesteps: 1000}\nsettings:\n"
-        "  - {name: ddpm, process: ddpm}\n  - name: two\n    process: dvdp\n    turning_points: [300, 600]\n"
+        "  ddpm: {process: ddpm}\n  two:\n    process: dvdp\n    turning_points: [300, 600]\n"
         "    overrides: {training: {batch: 16}}\nseeds: [0, 1]\nmodel:\n  channel_mult: [1, 2]\n"
         "  attention_factors: []\ntraining: {batch: 32, learning_rate: 1e-3}\nsampling:\n  steps: 20\n  eta: 1\n"
     )
@@ -164,16 +164,14 @@ def test_any_text_is_checked_or_answered_with_one_sentence(
 
 @fuzzed(60)
 @given(
-    path=st.lists(
-        st.sampled_from([*DEFAULTS, *DEFAULTS["training"], "0", "1", "9" * 30, "-1", "name", "x"]), max_size=5
-    ),
+    path=st.lists(st.sampled_from([*DEFAULTS, *DEFAULTS["training"], "0", "1", "9" * 30, "-1", "a", "x"]), max_size=5),
     value=st.sampled_from([*PARTS, *map(str, (*WHOLE, *REAL)), "[" * 300, "{a: 1}", "[1, 2]", "null", ""]),
 )
 def test_any_override_is_checked_or_answered_with_one_sentence(
     path: list[str], value: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     file = tmp_path_factory.getbasetemp() / "override.yaml"
-    file.write_text("training: {batch: 16}\nseeds: [0]\nsettings: [{name: a, process: ddpm}]\n")
+    file.write_text("training: {batch: 16}\nseeds: [0]\nsettings: {a: {process: ddpm}}\n")
     check("--params", str(file), "-S", f"{'.'.join(path)}={value}")
 
 
@@ -181,7 +179,7 @@ LAUGHS = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" fo
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 8)}]}}\n" for i in range(1, 18))
 
 
-SETTINGS = ", ".join(f"{{name: s{i}, process: ddpm}}" for i in range(11))
+SETTINGS = ", ".join(f"s{i}: {{process: ddpm}}" for i in range(11))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +232,7 @@ SETTINGS = ", ".join(f"{{name: s{i}, process: ddpm}}" for i in range(11))
         ("dataset: {resolution: 4096, workers: 256}", "dataset.workers: found 256, expected at most 64 at 4096 px"),
         ("model: {model_channels: 4096, channel_mult: [1, 64], attention_factors: []}", "found a network of about"),
         ("model: {model_channels: 1024, num_classes: 1000000}", "found a network of about"),
-        (f"seeds: {[*range(100)]}\nsettings: [{SETTINGS}]", "seeds: found 100 for each of 11 settings"),
+        (f"seeds: {[*range(100)]}\nsettings: {{{SETTINGS}}}", "seeds: found 100 for each of 11 settings"),
     ],
 )  # fmt: skip
 def test_hostile_files_are_answered_with_one_sentence(content: str, told: str, tmp_path: Path) -> None:
@@ -251,7 +249,7 @@ def test_the_largest_that_is_allowed_is_borne(tmp_path: Path) -> None:
             {
                 "dataset": {"resolution": 4096},
                 "schedule": {"timesteps": 10_000},
-                "settings": [{"name": n, "process": "dvdp", "turning_points": points} for n in names],
+                "settings": {n: {"process": "dvdp", "turning_points": points} for n in names},
                 "seeds": list(range(10)),
                 "model": {"num_res_blocks": 32},
                 "training": {"images": 10**12, "batch": 64, "preview_count": 8, "preview_steps": 10_000},

@@ -69,7 +69,7 @@ def test_linux_and_torch_agree_on_this_cpu() -> None:
 
 
 def _run(tree: Mapping[str, Any]) -> Run:
-    return parse_params({"settings": [{"name": "ddpm", "process": "ddpm"}], **tree}).runs()[0]
+    return parse_params({"settings": {"ddpm": {"process": "ddpm"}}, **tree}).runs()[0]
 
 
 def test_a_run_records_the_precision_that_auto_was_and_its_hash_is_that_of_the_precision(
@@ -86,8 +86,8 @@ def test_a_run_records_the_precision_that_auto_was_and_its_hash_is_that_of_the_p
     assert hashes["fp32"] != hashes["bf16"]
     machine(WITHOUT[0])
     assert _run({"cluster": {"gpu": True}}).training.precision == "bf16"
-    override = {"name": "ddpm", "process": "ddpm", "overrides": {"training": {"precision": "bf16"}}}
-    assert _run({"settings": [override]}).training.precision == "bf16"
+    override = {"process": "ddpm", "overrides": {"training": {"precision": "bf16"}}}
+    assert _run({"settings": {"ddpm": override}}).training.precision == "bf16"
 
 
 def test_a_description_whose_precision_was_never_resolved_is_refused() -> None:

@@ -91,7 +91,7 @@ def make_run(
     tree = {
         "dataset": {"resolution": SIZE},
         "schedule": {},
-        "settings": [{"name": "recorded", "process": process, "turning_points": list(turning_points)}],
+        "settings": {"recorded": {"process": process, "turning_points": list(turning_points)}},
         "model": {
             "prediction_type": PREDICTIONS[prediction],
             "model_channels": 8,

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -60,7 +61,18 @@ def clock(device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most memory this process has held so far, in bytes: on its GPU, else in RAM."""
+    """Most memory this process has held so far, in bytes: on its GPU, else in RAM.
+
+    Of RAM it is the process's own, where Linux says so: pages of files that it maps, of libraries and of the data set,
+    are shared by all workers, and the system takes them back when it needs them.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        kib = {
+            name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if "kB" in value
+        }
+        return 1024 * max(kib["VmHWM"] - kib["RssFile"], kib["RssAnon"])
+    except (OSError, KeyError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

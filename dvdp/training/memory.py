@@ -10,10 +10,11 @@ from dvdp.models.flops import training_images
 from dvdp.models.layout import FEW_PIXELS, Attention, Block, attention_heads, norm_groups, unet_layout
 
 MIB = 2**20
-#: Of a process that has trained a first step: Python, torch and what they load; measured with torch 2.15 on a CPU.
-LIBRARIES = 775 * MIB
-#: Of Ray in a worker, beside that, and of what draws previews.
-RAY = 190 * MIB
+#: Of a process that has trained a first step, without pages of files: Python, torch and what they load; measured with
+#: torch 2.15 on a CPU.
+LIBRARIES = 428 * MIB
+#: Of Ray in a worker, beside that, and of what draws previews, without pages of files too.
+RAY = 100 * MIB
 #: Bytes that glibc's allocator takes for a byte of activations, because of the holes between them; the second where
 #: activations are computed again. Measured on glibc 2.36 in a worker's environment.
 HOLES, HOLES_CHECKPOINTING = 1.45, 3.4
@@ -67,10 +68,9 @@ def run_bytes(run: Run) -> int:
 
 
 def worker_memory(run: Run, ranks: int, gpu: bool) -> int:
-    """Peak of one training worker: of its GPU, else of its process, Ray's part included.
+    """Peak of one training worker: of its GPU, else of its process, Ray's part included and pages of files left out.
 
-    On a CPU small runs took from 9 % less to 31 % more, as a process keeps more or fewer pages of the libraries; the
-    larger the part of the activations, the less sure. On a GPU it is not measured.
+    See :func:`dvdp.training.estimate.peak_memory`. On a GPU it is not measured.
     """
     weights, settings = 4 * parameter_count(run), run.training
     images = math.ceil(settings.batch / ranks)

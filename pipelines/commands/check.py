@@ -204,8 +204,8 @@ def _assumptions(
         lines.append(f"Price: {price:g} for an hour of one worker's device, training on {ranks} and sampling.")
     lines.append(_store_sentence(params))
     lines += [
-        f"{setting.name}: its turning points are chosen once the data set is prepared, see `dvdp plan`."
-        for setting in params.settings
+        f"{name}: its turning points are chosen once the data set is prepared, see `dvdp plan`."
+        for name, setting in params.settings.items()
         if isinstance(setting.turning_points, str)
     ]
     return lines

@@ -113,9 +113,7 @@ def settings_block(chosen: Plan) -> str:
     """YAML for params.yaml: DDPM beside the plan."""
     points = list(chosen.turning_points)
     name = f"dvdp-{'-'.join(map(str, points))}"
-    return (
-        f"settings:\n  - {{name: ddpm, process: ddpm}}\n  - {{name: {name}, process: dvdp, turning_points: {points}}}"
-    )
+    return f"settings:\n  ddpm: {{process: ddpm}}\n  {name}: {{process: dvdp, turning_points: {points}}}"
 
 
 def print_divergences(params: Params, weights: Path) -> None:
@@ -188,16 +186,16 @@ def _settings_of_file(params: Params, question: Question, std: Sequence[float]) 
     DDPM, and settings whose turning points are ``auto``, are left out.
     """
     plans, foreign = {}, set()
-    for setting in params.settings:
+    for name, setting in params.settings.items():
         if not setting.turning_points or isinstance(setting.turning_points, str):
             continue
-        run = question.sampling_of(params.run(setting, params.seeds[0]))
+        run = question.sampling_of(params.run(name, params.seeds[0]))
         if question.seconds is not None and len(question.seconds) <= len(run.turning_points):
             raise UserError(
                 f"--seconds: found {len(question.seconds)} numbers, expected at least {len(run.turning_points) + 1},"
-                f" one for each level of {setting.name}."
+                f" one for each level of {name}."
             )
-        name = setting.name if run.process == "dvdp" else f"{setting.name} ({run.process})"
+        name = name if run.process == "dvdp" else f"{name} ({run.process})"
         plans[name] = Planner(run, std, run.turning_points, question.seconds).plan(run.turning_points)
         if (run.process, run.schedule, run.model) != ("dvdp", params.schedule, params.model):
             foreign.add(plans[name])

@@ -25,9 +25,9 @@ def chosen(params: Params, setting: str | None, seed: int | None) -> list[Job]:
         job for job in jobs(resolve(params)) if setting in (None, job.run.setting) and seed in (None, job.run.seed)
     ]
     if not found:
-        names = ", ".join(setting.name for setting in params.settings)
         raise UserError(
-            f"--setting, --seed: found no such run, expected a setting of {names} and a seed of {list(params.seeds)}."
+            f"--setting, --seed: found no such run, expected a setting of {', '.join(params.settings)}"
+            f" and a seed of {list(params.seeds)}."
         )
     return found
 

@@ -133,8 +133,7 @@ def read_measured(client: MlflowClient, entry: Entry) -> Measured | None:
         return None
     with contextlib.suppress(KeyError, ValueError):  # also a UserError
         params, record = parse_params(json.loads(params_text)), ScoreRecord.from_json(score_text)
-        settings = {setting.name: setting for setting in params.settings}
-        run = params.run(settings[tags[SETTING]], int(entry.data.params["seed"]))
+        run = params.run(tags[SETTING], int(entry.data.params["seed"]))
         # As DDPM, which sees equal images whatever a setting costs.
         ddpm = replace(run, process="ddpm", turning_points=(), seed=0)
         alike = [tags[DATASET_DIGEST], params.dataset.flip, run.training.budget, training_identity(ddpm)]

@@ -115,7 +115,7 @@ def test_the_price_of_recomputing_is_measured(tmp_path: Path) -> None:
 def test_the_same_training_in_both_precisions_is_compared_and_drawn(tmp_path: Path) -> None:
     tree = {
         "dataset": {"resolution": 16},
-        "settings": [{"name": "small", "process": "dvdp", "turning_points": [500]}],
+        "settings": {"small": {"process": "dvdp", "turning_points": [500]}},
         "model": {
             "model_channels": 8,
             "channel_mult": [1, 2],

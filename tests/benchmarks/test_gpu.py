@@ -77,7 +77,7 @@ def test_the_networks_measured_are_those_of_the_presets(resolution: int, preset:
     batch, sampled, turning_points, model = steps.PAPER[resolution]
     assert model == params.model, "width, blocks, attention, what is predicted"
     assert (resolution, batch, sampled) == (params.dataset.resolution, params.training.batch, params.sampling.batch)
-    assert turning_points == params.settings[-1].turning_points
+    assert turning_points == [*params.settings.values()][-1].turning_points
 
 
 def test_steps_are_measured_in_each_eager_mode(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_the_papers_protocol_is_that_of_the_presets(resolution: int, preset: str
     assert model == params.model
     assert model.prediction_type == "epsilon"
     assert (batch, sampling_batch) == (params.training.batch, params.sampling.batch)
-    assert turning_points == params.settings[-1].turning_points
+    assert turning_points == [*params.settings.values()][-1].turning_points
 
 
 def test_what_is_compared_with_diffusers_predicts_what_it_does() -> None:

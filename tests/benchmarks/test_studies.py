@@ -12,11 +12,11 @@ from tests.benchmarks.support import run_module
 PARAMS = {
     "dataset": {"name": "digits", "source": "digits", "resolution": 16, "encoding": "raw"},
     "schedule": {"timesteps": 1000},
-    "settings": [
-        {"name": "ddpm", "process": "ddpm"},
-        {"name": "dvdp-500", "process": "dvdp", "turning_points": [500]},
-        {"name": "subspace-500", "process": "subspace", "turning_points": [500]},
-    ],
+    "settings": {
+        "ddpm": {"process": "ddpm"},
+        "dvdp-500": {"process": "dvdp", "turning_points": [500]},
+        "subspace-500": {"process": "subspace", "turning_points": [500]},
+    },
     "seeds": [0, 1],
     "model": {
         "model_channels": 8,
@@ -54,7 +54,7 @@ def measured(folder: Path, name: str, *options: object) -> dict:
 def test_every_setting_is_scored_for_every_seed_at_equal_flops(study: Path) -> None:
     found = json.loads((study / "study.json").read_text())
     assert [(row["seed"], row["setting"]) for row in found["runs"]] == [
-        (seed, setting["name"]) for seed in (0, 1) for setting in PARAMS["settings"]
+        (seed, setting) for seed in (0, 1) for setting in PARAMS["settings"]
     ]
     for name, mean in found["summary"].items():
         scores = [row["fd_labels"] for row in found["runs"] if row["setting"] == name]

@@ -65,7 +65,7 @@ def test_an_unknown_gpu_and_a_trial_elsewhere_are_refused() -> None:
 
 
 def test_a_stored_trial_of_this_machine_or_of_a_named_device_is_read() -> None:
-    asked = params(settings=[{"name": "ddpm", "process": "ddpm"}])
+    asked = params(settings={"ddpm": {"process": "ddpm"}})
     run = asked.runs()[0]
     for device, gpu in (("NVIDIA H200", True), (command_device(), False)):
         seen = dataclasses.replace(asked, cluster=dataclasses.replace(asked.cluster, gpu=gpu))

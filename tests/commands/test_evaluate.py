@@ -30,7 +30,7 @@ NAME = "dvdp-digits"
 ADDRESS = f"models:/{NAME}/1"
 TREE: dict[str, Any] = {
     "dataset": {"name": "digits", "resolution": 8},
-    "settings": [{"name": "dvdp-300", "process": "dvdp", "turning_points": [300]}],
+    "settings": {"dvdp-300": {"process": "dvdp", "turning_points": [300]}},
     "model": {
         "model_channels": 8,
         "channel_mult": [1],

@@ -35,11 +35,11 @@ from tests.tracking.support import empty_store
 
 TREE: dict[str, Any] = {
     "dataset": {"name": "stripes", "resolution": 16},
-    "settings": [
-        {"name": "ddpm", "process": "ddpm"},
-        {"name": "early", "process": "dvdp", "turning_points": [130]},
-        {"name": "other", "process": "subspace", "turning_points": [300, 600]},
-    ],
+    "settings": {
+        "ddpm": {"process": "ddpm"},
+        "early": {"process": "dvdp", "turning_points": [130]},
+        "other": {"process": "subspace", "turning_points": [300, 600]},
+    },
     "model": {
         "model_channels": 8,
         "channel_mult": [1, 2],
@@ -51,7 +51,7 @@ TREE: dict[str, Any] = {
     "sampling": {"steps": 50, "count": 64},
     "evaluation": {"samples": 64, "kid_subset": 20},
 }
-AUTO = {"name": "chosen", "process": "dvdp", "turning_points": "auto", "tolerance": 0.01}
+AUTO = {"process": "dvdp", "turning_points": "auto", "tolerance": 0.01}
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_params(**changes: Any) -> Params:
-    Path("params.yaml").write_text(yaml.safe_dump({**TREE, **changes}))
+    Path("params.yaml").write_text(yaml.safe_dump({**TREE, **changes}, sort_keys=False))
     return read_params()
 
 
@@ -116,7 +116,7 @@ def test_the_command_prints_a_frontier_and_settings_and_draws_them(capsys: pytes
     assert Image.open("pictures/mine.png").size > (500, 300)
 
     block = yaml.safe_load(text[text.index("settings:") :])
-    chosen = block["settings"][1]["turning_points"]
+    chosen = [*block["settings"].values()][1]["turning_points"]
     params = parse_params({**TREE, **block})
     assert [run.turning_points for run in params.runs()] == [(), tuple(chosen)]
     assert rows[", ".join(map(str, chosen))].endswith("<- the fastest within 0.02")
@@ -207,8 +207,9 @@ def train(
 ) -> None:
     """Put into MLflow what the experiment does of trained settings, one score a seed."""
     name, digest = "".join(map(str, points)), ImageStore("data/stripes/store").metadata.digest
-    setting = {"name": "s", "process": "dvdp" if points else "ddpm", "turning_points": list(points)}
-    params = parse_params({**TREE, "settings": [setting], "seeds": list(range(len(scores))), **how.get("params", {})})
+    setting = {"process": "dvdp" if points else "ddpm", "turning_points": list(points)}
+    seeds = list(range(len(scores)))
+    params = parse_params({**TREE, "settings": {"s": setting}, "seeds": seeds, **how.get("params", {})})
     for run, score in zip(params.runs(), scores, strict=True):
         key = re.sub("[^a-z0-9]+", "-", f"{name}/{run.seed}/{how}")
         entry = open_run(client, params.tracking.experiment, SAMPLING_HASH, key, name)
@@ -299,12 +300,12 @@ def chosen_points() -> tuple[tuple[int, ...], str]:
     said: list[str] = []
     with hearing(said.append):
         (job,) = jobs(resolve(read_params()))
-    assert job.params.settings[0].turning_points == job.run.turning_points
+    assert job.params.settings["chosen"].turning_points == job.run.turning_points
     return job.run.turning_points, "\n".join(said)
 
 
 def test_auto_takes_what_the_command_would_and_keeps_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    params = write_params(settings=[AUTO])
+    params = write_params(settings={"chosen": AUTO})
     assert params.runs() == []
     points, said = chosen_points()
     assert f"chosen: turning points {list(points)}, the fastest of" in said
@@ -315,7 +316,7 @@ def test_auto_takes_what_the_command_would_and_keeps_it(project: Path, capsys: p
     # What is trained later does not move what was chosen; another tolerance is another choice.
     train(empty_store(project), (700,), [1.0])
     assert chosen_points() == (points, said)
-    write_params(settings=[{**AUTO, "tolerance": 0.05}])
+    write_params(settings={"chosen": {**AUTO, "tolerance": 0.05}})
     assert chosen_points()[0] != points
 
 
@@ -323,14 +324,14 @@ def test_auto_stays_within_what_was_trained(project: Path) -> None:
     client = empty_store(project)
     train(client, (430,), [5.0])
     train(client, (610, 800), [5.0])
-    write_params(settings=[AUTO])
+    write_params(settings={"chosen": AUTO})
     points, said = chosen_points()
     assert points[0] == 430
     assert "with T_1 within 430 to 610, which settings that were trained cover" in said
 
 
 def test_auto_that_nothing_meets_is_one_sentence() -> None:
-    write_params(settings=[{**AUTO, "tolerance": 1e-12}], sampling={**TREE["sampling"], "steps": 250})
+    write_params(settings={"chosen": {**AUTO, "tolerance": 1e-12}}, sampling={**TREE["sampling"], "steps": 250})
     with pytest.raises(UserError, match=r"tolerance: found 1e-12, expected at least"):
         jobs(resolve(read_params()))
 
@@ -339,7 +340,7 @@ def test_auto_is_chosen_by_the_planner_alone_while_mlflow_is_unavailable(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    write_params(settings=[AUTO])
+    write_params(settings={"chosen": AUTO})
     with caplog.at_level("INFO", "dvdp"):
         (job,) = jobs(resolve(read_params()))
     assert job.run.turning_points
@@ -349,16 +350,16 @@ def test_auto_is_chosen_by_the_planner_alone_while_mlflow_is_unavailable(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"tolerance": None}, r"settings\.0\.tolerance: found nothing, expected a number"),
-        ({"turning_points": [300]}, r"settings\.0\.tolerance: found 0\.01, expected .* 'turning_points: auto'"),
-        ({"tolerance": -1}, r"settings\.0\.tolerance: found -1, expected at least 0"),
-        ({"process": "ddpm"}, r"settings\.0\.turning_points: found auto, expected none for process ddpm"),
+        ({"tolerance": None}, r"settings\.chosen\.tolerance: found nothing, expected a number"),
+        ({"turning_points": [300]}, r"settings\.chosen\.tolerance: found 0\.01, expected .* 'turning_points: auto'"),
+        ({"tolerance": -1}, r"settings\.chosen\.tolerance: found -1, expected at least 0"),
+        ({"process": "ddpm"}, r"settings\.chosen\.turning_points: found auto, expected none for process ddpm"),
         (
             {"turning_points": "atuo"},
-            r"settings\.0\.turning_points: found 'atuo' \(did you mean 'auto'\?\), expected a list",
+            r"settings\.chosen\.turning_points: found 'atuo' \(did you mean 'auto'\?\), expected a list",
         ),
     ],
 )
 def test_auto_is_checked_when_params_are_read(change: dict[str, Any], text: str) -> None:
     with pytest.raises(UserError, match=text):
-        parse_params({**TREE, "settings": [{**AUTO, **change}]})
+        parse_params({**TREE, "settings": {"chosen": {**AUTO, **change}}})

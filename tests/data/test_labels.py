@@ -161,6 +161,21 @@ def test_tables_of_files_and_labels_are_read(tmp_path: Path, file: str, content:
     assert ImageFolder(tree).labels == ("0", "1")
 
 
+def test_ids_without_a_suffix_are_files(tmp_path: Path) -> None:
+    tree = with_file(tmp_path / "a", ["a.png", "sub/b.x.jpg"], "labels.csv", "id,breed,label\na,x,1\nsub/b.x,y,0\n")
+    assert labelled(tree) == ["1", "0"]
+    ambiguous = with_file(tmp_path / "b", ["a.png", "a.jpg"], "labels.csv", "image_id,label\na,1\n")
+    assert fails(ambiguous).startswith("'labels.csv' names 1 images that are not there or are left out, 'a' first")
+
+
+def test_accents_may_be_composed_or_not(tmp_path: Path) -> None:
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    tree = with_file(tmp_path / "a", [f"{apart}.png"], "labels.csv", f"file,label\n{composed}.png,{apart}\n")
+    assert labelled(tree) == [composed]
+    names = [f"train/{apart}/a.png", "train/dog/b.png", f"val/{composed}/c.png"]
+    assert labelled(make_tree(tmp_path / "b", names)) == [composed, "dog", composed]
+
+
 def test_each_split_may_have_a_table_of_its_own(tmp_path: Path) -> None:
     names = ["train/a.png", "train/b.png", "val/a.png"]
     with_file(tmp_path, names, "train/metadata.csv", "file_name,label\na.png,cat\nb.png,dog\n")

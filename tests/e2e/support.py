@@ -35,21 +35,19 @@ LIMIT = 400
 
 
 def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree with the values of another in it; lists are replaced."""
+    """A tree with the values of another in it; lists and settings are replaced."""
     out = dict(tree)
     for key, value in changes.items():
         old = out.get(key)
-        out[key] = merged(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
+        both = isinstance(value, Mapping) and isinstance(old, Mapping) and key != "settings"
+        out[key] = merged(old, value) if both else value
     return out
 
 
 #: The whole pipeline in seconds: digits at 16 px, two settings of some 300 to 400 steps.
 _TINY: dict[str, Any] = {
     "dataset": {"name": "digits", "source": "digits", "resolution": 16},
-    "settings": [
-        {"name": "ddpm", "process": "ddpm"},
-        {"name": "dvdp-600", "process": "dvdp", "turning_points": [600]},
-    ],
+    "settings": {"ddpm": {"process": "ddpm"}, "dvdp-600": {"process": "dvdp", "turning_points": [600]}},
     "model": {"model_channels": 8, "channel_mult": [1, 2], "attention_factors": [], "num_head_channels": 8},
     "training": {
         # The same weights on every machine.

@@ -48,6 +48,6 @@ def test_cifar10_as_an_image_folder_runs_through_the_whole_pipeline(tmp_path: Pa
     assert prepared["count"] == 10_000
     assert {entry["images"] for entry in prepared["labels"]} == {1000}
     metrics = json.loads((here.folder / "reports" / "metrics.json").read_text())
-    assert set(metrics) == {setting.name for setting in read_params(here.folder / "params.yaml").settings}
+    assert set(metrics) == set(read_params(here.folder / "params.yaml").settings)
     assert all("fd_labels" in values and "fid" not in values for values in metrics.values())
     assert "DVDP on cifar10-images" in (here.folder / "reports" / "index.html").read_text()

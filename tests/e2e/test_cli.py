@@ -79,7 +79,7 @@ def test_every_command_refuses_a_mistyped_key(answer: Answer, command: str) -> N
 
 
 def setting(**changes: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda tree: tree["settings"][1].update(changes)
+    return lambda tree: tree["settings"]["dvdp-600"].update(changes)
 
 
 def section(name: str, /, **changes: Any) -> Callable[[dict[str, Any]], object]:
@@ -90,14 +90,14 @@ def section(name: str, /, **changes: Any) -> Callable[[dict[str, Any]], object]:
     ("change", "named", "told"),
     [
         (lambda tree: tree.update(trainin={}), "trainin", "did you mean 'training'?"),
-        (lambda tree: tree.update(settings=[]), "settings", "expected at least one setting"),
+        (lambda tree: tree.update(settings={}), "settings", "expected at least 1 of them"),
         (setting(turning_points=[600, 300]), "turning_points", "[600, 300]"),
         (setting(turning_points=[300, 300]), "turning_points", "[300, 300]"),
         (setting(turning_points=[0]), "turning_points", "[0]"),
         (setting(turning_points=[1000]), "turning_points", "[1000]"),
         (setting(turning_points=["early"]), "turning_points", "early"),
-        (setting(process="dvpd"), "settings.1.process", "dvpd"),
-        (setting(name="ddpm"), "settings", "no name twice"),
+        (setting(process="dvpd"), "settings.dvdp-600.process", "dvpd"),
+        (lambda tree: tree.update(settings=[{"process": "ddpm"}]), "settings", "expected a mapping by name"),
         (setting(overrides={"dataset": {"resolution": 8}}), "overrides", "dataset"),
         (setting(overrides={"training": {"batsch": 8}}), "overrides.training.batsch", "did you mean 'batch'?"),
         (section("dataset", resolution=18), "dvdp-600", "18"),
@@ -164,7 +164,7 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(answer: Answer, tmp_path
     odd = {"training": {"batch": 15}}
 
     def two_ranks(tree: dict[str, Any]) -> None:
-        tree["settings"][1]["overrides"] = odd
+        tree["settings"]["dvdp-600"]["overrides"] = odd
         tree["cluster"]["num_workers"] = 2
 
     assert answer("train", change=two_ranks).startswith("training.batch: found 15 for dvdp-600")
@@ -221,7 +221,7 @@ def test_drawing_names_what_is_wrong_with_its_arguments(answer: Answer, tmp_path
         (["draw"], "Missing argument 'weights'; see `dvdp draw --help`."),
         (["check", "-S", "training.batch"], "-S: found 'training.batch', expected KEY=VALUE"),
         (["check", "-S", "training.bacth=3"], "params.yaml -S training.bacth=3: training.bacth: unknown key"),
-        (["experiment", "-S", "settings.1.turning_points=[0]"], "settings.1.turning_points: found [0]"),
+        (["experiment", "-S", "settings.dvdp-600.turning_points=[0]"], "settings.dvdp-600.turning_points: found [0]"),
     ],
 )
 def test_mistake_in_a_command_line_is_one_sentence(answer: Answer, command: list[str], told: str) -> None:
@@ -233,11 +233,12 @@ def test_params_are_printed_with_every_key_and_with_overrides(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("{dataset: {resolution: 16}}")
-    command = ["params", "--params", "mine.yaml", "-S", "training.batch=8", "-S", "settings.1.turning_points=[500]"]
+    changes = ["-S", "training.batch=8", "-S", "settings.dvdp-600.turning_points=[500]"]
+    command = ["params", "--params", "mine.yaml", *changes]
     assert main(command) == 0
     tree = yaml.safe_load(capsys.readouterr().out)
     assert (tree["dataset"]["resolution"], tree["training"]["batch"]) == (16, 8)
-    assert tree["settings"][1]["turning_points"] == [500]
+    assert tree["settings"]["dvdp-600"]["turning_points"] == [500]
     assert main([*command, "--out", "params.yaml"]) == 0
     assert yaml.safe_load(Path("params.yaml").read_text()) == tree
     assert main(["check"]) == 0

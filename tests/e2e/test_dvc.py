@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.support import TINY, Project, merged
+from tests.e2e.support import TINY, Project
 
 pytestmark = pytest.mark.slow
 
@@ -37,8 +37,8 @@ def test_repro_makes_everything_that_is_declared(reproduced: Project) -> None:
 @pytest.mark.timeout(900)
 def test_a_changed_setting_is_trained_alone_and_dvc_shows_the_difference(here: Project) -> None:
     before = weights(here)
-    settings = [*TINY["settings"]]
-    settings[1] = merged(settings[1], {"overrides": {"training": {"learning_rate": 0.001}}})
+    slower = {**TINY["settings"]["dvdp-600"], "overrides": {"training": {"learning_rate": 0.001}}}
+    settings = {**TINY["settings"], "dvdp-600": slower}
     here.write_params(settings=settings, training={"images": 1600})
     printed = here.run("dvc", "repro").stdout
     for stage in ("prepare", "extractor", "reference"):

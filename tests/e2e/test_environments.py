@@ -48,9 +48,9 @@ def limited(cpus: float, memory: int) -> Iterator[list[Path]]:
 def test_the_demo_runs_in_a_container_behind_a_dead_proxy_with_a_long_temporary_folder_and_no_home(
     prepared: Project, tmp_path: Path
 ) -> None:
-    here = prepared.copy(tmp_path / "a folder of Zoë's, 雪", training={"images": 800}, settings=[
-        {"name": "dvdp-600", "process": "dvdp", "turning_points": [600]},
-    ])  # fmt: skip
+    here = prepared.copy(tmp_path / "a folder of Zoë's, 雪", training={"images": 800}, settings={
+        "dvdp-600": {"process": "dvdp", "turning_points": [600]},
+    })  # fmt: skip
     temporary = tmp_path / ("t" * 100) / ("t" * 100)
     temporary.mkdir(parents=True)
     proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"), DEAD_PROXY)

@@ -16,10 +16,10 @@ from tests.e2e.support import Project, sentence
 def test_a_setting_that_fails_does_not_stop_the_others(project: Callable[..., Project]) -> None:
     wild = {"training": {"learning_rate": 100.0, "clip_norm": 1e9, "warmup_images": 0}}
     here = project(
-        settings=[
-            {"name": "wild", "process": "dvdp", "turning_points": [600], "overrides": wild},
-            {"name": "ddpm", "process": "ddpm"},
-        ],
+        settings={
+            "wild": {"process": "dvdp", "turning_points": [600], "overrides": wild},
+            "ddpm": {"process": "ddpm"},
+        },
         training={"images": 1600},
     )
     done = here.run("dvdp", "experiment", "--reports", "reports", status=1)

@@ -18,7 +18,7 @@ from tests.tracking.support import free_port
 
 pytestmark = pytest.mark.timeout(900)
 
-ONE = {"settings": [{"name": "dvdp-600", "process": "dvdp", "turning_points": [600]}]}
+ONE = {"settings": {"dvdp-600": {"process": "dvdp", "turning_points": [600]}}}
 COMMAND = ("dvdp", "experiment", "--reports", "reports")
 
 

@@ -30,7 +30,7 @@ def params(storage: Path = Path("runs")) -> Params:
     tree = {
         "cluster": {"storage": str(storage), "threads": 1},
         "dataset": {"resolution": 16},
-        "settings": [{"name": "small", "process": "dvdp", "turning_points": [500]}],
+        "settings": {"small": {"process": "dvdp", "turning_points": [500]}},
         "model": {
             "model_channels": 4,
             "channel_mult": [1, 2],

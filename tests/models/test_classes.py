@@ -33,7 +33,7 @@ def drawn(count: int) -> NDArray[np.int64]:
 def class_run(**model: object) -> Run:
     tree = {
         "dataset": {"resolution": 8},
-        "settings": [{"name": "classes", "process": "dvdp", "turning_points": [500]}],
+        "settings": {"classes": {"process": "dvdp", "turning_points": [500]}},
         "model": {
             "model_channels": 8,
             "channel_mult": [1, 2],

@@ -33,7 +33,7 @@ def run_of(points: tuple[int, ...] = (), resolution: int = 32, **sampling: Any) 
     """A run whose UNet halves the resolution once."""
     tree = {
         "dataset": {"resolution": resolution},
-        "settings": [{"name": "a", "process": "dvdp", "turning_points": list(points)}],
+        "settings": {"a": {"process": "dvdp", "turning_points": list(points)}},
         "model": {
             "model_channels": 8,
             "channel_mult": [1, 2],

@@ -17,7 +17,7 @@ from pipelines.jobs.job import Job
 from pipelines.reports.comparison import Result, best, compare, legend, table
 
 PARAMS: dict[str, Any] = {
-    "settings": [{"name": "ddpm", "process": "ddpm"}, {"name": "dvdp", "process": "dvdp", "turning_points": [300]}],
+    "settings": {"ddpm": {"process": "ddpm"}, "dvdp": {"process": "dvdp", "turning_points": [300]}},
     "seeds": [0, 1],
     "evaluation": {"samples": 256},
 }

@@ -60,7 +60,7 @@ def ran(
     sampled = {"solver": "ddpm", "steps": 1000, "count": 50_000, **(sampling or {})}
     tree = {
         "dataset": {"name": name, "resolution": resolution},
-        "settings": [{"name": "s", "process": process, "turning_points": list(points)}],
+        "settings": {"s": {"process": process, "turning_points": list(points)}},
         "seeds": list(range(len(scores))),
         "model": SMALL,
         "training": {"images": 640, "batch": 16, "budget": "images"},

@@ -13,7 +13,7 @@ from pipelines.tracking.history import Trained
 
 
 def a_run() -> Run:
-    return parse_params({"settings": [{"name": "ddpm", "process": "ddpm"}]}).runs()[0]
+    return parse_params({"settings": {"ddpm": {"process": "ddpm"}}}).runs()[0]
 
 
 def trained(kind: ProcessName, points: tuple[int, ...], *scores: float) -> Trained:

@@ -88,7 +88,7 @@ def small_run(name: str = "dvdp-300", seed: int = 0) -> Run:
     params: Params = parse_params(
         {
             "dataset": {"resolution": 8},
-            "settings": [{"name": name, "process": "dvdp", "turning_points": [300]}],
+            "settings": {name: {"process": "dvdp", "turning_points": [300]}},
             "seeds": [seed],
             "model": {
                 "model_channels": 8,

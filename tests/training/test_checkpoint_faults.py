@@ -26,7 +26,7 @@ from dvdp.training.loop import train
 torch.set_num_threads(1)
 (run,) = parse_params({
     "dataset": {"resolution": 8},
-    "settings": [{"name": "wide", "process": "dvdp", "turning_points": [500]}],
+    "settings": {"wide": {"process": "dvdp", "turning_points": [500]}},
     # Few pixels and many weights: a checkpoint takes longer than a step.
     "model": {
         "model_channels": 192, "channel_mult": [1], "attention_factors": [1], "num_head_channels": 64, "num_classes": 0,

@@ -23,7 +23,7 @@ IMAGES = ArrayImages(np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dt
 def tiny_run(*, compiled: bool) -> Run:
     tree = {
         "dataset": {"resolution": 8},
-        "settings": [{"name": "small", "process": "dvdp", "turning_points": [500]}],
+        "settings": {"small": {"process": "dvdp", "turning_points": [500]}},
         "model": {
             "model_channels": 4, "channel_mult": [1], "attention_factors": [], "num_head_channels": 4, "num_classes": 0,
         },

@@ -24,7 +24,7 @@ from tests.logs import InterruptedHere, hearing, stop_after
 def tiny_run(**training: object) -> Run:
     tree = {
         "dataset": {"resolution": 16},
-        "settings": [{"name": "small", "process": "dvdp", "turning_points": [300, 600]}],
+        "settings": {"small": {"process": "dvdp", "turning_points": [300, 600]}},
         "model": {
             "model_channels": 4,
             "channel_mult": [1, 2],

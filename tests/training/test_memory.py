@@ -51,7 +51,7 @@ print(peak_memory(torch.device("cpu")))
 
 def run_of(points: list[int] | None = None, model: dict[str, Any] | None = None, **training: Any) -> Run:
     tree = {
-        "settings": [{"name": "x", "process": "dvdp" if points else "ddpm", "turning_points": points or []}],
+        "settings": {"x": {"process": "dvdp" if points else "ddpm", "turning_points": points or []}},
         "model": model or {},
         "training": {
             "budget": "images",

@@ -19,7 +19,7 @@ from dvdp.training.loop import train
 def small_run() -> Run:
     tree = {
         "dataset": {"resolution": 16},
-        "settings": [{"name": "small", "process": "dvdp", "turning_points": [400]}],
+        "settings": {"small": {"process": "dvdp", "turning_points": [400]}},
         "model": {
             "model_channels": 8,
             "channel_mult": [1, 2],

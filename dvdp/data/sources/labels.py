@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import re
+import unicodedata
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice, pairwise
 from pathlib import PurePosixPath
-from posixpath import join, normpath
+from posixpath import join, normpath, splitext
 from typing import Any
 
 from dvdp.errors import UserError
@@ -19,7 +21,19 @@ from dvdp.errors import UserError
 #: Names of parts of a data set, in lower case: folders that are all named so are no classes.
 SPLITS = frozenset(["train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"])
 #: Columns of a table of labels, in lower case; of several the first is taken.
-FILE_COLUMNS = ("file_name", "filename", "file", "file_path", "filepath", "path", "image", "image_name", "image_path")
+FILE_COLUMNS = (
+    "file_name",
+    "filename",
+    "file",
+    "file_path",
+    "filepath",
+    "path",
+    "image",
+    "image_name",
+    "image_path",
+    "image_id",
+    "id",
+)
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "label_name", "class_id")
 
 _NUMBER = re.compile(r"[0-9]{5,18}")
@@ -79,14 +93,15 @@ def by_folders(images: Images, told: bool) -> Labels:
 
     The root is the deepest folder below which all images lie. Folders at its top that are all named for a split
     (:data:`SPLITS`) do not count, so that ``train/cat`` and ``val/cat`` are one class. Other folders of one name
-    (``a/cat``, ``b/cat``) are classes of their own, named by their path.
+    (``a/cat``, ``b/cat``) are classes of their own, named by their path. Names that differ only in whether Unicode
+    composes their accents are one.
 
     Args:
         told: that folders are classes. Otherwise numbered parts of a data set (shards) do not count: folders that all
             are numbers of one width, at least five digits, and count up by one or by one power of ten, or that all are
             called ``shard-0`` or the like.
     """
-    paths = _below_root([PurePosixPath(folder).parts for folder in images.folders])
+    paths = _below_root([PurePosixPath(_composed(folder)).parts for folder in images.folders])
     remarks = []
     tops = {path[0] for path in paths if path}
     if len(tops) > 1 and () not in paths and {top.lower() for top in tops} <= SPLITS:
@@ -165,8 +180,8 @@ def read_label_files(files: Mapping[str, bytes]) -> tuple[dict[str, Entries], li
 def by_files(said: Mapping[str, Entries], images: Images, names: Callable[[], Iterator[str]]) -> Labels:
     """The class of an image is what files say, together of each image and of no other.
 
-    They name images by the path from their own folder, or from the top of the source. Classes that are numbers have
-    the order of numbers.
+    They name images by the path from their own folder, or from the top of the source; without its suffix, or with
+    accents composed otherwise, where that is one image's. Classes that are numbers have the order of numbers.
 
     Args:
         said: by :func:`read_label_files`. If it is nothing, there are no classes.
@@ -180,8 +195,13 @@ def by_files(said: Mapping[str, Entries], images: Images, names: Callable[[], It
         return no_labels(images, [f"{_files(said)} says that there are no labels."])
     found: dict[int, Label] = {}
     known = set(images.keys)
+
+    @cache
+    def loosely() -> dict[int, int | None]:
+        return _loosely(names())
+
     for file, entries in _beside(said, names).items():
-        _add(found, file, entries, known)
+        _add(found, file, entries, known, loosely)
     missing = [i for i, key in enumerate(images.keys) if key not in found]
     if missing:
         raise UserError(
@@ -201,13 +221,36 @@ def by_files(said: Mapping[str, Entries], images: Images, names: Callable[[], It
     return _numbered(sorted(classes), (found[key] for key in images.keys), remarks)
 
 
-def _add(found: dict[int, Label], file: str, entries: Entries, known: Collection[int]) -> None:
+def _loosely(names: Iterable[str]) -> dict[int, int | None]:
+    """Hash of a path, with or without suffix, accents composed -> hash of the one image's path; None if several."""
+    found: dict[int, int | None] = {}
+    for name in names:
+        for text in {_composed(name), _composed(splitext(name)[0])}:
+            key = hash(text)
+            found[key] = hash(name) if key not in found else None
+    return found
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _add(
+    found: dict[int, Label],
+    file: str,
+    entries: Entries,
+    known: Collection[int],
+    loosely: Callable[[], Mapping[int, int | None]],
+) -> None:
     """Add what a file says to what others say, each image by the hash of its path."""
     folder = file.rpartition("/")[0]
     strangers = []
     for name, label in entries:
-        paths = (join(top, path) for path in (name, name.replace("\\", "/")) for top in (folder, ""))
-        key = next((key for path in paths if (key := hash(normpath(path))) in known), None)
+        paths = [normpath(join(top, path)) for path in (name, name.replace("\\", "/")) for top in (folder, "")]
+        key = next((key for path in paths if (key := hash(path)) in known), None)
+        if key is None:
+            keys = (loosely().get(hash(_composed(path))) for path in paths)
+            key = next((key for key in keys if key is not None), None)
         if key is None:
             strangers.append(name)
         elif found.setdefault(key, label) != label:
@@ -309,7 +352,7 @@ def _json(where: str, text: str) -> Any:
 
 
 def _label(where: str, value: Any) -> Label:
-    text = value.strip() if isinstance(value, str) else value
+    text = _composed(value.strip()) if isinstance(value, str) else value
     if (isinstance(text, str) and text and "\n" not in text) or (type(text) is int and text >= 0):
         return text
     raise _wrong(where, f"has {_short(value)} as a label", "one class, a name or a number from 0")
