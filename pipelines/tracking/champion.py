@@ -19,6 +19,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from dvdp.errors import UserError
+from dvdp.evaluation.intervals import CONFIDENCE, better, difference
 from dvdp.evaluation.records import ScoreRecord, score_differences
 from dvdp.files import locked
 from pipelines.tracking.connection import lock_of
@@ -226,7 +227,7 @@ def _choose(
     unsure = best is not None and own is not None and not _surely_lower(scored[best], own)
     if best is not None and not before.pinned and not unsure and (own is not None or holder is None):
         past = (*before.past, *([] if before.champion is None else [before.champion]))
-        was = f", version {holder} had {_score(own):.4g}" if own is not None else ""
+        was = f", version {holder} had {own.estimate.text}" if own is not None else ""
         first = f"Version {best} of {name} is now champion ({_shown(scored[best])}{was})."
         return replace(before, champion=best, past=past, candidate=None), " ".join([first, *notes])
     if holder is None:
@@ -236,8 +237,10 @@ def _choose(
         first += ": it has no score to compare others with" if own is None else f" ({_shown(own)})"
         first += f", as a person set it; `dvdp promote {name} --auto` releases it." if before.pinned else "."
     if best is not None:
-        why = ", which is no significant difference" if unsure else ""
-        notes.insert(0, f"Version {best} is the candidate ({_shown(scored[best])}{why}).")
+        notes.insert(0, f"Version {best} is the candidate ({_shown(scored[best])}).")
+    if best is not None and own is not None and unsure:
+        low, high = difference(scored[best].estimate, own.estimate)
+        notes.insert(1, f"That is no significant difference: {low:.2f} to {high:.2f} at {CONFIDENCE:.0%}.")
     return replace(before, champion=holder, candidate=best), " ".join([first, *notes])
 
 
@@ -266,8 +269,10 @@ def _better(
 
 
 def _surely_lower(a: ScoreRecord, b: ScoreRecord) -> bool:
-    """Whether a score is lower than another by more than the uncertainty of both; plainly, where that is unknown."""
-    return _score(a) < _score(b)
+    """Whether a score is lower than another by more than chance explains; plainly, where an error is not known."""
+    if math.isinf(a.estimate.error + b.estimate.error):
+        return _score(a) < _score(b)
+    return better(a.estimate, b.estimate)
 
 
 def _score(record: ScoreRecord) -> float:
@@ -275,7 +280,7 @@ def _score(record: ScoreRecord) -> float:
 
 
 def _shown(record: ScoreRecord) -> str:
-    return f"{record.headline} {_score(record):.4g}"
+    return f"{record.headline} {record.estimate.text}"
 
 
 def _numbers(text: str) -> list[int]:

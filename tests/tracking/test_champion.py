@@ -81,11 +81,11 @@ def best(client: MlflowClient, **options: Any) -> Promotion:
 def test_the_champion_is_the_best_and_moves_only_to_a_better_one(client: MlflowClient) -> None:
     for score in (3.0, 2.0, 2.5):
         add(client, score)
-    assert best(client) == Promotion(2, True, f"Version 2 of {NAME} is now champion (fd_labels 2).")
+    assert best(client) == Promotion(2, True, f"Version 2 of {NAME} is now champion (fd_labels 2.00).")
     add(client, 2.0)
-    assert best(client) == Promotion(2, False, f"Version 2 of {NAME} stays champion (fd_labels 2).")
+    assert best(client) == Promotion(2, False, f"Version 2 of {NAME} stays champion (fd_labels 2.00).")
     rescore(client, 3, record(1.5))
-    assert best(client).text == f"Version 3 of {NAME} is now champion (fd_labels 1.5, version 2 had 2)."
+    assert best(client).text == f"Version 3 of {NAME} is now champion (fd_labels 1.50, version 2 had 2.00)."
     assert aliases(client) == {CHAMPION: 3, PREVIOUS: 2}
 
 
@@ -97,7 +97,7 @@ def test_a_better_number_that_does_not_compare_moves_nothing(client: MlflowClien
     assert best(client) == Promotion(
         1,
         False,
-        f"Version 1 of {NAME} stays champion (fd_labels 3). Version 2 does not compare with it, as they differ in"
+        f"Version 1 of {NAME} stays champion (fd_labels 3.00). Version 2 does not compare with it, as they differ in"
         " samples, sampling.solver.",
     )
     # Scored alike, it compares.
@@ -130,7 +130,7 @@ def test_a_champion_without_a_score_stays(client: MlflowClient) -> None:
     assert not said.moved
     assert said.text == (
         f"Version 1 of {NAME} stays champion: it has no score to compare others with. Version 2 is the candidate"
-        " (fd_labels 1)."
+        " (fd_labels 1.00)."
     )
     assert aliases(client) == {CHAMPION: 1, CANDIDATE: 2}
 
@@ -143,12 +143,34 @@ def test_no_version_above_the_highest_score_becomes_champion(client: MlflowClien
     assert best(client, max_score=20.0) == Promotion(
         None,
         False,
-        f"There is no champion of {NAME}. Version 1 cannot be champion: its fd_labels 30 is above tracking.max_score,"
-        " 20.",
+        f"There is no champion of {NAME}. Version 1 cannot be champion: its fd_labels 30.00 is above"
+        " tracking.max_score, 20.",
     )
     assert aliases(client) == {}
     add(client, 19.0)
     assert best(client, max_score=20.0).champion == 2
+
+
+def test_a_lead_that_chance_explains_makes_a_candidate(client: MlflowClient) -> None:
+    def uncertain(fd: float, error: float) -> ScoreRecord:
+        return record(fd, metrics={"fd_labels": fd, "fd_labels_error": error})
+
+    add(client, uncertain(2.0, 0.15))
+    best(client)
+    add(client, uncertain(1.7, 0.2))
+    assert best(client) == Promotion(
+        1,
+        False,
+        f"Version 1 of {NAME} stays champion (fd_labels 2.00 ± 0.29). Version 2 is the candidate"
+        " (fd_labels 1.70 ± 0.39). That is no significant difference: -0.79 to 0.19 at 95%.",
+    )
+    assert aliases(client) == {CHAMPION: 1, CANDIDATE: 2}
+    add(client, uncertain(1.4, 0.2))
+    assert best(client).champion == 3
+    assert aliases(client) == {CHAMPION: 3, PREVIOUS: 1}
+    # Of an early release, without an error.
+    add(client, 1.3)
+    assert best(client).champion == 4
 
 
 def test_the_best_that_passes_the_check_is_champion(client: MlflowClient) -> None:
@@ -161,7 +183,7 @@ def test_the_best_that_passes_the_check_is_champion(client: MlflowClient) -> Non
         return "it is broken" if int(version.version) == 2 else ""
 
     assert best(client, check=check).text == (
-        f"Version 3 of {NAME} is now champion (fd_labels 2). Version 2 cannot be champion: it is broken."
+        f"Version 3 of {NAME} is now champion (fd_labels 2.00). Version 2 cannot be champion: it is broken."
     )
     # No more than it takes.
     assert asked == [2, 3]
@@ -214,8 +236,8 @@ def test_a_champion_set_by_hand_stays_until_it_is_released(client: MlflowClient)
     assert best(client) == Promotion(
         2,
         False,
-        f"Version 2 of {NAME} stays champion (fd_labels 3), as a person set it; `dvdp promote {NAME} --auto` releases"
-        " it. Version 3 is the candidate (fd_labels 1).",
+        f"Version 2 of {NAME} stays champion (fd_labels 3.00), as a person set it; `dvdp promote {NAME} --auto`"
+        " releases it. Version 3 is the candidate (fd_labels 1.00).",
     )
     assert aliases(client) == {CHAMPION: 2, PREVIOUS: 1, CANDIDATE: 3}
     # Also where it is set back to the one that its score had made champion.
