@@ -216,14 +216,14 @@ def _choose(
     holder = before.champion if before.pinned or before.champion not in state.rejected else None
     own = None if holder is None else records.get(holder)
     scored = {number: record for number, record in records.items() if number not in state.rejected}
-    better, notes = _better(scored, holder, own, max_score)
-    for number in better:
+    rivals, notes = _rivals(scored, holder, own, max_score)
+    for number in rivals:
         if number not in checked:
             return number
         if not checked[number]:
             break
         notes.append(f"Version {number} cannot be champion: {checked[number]}.")
-    best = next((number for number in better if not checked[number]), None)
+    best = next((number for number in rivals if not checked[number]), None)
     unsure = best is not None and own is not None and not _surely_lower(scored[best], own)
     if best is not None and not before.pinned and not unsure and (own is not None or holder is None):
         past = (*before.past, *([] if before.champion is None else [before.champion]))
@@ -244,7 +244,7 @@ def _choose(
     return replace(before, champion=holder, candidate=best), " ".join([first, *notes])
 
 
-def _better(
+def _rivals(
     scored: Mapping[int, ScoreRecord], holder: int | None, own: ScoreRecord | None, max_score: float | None
 ) -> tuple[list[int], list[str]]:
     """The versions whose scores are lower than the champion's, best first, and why others are none of them."""

@@ -118,6 +118,12 @@ def register(
     return client.get_model_version(name, number)
 
 
+def set_card(client: MlflowClient, version: ModelVersion, text: str) -> None:
+    """Let a version's description be its card."""
+    if version.description != text:
+        client.update_model_version(version.name, str(version.version), text)
+
+
 def create_registered_model(client: MlflowClient, name: str) -> None:
     """Versions need one; where it is there already, nothing changes."""
     try:
