@@ -173,10 +173,12 @@ def _shown_by(services: Services) -> dict[str, Link]:
     prefect = public(services.prefect).removesuffix("/").removesuffix("/api")
     flow_run = f"flow run {services.flow_run}" if services.flow_run else "no flow run"
     mlflow = public(services.mlflow).removesuffix("/")
+    # MLflow's own start page is another.
+    page = f"/#/experiments/{experiment}/runs" if experiment else ""
     return {
-        "MLflow": Link(f"{mlflow}, experiment {experiment}", f"{mlflow}/#/experiments/{experiment}/runs")
-        if mlflow.startswith("http") and experiment
-        else Link("make ui, then open http://127.0.0.1:5000"),
+        "MLflow": Link(f"{mlflow}, experiment {experiment}", mlflow + page)
+        if mlflow.startswith("http") and page
+        else Link(f"make ui, then open http://127.0.0.1:5000{page}"),
         "Prefect": Link(flow_run, f"{prefect}/runs/flow-run/{services.flow_run}")
         if prefect.startswith("http") and services.flow_run
         else Link(f"{flow_run}; make services, then open http://127.0.0.1:4200"),

@@ -12,6 +12,7 @@ from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.flops import relative_flops, training_images
 from dvdp.text import utf8
 from pipelines.jobs.job import Job
+from pipelines.jobs.machine import read_machine
 from pipelines.jobs.paths import DataPaths
 from pipelines.provenance import DVC_HASH, GIT_COMMIT
 from pipelines.tracking.runs import DATASET_DIGEST, TRAINING_HASH, TrackedRun, cut
@@ -32,14 +33,12 @@ _MOST = 5000
 
 def machine_tags(job: Job) -> dict[str, str]:
     """What a run was trained on, as far as it was written down."""
-    path = job.folder / "machine.json"
-    if not path.is_file():
+    machine = read_machine(job)
+    if not machine.device:
         return {}
-    machine = json.loads(path.read_text())
-    what = "GPU" if machine["gpu"] else "core"
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("dvdp", "torch", "python"))
-    count = machine["devices"]
-    return {DEVICE: f"{machine['device']}, {count} {what}{'' if count == 1 else 's'}", VERSIONS: versions}
+    what, count = "GPU" if machine.gpu else "core", machine.devices
+    versions = f"dvdp {machine.dvdp}, torch {machine.torch}, python {machine.python}"
+    return {DEVICE: f"{machine.device}, {count} {what}{'' if count == 1 else 's'}", VERSIONS: versions}
 
 
 def run_description(job: Job, record: ScoreRecord | None = None) -> str:

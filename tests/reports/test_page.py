@@ -97,11 +97,11 @@ def test_links_land_on_the_runs_and_carry_no_password(results: list[Result], mar
 def test_the_page_needs_no_network_and_without_servers_says_how_to_start_them(
     results: list[Result], tmp_path: Path
 ) -> None:
-    services = Services("sqlite:////here/mlflow.db", flow_run="0f1e")
+    services = Services("sqlite:////here/mlflow.db", RUNS, flow_run="0f1e")
     markup = write_report(tmp_path, compare(results), results, {}, services, "dvdp-digits").page.read_text()
     assert set(re.findall(r"""(?:src|srcset|href)=["']?([^#"'].{9})""", markup)) == {"data:image"}
-    assert not re.search(r"//|url\(|@import", re.sub(r"base64,[^\"]*|http://127.0.0.1:[0-9]*", "", markup))
-    assert "make ui, then open http://127.0.0.1:5000" in markup
+    assert not re.search(r"//|url\(|@import", re.sub(r"base64,[^\"]*|http://127.0.0.1:[0-9]*[^ <]*", "", markup))
+    assert "make ui, then open http://127.0.0.1:5000/#/experiments/7/runs" in markup
     assert "flow run 0f1e; make services, then open http://127.0.0.1:4200" in markup
 
 
