@@ -30,9 +30,12 @@ from pipelines.environment import (
     reach_loopback_directly,
 )
 from pipelines.logs import to_terminal
+from pipelines.provenance import keep_in_project
 
 if TYPE_CHECKING:
     from dvdp.config import Params
+    from pipelines.commands.evaluate import RegisteredModel
+    from pipelines.jobs.job import Job
 
 #: Quiet libraries; said before any of them is imported.
 ENVIRONMENT = {
@@ -73,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     try:
         check_folder()
+        keep_in_project(".services", "mlflow.db")
         find_home()
         # The place where `make services` looks, so that its page shows runs made without it.
         os.environ.setdefault("PREFECT_HOME", str(Path(".services/prefect").resolve()))
@@ -99,10 +103,11 @@ def _sentence(error: typer.TyperException) -> str:
 
 def _read(file: str, changes: Sequence[str], services: bool = False) -> Params:
     """The params; with ``services`` MLflow and Prefect are those of this project folder, unless others are named."""
-    from dvdp.config import check_says_every_key, read_params
+    from dvdp.config import check_says_every_key, parse_overrides, read_params
     from pipelines.addresses import services_environment
 
-    params = read_params(file, changes)
+    params = read_params(file, parse_overrides(changes))
+    keep_in_project(params.cluster.storage)
     if "DVC_STAGE" in os.environ:
         check_says_every_key(file)
     for name, value in services_environment(Path()).items() if services else ():
@@ -165,6 +170,7 @@ FILE = Option("params.yaml", "--params", metavar="FILE", help="The params file."
 CHANGES = Option([], "-S", "--set-param", metavar="KEY=VALUE", help="Another value, such as training.batch=64.")
 SETTING = Option(None, metavar="NAME", help="One setting alone.")
 SEED = Option(None, help="One seed alone.")
+MODEL = Option(None, metavar="ADDRESS", help="A registered model in place of settings, models:/NAME@ALIAS or /VERSION.")
 
 
 @app.command(rich_help_panel=PARAMS)
@@ -298,13 +304,34 @@ def train(
 
 @app.command(rich_help_panel=RUNS)
 def sample(
-    file: str = FILE, changes: list[str] = CHANGES, setting: str | None = SETTING, seed: int | None = SEED
+    file: str = FILE,
+    changes: list[str] = CHANGES,
+    setting: str | None = SETTING,
+    seed: int | None = SEED,
+    model: str | None = MODEL,
+    out: str | None = Option(None, metavar="FOLDER", help="Of PNG files, one an image; an interrupted run goes on."),
 ) -> None:
-    """Draw the images of trained settings that scores need."""
-    params = _read(file, changes, services=True)
-    from pipelines.commands.runs import chosen, sample
+    """Draw the sampling.count images of trained settings, or of a registered model."""
+    subjects = _subjects(params := _read(file, changes, services=True), setting, seed, model)
+    from pipelines.commands.runs import sample
 
-    sample(params, chosen(params, setting, seed))
+    sample(params, subjects, None if out is None else Path(out))
+
+
+@app.command(rich_help_panel=RUNS)
+def serve(
+    file: str = FILE,
+    changes: list[str] = CHANGES,
+    model: str | None = Option(None, metavar="ADDRESS", help="models:/NAME@ALIAS or /VERSION; else the champion."),
+    port: int = Option(8000, min=1, max=65535, help="On this machine only."),
+) -> None:
+    """Serve a page to draw images from a registered model."""
+    params = _read(file, changes, services=True)
+    from pipelines.commands.serve import serve
+    from pipelines.tracking.job_runs import model_name
+    from pipelines.tracking.registry import CHAMPION
+
+    serve(model or f"models:/{model_name(params)}@{CHAMPION}", port)
 
 
 @app.command(rich_help_panel=RUNS)
@@ -313,22 +340,15 @@ def evaluate(
     changes: list[str] = CHANGES,
     setting: str | None = SETTING,
     seed: int | None = SEED,
-    model: str | None = Option(
-        None, metavar="ADDRESS", help="A registered model in place of settings, models:/NAME@ALIAS or /VERSION."
-    ),
+    model: str | None = MODEL,
     statistics: str | None = Option(
         None, metavar="FILE", help="An .npz with published 'mu' and 'sigma' in place of the reference: FID alone."
     ),
 ) -> None:
     """Score the images of settings, or a registered model, and add that to MLflow."""
-    if model and (setting or seed is not None):
-        raise UserError("--model: found it beside --setting or --seed, expected one or the other; leave one out.")
-    params = _read(file, changes, services=True)
-    # Seconds to import.
-    from pipelines.commands.evaluate import evaluate, registered_model, track
-    from pipelines.commands.runs import chosen
+    subjects = _subjects(_read(file, changes, services=True), setting, seed, model)
+    from pipelines.commands.evaluate import evaluate, track
 
-    subjects = [registered_model(params, model)] if model else chosen(params, setting, seed)
     problems: list[str] = []
     for subject in subjects:
         record = evaluate(subject, Path(statistics) if statistics else None)
@@ -381,6 +401,21 @@ def draw(
     draw(weights, count, device, picture, seed=seed, steps=steps, solver=solver, label=label)
 
 
+@app.command(rich_help_panel=EXPERIMENTS)
+def clean(
+    file: str = FILE,
+    changes: list[str] = CHANGES,
+    keep: list[str] = Option([], metavar="KIND", help="Leave checkpoints, samples, versions or artifacts alone."),
+    days: int = Option(30, min=0, help="Age at which an artifact in Prefect goes."),
+    yes: bool = Option(False, "--yes", help="Remove it; else it is listed alone."),
+) -> None:
+    """List, or remove, what finished runs left and nobody needs: docs/results.md."""
+    params = _read(file, changes, services=True)
+    from pipelines.commands.clean import clean
+
+    print(clean(params, keep, days, yes))
+
+
 @app.command("experiment", rich_help_panel=EXPERIMENTS)
 def run_experiment(
     file: str = FILE,
@@ -395,6 +430,7 @@ def run_experiment(
             raise UserError(f"{what}: found '{text}', expected a name in UTF-8, as Prefect keeps it; rename it.")
     # Mistakes are found before a Prefect server is started for the flow, which checks again.
     params = _read(file, changes, services=True)
+    from dvdp.config import parse_overrides
     from pipelines.jobs.cluster import check_address, check_storage, ray_folder
     from pipelines.jobs.job import jobs
     from pipelines.jobs.paths import DataPaths
@@ -421,7 +457,7 @@ def run_experiment(
     from pipelines.experiment import experiment
 
     _end_soon_after_a_signal(15)
-    state = experiment(params_file=file, reports=reports, overrides=changes, return_state=True)
+    state = experiment(params_file=file, reports=reports, overrides=parse_overrides(changes), return_state=True)
     if state.is_completed():
         return 0
     outcome = state.result(raise_on_failure=False)
@@ -507,6 +543,19 @@ def _file(option: str, name: str) -> Path:
             with tempfile.TemporaryFile(dir=there):
                 return path
     raise UserError(f"{option}: found '{name}', expected the name of a file in a folder that can be written.")
+
+
+def _subjects(
+    params: Params, setting: str | None, seed: int | None, model: str | None
+) -> Sequence[Job | RegisteredModel]:
+    """The jobs of settings, or a registered model."""
+    if model and (setting or seed is not None):
+        raise UserError("--model: found it beside --setting or --seed, expected one or the other; leave one out.")
+    # Seconds to import.
+    from pipelines.commands.evaluate import registered_model
+    from pipelines.commands.runs import chosen
+
+    return [registered_model(params, model)] if model else chosen(params, setting, seed)
 
 
 def _unavailable(work: Callable[[], None]) -> list[str]:

@@ -12,7 +12,8 @@ from dvdp.config import Run
 from dvdp.models.flops import mean_flops, training_images
 from dvdp.training import ledger
 from dvdp.training.memory import parameter_count
-from pipelines.jobs.machine import read_machine
+from pipelines.jobs.device import read_machine
+from pipelines.jobs.sample import seconds_per_sample
 from pipelines.reports.comparison import Result, sample_flops
 from pipelines.reports.text_tables import si
 
@@ -53,7 +54,7 @@ def cost(result: Result) -> Cost:
         (entry.images - seen) / entry.metrics["images_per_second"] for seen, entry in zip(before, entries, strict=False)
     )
     trained_on = read_machine(job)
-    sampled = result.seconds_per_sample
+    sampled = seconds_per_sample(job) if any(job.samples.glob("*.npy")) else 0.0
     return Cost(
         parameters=parameter_count(run),
         training_flops=training_flops(run),
@@ -62,7 +63,7 @@ def cost(result: Result) -> Cost:
         training_seconds=seconds * trained_on.devices,
         estimated_seconds=said.get("seconds", 0) * trained_on.devices,
         sampling_seconds=sampled * run.sampling.count * (1 if trained_on.gpu else job.params.cluster.threads),
-        samples_per_second=1 / sampled,
+        samples_per_second=1 / sampled if sampled else 0.0,
         memory=2**30 * max((entry.metrics.get("memory_gib", 0.0) for entry in entries), default=0.0),
         estimated_memory=said.get("memory_bytes", 0),
         disk=sum(_bytes(place) for place in (job.folder / "checkpoints", job.weights, job.samples)),

@@ -16,8 +16,8 @@ from dvdp.models.flops import training_images
 from dvdp.training import ledger
 from dvdp.training.memory import parameter_count
 from pipelines.addresses import public
+from pipelines.jobs.device import Machine, read_machine
 from pipelines.jobs.job import Job
-from pipelines.jobs.machine import Machine, read_machine
 from pipelines.jobs.paths import DataPaths
 from pipelines.provenance import DVC_HASH, GIT_COMMIT, provenance
 from pipelines.reports.comparison import Result

@@ -80,7 +80,8 @@ def write_report(
 
     write_atomically(folder / "table.csv", as_csv(headings, cells))
     write_atomically(folder / "table.md", report.text + "\n")
-    write_atomically(folder / "metrics.json", json.dumps(_metrics(rows), indent=2, sort_keys=True) + "\n")
+    for name, values in (("metrics", _scores(rows, record.headline)), ("timings", _timings(rows))):
+        write_atomically(folder / f"{name}.json", json.dumps(values, indent=2) + "\n")
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     _write_loss_csv(plots / "loss.csv", results)
@@ -89,7 +90,7 @@ def write_report(
     figures.save_png(sheet, report.contact_sheet)
     curves = _draw_curves(plots, report.pictures, results)
     leader = best(rows).setting
-    sweeps = draw_sweeps(report.pictures, known_settings(results), results[0].job.run)
+    sweeps = draw_sweeps(report.pictures, known_settings(results), results[0].job.run, rows)
     grids, processes = [], []
     for r in results:
         path = draw_samples(r.job, report.pictures / f"samples_{r.job.name}.png")
@@ -152,13 +153,27 @@ def _samples(job: Job, count: int) -> np.ndarray:
     return np.stack([shards[i].numpy() for i in range(min(count, len(shards)))])
 
 
-def _metrics(rows: Sequence[Row]) -> dict[str, Any]:
+def _scores(rows: Sequence[Row], headline: str) -> dict[str, Any]:
+    """By setting, the one that ranks first, as `dvc exp show` keeps the order."""
     return {
         row.setting: {
+            headline: row.score,
+            **({f"{headline}_spread": row.spread} if row.seeds > 1 else {}),
             **row.metrics,
+        }
+        for row in rows
+    }
+
+
+def _timings(rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        row.setting: {
             "training_images": row.images,
-            "milliseconds_per_training_image": 1e3 * row.seconds_per_image,
-            "seconds_per_sample": row.seconds_per_sample,
+            **(
+                {name: getattr(row.timing, name) for name in ("seconds_per_step", "seconds_per_sample")}
+                if row.timing
+                else {}
+            ),
             "training_speedup": row.training_speedup,
             "sampling_speedup": row.sampling_speedup,
         }

@@ -11,8 +11,8 @@ from dvdp.data.store import ImageStore
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.flops import relative_flops, training_images
 from dvdp.text import utf8
+from pipelines.jobs.device import read_machine
 from pipelines.jobs.job import Job
-from pipelines.jobs.machine import read_machine
 from pipelines.jobs.paths import DataPaths
 from pipelines.provenance import DVC_HASH, GIT_COMMIT
 from pipelines.tracking.runs import DATASET_DIGEST, TRAINING_HASH, TrackedRun, cut

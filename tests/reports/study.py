@@ -24,8 +24,8 @@ from dvdp.identity import evaluation_hash
 from dvdp.models.flops import mean_flops, training_images
 from dvdp.models.pixels import to_float
 from dvdp.training.memory import run_bytes
+from pipelines.jobs.device import Machine
 from pipelines.jobs.job import Job
-from pipelines.jobs.machine import Machine
 from pipelines.jobs.paths import DataPaths
 from pipelines.provenance import GIT_COMMIT
 from pipelines.reports.comparison import Result
