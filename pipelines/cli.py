@@ -328,8 +328,8 @@ def serve(
     """Serve a page to draw images from a registered model."""
     params = _read(file, changes, services=True)
     from pipelines.commands.serve import serve
+    from pipelines.tracking.champion import CHAMPION
     from pipelines.tracking.job_runs import model_name
-    from pipelines.tracking.registry import CHAMPION
 
     serve(model or f"models:/{model_name(params)}@{CHAMPION}", port)
 
