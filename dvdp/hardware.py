@@ -1,9 +1,10 @@
-"""What this process may use of the machine: less than there is, in a container or a job of SLURM."""
+"""What this process may use of the machine: less than there is, in a container or a job of SLURM; and its name."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -35,6 +36,17 @@ def memory(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) 
             limits += [int(word) for word in _words(folder / name) if word.isdigit()]
     share = environment.get("SLURM_MEM_PER_NODE", "")  # MiB; 0 is all.
     return min([*limits, int(share) * 2**20] if share.isdigit() and int(share) else limits)
+
+
+def device_name(gpu: bool) -> str:
+    """Of this machine's GPU, or of its processor."""
+    if gpu:
+        import torch
+
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:

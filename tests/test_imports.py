@@ -48,7 +48,9 @@ MAY_IMPORT = {
     "pipelines.webhook": set(),
     "pipelines.left_behind": {"dvdp", "pipelines.tracking", "pipelines.webhook"},
     "pipelines.turning_points": {"dvdp", "pipelines.jobs", "pipelines.tracking"},
-    "pipelines.reports": {"dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.provenance"},
+    "pipelines.reports": {
+        "dvdp", "pipelines.addresses", "pipelines.jobs", "pipelines.tracking", "pipelines.provenance",
+    },
     "pipelines.commands": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
         "pipelines.left_behind",

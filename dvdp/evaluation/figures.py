@@ -46,6 +46,10 @@ LEGIBLE = 96
 STATE, LARGEST = 160, 256
 
 
+#: Of a curve: (x, y) each.
+Points = Sequence[tuple[float, float]]
+
+
 class State(NamedTuple):
     """One image on its way through the process."""
 
@@ -197,7 +201,7 @@ def process_picture(
 
 def curves(
     path: Path,
-    lines: Mapping[str, Sequence[tuple[float, float]]],
+    lines: Mapping[str, Points],
     title: str,
     xlabel: str,
     ylabel: str,
@@ -205,42 +209,94 @@ def curves(
     logx: bool = False,
 ) -> Path:
     """Draw {label: [(x, y), ..]} into a PNG file; points that are not finite are left out."""
-    from matplotlib.ticker import EngFormatter
+    width = 8 + 0.08 * max([0, *(len(shown(name, LABEL)) - 12 for name in lines)])
+    charts = {title: {name: [points] for name, points in lines.items()}}
+    return panels(path, charts, xlabel, ylabel, logy, logx, size=(width, 4.5))
 
-    # A legend of many lines stands beside the axes, in columns that widen the figure.
-    columns = math.ceil(len(lines) / 18) if len(lines) > 6 else 0
-    names = [shown(name, LABEL) for name in lines]
-    longest = max(map(len, names), default=0)
-    figure, axes = chart(title, xlabel, ylabel, width=8 + columns * (0.7 + 0.08 * longest))
-    # More lines than colours differ in their dashes.
-    dashes = ("-", "--", ":", "-.")
-    largest = 0.0
-    for i, points in enumerate(lines.values()):
-        finite = sorted(p for p in points if all(map(math.isfinite, p)) and not (logy and p[1] <= 0))
-        largest = max([largest, *(abs(x) for x, _ in finite)])
-        axes.plot(
-            [x for x, _ in finite],
-            [y for _, y in finite],
-            dashes[i // len(PALETTE) % len(dashes)],
-            color=PALETTE[i % len(PALETTE)],
-            linewidth=1.6,
-            marker="o" if len(finite) < 25 else None,
-            markersize=4,
-        )
-    if logy:
-        axes.set_yscale("log")
+
+def panels(
+    path: Path,
+    charts: Mapping[str, Mapping[str, Sequence[Points]]],
+    xlabel: str,
+    ylabel: str,
+    logy: bool = False,
+    logx: bool = False,
+    size: tuple[float, float] = (4.2, 3),
+    columns: int = 3,
+) -> Path:
+    """Draw charts side by side into a PNG file, at most ``columns`` in a row, with common axes.
+
+    Args:
+        charts: {title: {label: curves of one colour, such as those of several seeds}}; the label stands at their end.
+        size: of a chart, in inches of 120 pixels.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(charts))
+    rows = math.ceil(len(charts) / columns)
+    height = max(size[1], 0.2 * max(map(len, charts.values())))
+    figure = Figure(figsize=(size[0] * columns, height * rows), dpi=120, layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axes, (title, lines) in zip(grid, charts.items(), strict=False):
+        _style(axes, title, xlabel, ylabel)
+        axes.tick_params(labelbottom=True, labelleft=True)
+        for i, several in enumerate(lines.values()):
+            for points in several:
+                finite = sorted(p for p in points if all(map(math.isfinite, p)) and not (logy and p[1] <= 0))
+                axes.plot(
+                    [x for x, _ in finite],
+                    [y for _, y in finite],
+                    # More lines than colours differ in their dashes.
+                    ("-", "--", ":", "-.")[i // len(PALETTE) % 4],
+                    color=PALETTE[i % len(PALETTE)],
+                    linewidth=1.6,
+                    marker="o" if len(finite) < 25 else None,
+                    markersize=3.5,
+                )
+    for axes in list(figure.axes)[len(charts) :]:
+        axes.remove()
+    _scale(figure.axes[0], logx, logy)
+    for axes, lines in zip(figure.axes, charts.values(), strict=True):
+        _label_ends(axes, lines, apart=0.22 / height)
+    return save_figure(figure, path)
+
+
+def _scale(axes: Axes, logx: bool, logy: bool) -> None:
+    """Axes that share theirs follow."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+
     if logx:
         axes.set_xscale("log")
-    if largest >= 10_000:
+    elif axes.get_xlim()[1] >= 10_000:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if lines:
-        beside: dict[str, Any] = (
-            {"fontsize": 9, "loc": "upper left", "bbox_to_anchor": (1, 1), "ncols": columns} if columns else {}
-        )
-        # With names of its own, as matplotlib leaves out the lines whose label starts with "_".
-        for text in axes.legend(axes.get_lines(), names, frameon=False, **beside).get_texts():
-            text.set_parse_math(False)
-    return save_figure(figure, path)
+    if logy:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        if high < 100 * low:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _label_ends(axes: Axes, lines: Mapping[str, Sequence[Points]], apart: float) -> None:
+    """Write labels beside the ends of their lines, in their colours and ``apart`` from each other (1: the axis)."""
+    drawn = iter(axes.get_lines())
+    to_axes, wanted = axes.transData + axes.transAxes.inverted(), []
+    for name, several in lines.items():
+        own = [next(drawn) for _ in several]
+        points = [np.asarray(line.get_xydata()) for line in own]
+        ends = [to_axes.transform(each[-1])[1] for each in points if len(each)]
+        wanted.append((sum(ends) / len(ends) if ends else 0.0, name, own[0].get_color() if own else INK))
+    wanted.sort(key=lambda label: label[0])
+    y = -math.inf
+    places = [y := max(y + apart, place) for place, _, _ in wanted]
+    y = max(1.0, apart * len(places))
+    for i in reversed(range(len(places))):
+        places[i] = y = min(places[i], y)
+        y -= apart
+    for place, (_, name, colour) in zip(places, wanted, strict=True):
+        text = shown(name, LABEL)
+        axes.text(1.02, place, text, color=colour, fontsize=10, va="center", transform=axes.transAxes, parse_math=False)
 
 
 def chart(title: str, xlabel: str, ylabel: str, width: float = 8) -> tuple[Figure, Axes]:
@@ -248,13 +304,16 @@ def chart(title: str, xlabel: str, ylabel: str, width: float = 8) -> tuple[Figur
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
+    return figure, _style(figure.add_subplot(), title, xlabel, ylabel)
+
+
+def _style(axes: Axes, title: str, xlabel: str, ylabel: str) -> Axes:
     axes.set_title(printable(title), loc="left", fontsize=13, parse_math=False)
     axes.set_xlabel(printable(xlabel), parse_math=False)
     axes.set_ylabel(printable(ylabel), parse_math=False)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return axes
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

@@ -261,7 +261,8 @@ def _misfits(costs: Sequence[Cost], params: Params, gpu: str | None) -> list[str
 
 def _trials(params: Params, runs: Sequence[Run], measure: bool, gpu: str | None) -> list[Trial | None]:
     """Those that are stored for this machine, or for a GPU of that name; with ``measure`` made now, and stored."""
-    from pipelines.commands.trial import Trial, device_name, trial_of
+    from dvdp.hardware import device_name
+    from pipelines.commands.trial import Trial, trial_of
 
     stored = _stored(params)
     if not stored and not measure:

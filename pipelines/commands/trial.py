@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 
 from dvdp.config import Params, Run
 from dvdp.errors import UserError
+from dvdp.hardware import device_name
 
 #: NFE of the draw that is timed, at least; and its images on a CPU, at most.
 SAMPLE_STEPS, SAMPLE_IMAGES = 4, 16
@@ -30,17 +30,6 @@ class Trial:
     """Of an image, with the NFE of the params."""
     memory_bytes: int
     """Peak of a training worker: of its GPU, else of its process, Ray's part added."""
-
-
-def device_name(gpu: bool) -> str:
-    """Of this machine's GPU, or of its processor."""
-    if gpu:
-        import torch
-
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def trial_of(run: Run, params: Params, store: Path) -> Trial:

@@ -20,6 +20,7 @@ from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
 from dvdp.training.loop import is_finished
 from pipelines.jobs.cluster import Slots, restored_interrupt
+from pipelines.jobs.device import write_machine
 from pipelines.jobs.failures import ERRORS, Raised, explain, keep, killed_for_memory, take
 from pipelines.jobs.job import Job
 from pipelines.jobs.paths import DataPaths
@@ -93,6 +94,8 @@ def train_on_workers(
         "flip": flip,
         "description": dict(description),
         "threads": params.threads,
+        "gpu": params.gpu,
+        "devices": params.num_workers * (1 if params.gpu else params.threads),
     }
     failures = 0
     while True:
@@ -160,7 +163,9 @@ def worker(config: dict[str, Any]) -> None:
     from dvdp.training.loop import train
 
     torch.set_num_threads(config["threads"])
-    folder = Path(config["folder"])
+    folder, rank = Path(config["folder"]), get_context().get_world_rank()
+    if rank == 0:
+        write_machine(folder, config["gpu"], config["devices"])
 
     def preview(_: int, samples: torch.Tensor, path: Path) -> None:
         save_png(grid(samples), path)
@@ -178,7 +183,7 @@ def worker(config: dict[str, Any]) -> None:
                 preview=preview,
             )
     except Exception as error:
-        Raised.of(error).write(folder / f"failure-{config['attempt']}-{get_context().get_world_rank()}.json")
+        Raised.of(error).write(folder / f"failure-{config['attempt']}-{rank}.json")
         raise
 
 

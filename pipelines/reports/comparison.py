@@ -125,9 +125,13 @@ def reliable(speedup: float, bound: float) -> float | None:
 
 def sampling_bound(run: Run) -> float:
     """How much faster than DDPM at the same number of steps the FLOPs allow sampling to be."""
+    return run.sampling.steps * network_flops(run.reference_model, run.resolution) / sample_flops(run)
+
+
+def sample_flops(run: Run) -> int:
+    """FLOPs of one image that is drawn with the run's steps."""
     calls = share_steps(run.build_schedule(), run.sampling.steps, run.sampling.timestep_spacing, run.sampling.share)
-    cost = sum(count * flops for count, flops in zip(calls, level_flops(run), strict=True))
-    return run.sampling.steps * network_flops(run.reference_model, run.resolution) / cost
+    return sum(count * flops for count, flops in zip(calls, level_flops(run), strict=True))
 
 
 def table(rows: Sequence[Row], primary: str) -> tuple[list[str], list[list[str]]]:

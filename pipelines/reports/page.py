@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dvdp.diffusion.spans import level_spans
 from dvdp.evaluation import figures
 from dvdp.evaluation.reference import Anchor
 from dvdp.evaluation.samples import SampleShards
@@ -18,8 +19,9 @@ from dvdp.training import ledger
 from pipelines.jobs.job import Job
 from pipelines.jobs.sample import draw_process
 from pipelines.jobs.score import anchors_of
-from pipelines.reports.comparison import Result, Row, legend, table
-from pipelines.reports.costs import costs
+from pipelines.reports.comparison import Result, Row, best, legend, table, tied
+from pipelines.reports.costs import budget, costs, total
+from pipelines.reports.origin import Services, commands, facts, run_table
 from pipelines.reports.sweeps import draw_sweeps, known_settings
 from pipelines.reports.text_tables import as_csv, as_markdown, as_page
 
@@ -60,9 +62,15 @@ def write_report(
     rows: Sequence[Row],
     results: Sequence[Result],
     failures: Mapping[str, str],
-    provenance: Mapping[str, Any],
+    services: Services,
+    model: str,
 ) -> Report:
-    """Write the whole folder: page, table, metrics and plots for DVC, pictures."""
+    """Write the whole folder: page, table, metrics and plots for DVC, pictures.
+
+    Args:
+        services: what shows the runs, for links.
+        model: name of the registered model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     record = results[0].record
     params = results[0].job.params
@@ -80,7 +88,8 @@ def write_report(
 
     sheet = figures.contact_sheet({r.job.name: _samples(r.job, SHEET_IMAGES) for r in results}, columns=SHEET_IMAGES)
     figures.save_png(sheet, report.contact_sheet)
-    curves = _draw_curves(plots, rows, results)
+    curves = _draw_curves(plots, report.pictures, results)
+    leader = best(rows).setting
     sweeps = draw_sweeps(report.pictures, known_settings(results), results[0].job.run, rows)
     grids, processes = [], []
     for r in results:
@@ -97,21 +106,46 @@ def write_report(
         subtitle=f"{_count(len(rows), 'setting')}, {_count(len(params.seeds), 'seed')},"
         f" {params.dataset.resolution} px images"
         + (f", class-conditional with {params.model.num_classes} classes" if params.model.num_classes else ""),
+        result=verdict(rows, record.headline),
         headings=headings,
         cells=cells,
         legend=legend(rows, record, anchors["real"]),
         failures=failures,
         contact_sheet=figures.data_url(report.contact_sheet),
-        curves=_inline(curves),
+        smoothing=f"A point is the mean since the one before, over {params.training.log_images:,} images; nothing else"
+        " is smoothed." + (" Lines of one colour are seeds." if len(params.seeds) > 1 else ""),
+        curves=[*map(figures.data_url, curves)],
         sweeps=_inline(sweeps),
         grids=_inline(grids),
         processes=_inline(processes),
+        spent=[budget(results), total(results)],
         costs=costs(results),
+        commands=commands(next(r.job for r in results if r.job.run.setting == leader), model, services.mlflow),
         anchors=_anchors(params.dataset.name, anchors, record.metrics),
-        provenance=provenance,
+        facts=facts(results, services),
+        runs=run_table(results, services),
     )
     write_atomically(report.page, page)
     return report
+
+
+def verdict(rows: Sequence[Row], primary: str) -> list[str]:
+    """Which setting is best, and whether that is certain."""
+    leader, compared = best(rows), [row for row in rows if row.same_terms]
+    others = [row for row in tied(rows) if row is not leader]
+    score = f"{primary} {leader.estimate.text}"
+    if len(compared) == 1:
+        lines = [f"{leader.setting} has {score}; there is no other setting to compare it with."]
+    elif not others:
+        lines = [f"{leader.setting} is best: its {score} is lower than every other's by more than chance explains."]
+    else:
+        names = " and ".join(f"{row.setting} ({row.estimate.text})" for row in others)
+        lines = [
+            f"No setting is certainly best. {leader.setting} has the lowest score, {score}, but chance may explain its"
+            f" lead over {names}."
+        ]
+    apart = [row.setting for row in rows if not row.same_terms]
+    return lines + ([f"Scored on other terms, and not compared: {', '.join(apart)}."] if apart else [])
 
 
 def _samples(job: Job, count: int) -> np.ndarray:
@@ -156,23 +190,25 @@ def _write_loss_csv(path: Path, results: Sequence[Result]) -> None:
     write_atomically(path, "\n".join(["images,loss,run", *lines]) + "\n")
 
 
-def _draw_curves(folder: Path, rows: Sequence[Row], results: Sequence[Result]) -> list[tuple[Path, str]]:
-    logs = {result.job.name: ledger.read(result.job.folder / "metrics.jsonl") for result in results}
-    loss = {name: [(e.images, e.metrics["loss"]) for e in entries] for name, entries in logs.items()}
-    levels = {}
+def _draw_curves(plots: Path, pictures: Path, results: Sequence[Result]) -> list[Path]:
+    """The loss of all settings, that of the levels of each, and both for narrow screens."""
+    losses: dict[str, list[figures.Points]] = {}
+    levels: dict[str, dict[str, list[figures.Points]]] = {}
     for result in results:
-        for level in range(len(result.job.run.turning_points) + 1):
-            key, entries = f"loss/level_{level}", logs[result.job.name]
-            levels[f"{result.job.name}, level {level}"] = [
-                (e.images, e.metrics[key]) for e in entries if key in e.metrics
-            ]
-    drawn = [
-        (folder / "loss.png", "Loss over training images, all levels by their share"),
-        (folder / "loss_levels.png", "Loss of each level"),
+        run, entries = result.job.run, ledger.read(result.job.folder / "metrics.jsonl")
+        losses.setdefault(run.setting, []).append([(e.images, e.metrics["loss"]) for e in entries])
+        for level, (_, high) in enumerate(level_spans(run.turning_points, run.schedule.timesteps)):
+            key = f"loss/level_{level}"
+            points = [(e.images, e.metrics[key]) for e in entries if key in e.metrics]
+            name = f"{run.resolution >> level} px, t ≤ {high}"
+            levels.setdefault(run.setting, {}).setdefault(name, []).append(points)
+    axes: dict[str, Any] = {"xlabel": "training images", "ylabel": "loss", "logy": True}
+    return [
+        figures.panels(plots / "loss.png", {"": losses}, **axes, size=(9, 4.5)),
+        figures.panels(plots / "loss_levels.png", levels, **axes),
+        figures.panels(pictures / "loss_narrow.png", {"": losses}, **axes),
+        figures.panels(pictures / "loss_levels_narrow.png", levels, **axes, columns=1),
     ]
-    for (path, caption), lines in zip(drawn, (loss, levels), strict=True):
-        figures.curves(path, lines, title=caption, xlabel="images", ylabel="loss", logy=True)
-    return drawn
 
 
 def _caption(result: Result) -> str:

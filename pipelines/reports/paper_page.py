@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from dvdp.config import Params
@@ -11,13 +13,18 @@ from dvdp.errors import UserError
 from dvdp.evaluation.figures import data_url
 from dvdp.files import write_atomically
 from pipelines.reports.paper import FIGURE_4, Table
-from pipelines.reports.paper_scores import Filled, Line, fill_tables
+from pipelines.reports.paper_scores import Filled, Line, data_set, fill_tables
 from pipelines.reports.sweep_figures import Scored, draw_over_first_turning_point
 from pipelines.reports.text_tables import as_csv, as_markdown, as_page, markdown
+from pipelines.tracking.runs import SETTING
 
 TITLE = "The paper's tables, and ours"
 CAPTION = "Fig. 4 of ours: score over T_1"
 MARK = "†"
+#: Metrics of MLflow that rank; others are made from them.
+_SCORE = re.compile("fid|fd_[a-z]+")
+#: Column of our score.
+_OURS = 3
 
 _COLUMNS = (
     "table", "data_set", "resolution", "setting", "paper_fid", "paper_seconds_per_iteration", "paper_training_speedup",
@@ -34,6 +41,16 @@ class _Section:
     headings: list[str]
     cells: list[list[str]]
     notes: list[str]
+
+    @property
+    def filled(self) -> list[list[str]]:
+        """The lines with a score of ours."""
+        return [line for line in self.cells if line[_OURS]]
+
+    @property
+    def empty(self) -> list[list[str]]:
+        """The others."""
+        return [line for line in self.cells if not line[_OURS]]
 
 
 @dataclass(frozen=True)
@@ -62,10 +79,13 @@ def write_tables(params: Params, folder: Path) -> TablesReport:
         for table, lines in filled.lines.items()
     ]
     pictures = [(data_url(figure), CAPTION)] if figure else []
+    own = _own(filled)
     numbers = [_numbers(table, line) for table, lines in filled.lines.items() for line in lines]
     contents = {
-        "tables.html": as_page("tables.html", title=TITLE, sections=sections, legend=legend, pictures=pictures),
-        "tables.md": _markdown(sections, legend, figure),
+        "tables.html": as_page(
+            "tables.html", title=TITLE, sections=sections, legend=legend, pictures=pictures, own=own
+        ),
+        "tables.md": _markdown(sections, legend, own, figure),
         "tables.csv": as_csv(_COLUMNS, [[str(line.get(name, "")) for name in _COLUMNS] for line in numbers]),
     }
     for name, content in contents.items():
@@ -104,8 +124,31 @@ def _legend(filled: Filled) -> list[str]:
     ]
 
 
-def _markdown(sections: Sequence[_Section], legend: Sequence[str], figure: Path | None) -> str:
-    parts = [f"# {TITLE}", *map(markdown, legend)]
+def _own(filled: Filled) -> tuple[list[str], list[list[str]]] | None:
+    """Headings and cells of what stands in no table; None if all does."""
+    headings = ["data set", "setting", "turning points", "seed", "score", "training images", "finished"]
+    cells = [
+        [
+            data_set(entry),
+            entry.data.tags.get(SETTING, entry.info.run_name),
+            entry.data.params.get("turning_points", "[]").strip("[]") or "none",
+            entry.data.params.get("seed", "-"),
+            ", ".join(f"{name} {value:.2f}" for name, value in entry.data.metrics.items() if _SCORE.fullmatch(name)),
+            f"{int(entry.data.params.get('training.total_images', 0)):,}",
+            f"{datetime.fromtimestamp((entry.info.end_time or 0) / 1000, UTC):%Y-%m-%d %H:%M} UTC",
+        ]
+        for entry in filled.own
+    ]
+    return (headings, cells) if cells else None
+
+
+def _markdown(
+    sections: Sequence[_Section],
+    legend: Sequence[str],
+    own: tuple[list[str], list[list[str]]] | None,
+    figure: Path | None,
+) -> str:
+    parts = [f"# {TITLE}", *map(markdown, legend), *(["## Your own runs", as_markdown(*own)] if own else [])]
     for section in sections:
         parts += [f"## {section.title}", as_markdown(section.headings, section.cells), *map(markdown, section.notes)]
     if figure:

@@ -24,10 +24,13 @@ from pipelines.reports.comparison import reliable, sampling_bound
 from pipelines.reports.paper import TABLES, TIMESTEPS, Row, Table
 from pipelines.tracking.connection import connect, reaching, there_is_a_store
 from pipelines.tracking.history import Measured, read_measured, scored_entries
-from pipelines.tracking.runs import DATASET
+from pipelines.tracking.runs import DATASET, SETTING
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as Entry
+
+#: Params in MLflow that tell runs of one setting apart.
+_OF_A_SETTING = ("turning_points", "seed")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Filled:
     experiment: str
     left_out: dict[str, int]
     """Scored runs that stand in no cell, counted by data set."""
+    own: list[Entry]
+    """The newest of them of every data set, setting, turning points and seed."""
 
 
 def fill_tables(params: Params) -> Filled:
@@ -84,11 +89,15 @@ def fill_tables(params: Params) -> Filled:
                     found += [(row, measured) for row in rows if row.sampling in (None, how)]
     lines = {table: _fill(table, [(row, m) for row, m in found if row in table.rows]) for table in TABLES}
     shown = {seed.run_id for table in lines.values() for line in table for seed in line.seeds}
-    left_out = Counter(_data_set(entry) for entry in entries if entry.info.run_id not in shown)
-    return Filled(lines, params.tracking.experiment, dict(left_out))
+    others = [entry for entry in entries if entry.info.run_id not in shown]
+    # The newest come first.
+    own = {(data_set(e), e.data.tags.get(SETTING), *map(e.data.params.get, _OF_A_SETTING)): e for e in reversed(others)}
+    left_out = Counter(map(data_set, others))
+    return Filled(lines, params.tracking.experiment, dict(left_out), [*reversed(own.values())])
 
 
-def _data_set(entry: Entry) -> str:
+def data_set(entry: Entry) -> str:
+    """Name and resolution."""
     return f"{entry.data.tags.get(DATASET, 'unnamed')} ({entry.data.params.get('resolution', '?')} px)"
 
 

@@ -11,6 +11,13 @@ from typing import Any
 from dvdp.text import printable
 
 
+def si(value: float) -> str:
+    """Three digits with the prefix of a power of 1000, e.g. ``41.5 G`` or ``427 k``."""
+    power = max(0, min(6, (int(f"{value:.2e}".partition("e")[2])) // 3))
+    digits = f"{value / 1000**power:#.3g}".rstrip(".")
+    return f"{digits} {' kMGTPE'[power]}".rstrip() if power else f"{value:.3g}"
+
+
 def as_text(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """The table for a terminal."""
     lines = [list(headings), *map(list, cells)]

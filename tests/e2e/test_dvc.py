@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines.provenance import DVC_EXPERIMENT
-from pipelines.tracking.runs import TRAINING_HASH
+from pipelines.tracking.runs import SAMPLING_HASH, TRAINING_HASH
 from tests.e2e.support import Project
 
 pytestmark = pytest.mark.slow
@@ -31,6 +31,13 @@ def test_repro_makes_everything_that_is_declared(reproduced: Project) -> None:
     page = (folder / "reports" / "index.html").read_text()
     assert "2 settings, 1 seed, 16 px images, class-conditional with 10 classes" in page
     assert page.count("data:image/png;base64,") >= 4
+    assert all(run.name in page for run in reproduced.runs().values())
+    assert "on equal FLOPs" in page
+    assert "that was not recorded" not in page, "each worker tells its machine"
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    scored = client.search_runs(["1"], f"tags.`{SAMPLING_HASH}` != ''")
+    assert len(scored) == 2
+    assert all(f">{run.info.run_id[:8]}<" in page for run in scored)
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page), "readable without a server"
     assert reproduced.run("dvc", "status").stdout.strip() == "Data and pipelines are up to date."
     assert reproduced.run("git", "status", "--porcelain").stdout == "", "all that git sees is committed"

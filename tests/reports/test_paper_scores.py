@@ -144,6 +144,11 @@ def test_runs_fill_the_cells_of_their_data_set_and_setting_and_no_others(project
     assert "†" not in text
     left_out = "1 of cifar10 (16 px), 2 of cifar10 (32 px), 1 of cifar100 (32 px), 1 of digits (32 px)."
     assert left_out in text
+    page = Path("out/tables.html").read_text()
+    assert page.index("Your own runs") < page.index("digits (32 px)</span>") < page.index("Table 1")
+    assert page.index("CIFAR-10, 32 px") < page.index("8 rows of the paper, without a run of ours"), "of Table 1"
+    empty = [page.rindex("<details>", 0, page.index(f"{name}, 256 px")) for name in ("LSUN Church", "FFHQ")]
+    assert all(page.index("</details>", start) > page.index("LSUN Church, 256 px") for start in empty)
 
 
 def test_scores_on_other_terms_are_marked_and_the_footnote_says_what_differs(project: Path) -> None:

@@ -8,7 +8,10 @@ import io
 import os
 import re
 
-from pipelines.reports.text_tables import as_csv, as_markdown, as_page, markdown
+import pytest
+
+from pipelines.reports.origin import Link
+from pipelines.reports.text_tables import as_csv, as_markdown, as_page, markdown, si
 
 ODD = ["a|b", "<script>alert('1')</script>", "*x* `y` [z](w) _u_", "a\nb", os.fsdecode(b"caf\xe9"), "&lt;", "a\\|b"]
 
@@ -31,23 +34,42 @@ def test_plain_text_stays_as_it_is_in_markdown() -> None:
 
 def test_a_page_escapes_all_that_it_is_given() -> None:
     odd = '<b title="x">&\'</b>'
-    values = {
-        "title": odd,
-        "subtitle": odd,
-        "headings": [odd],
-        "cells": [[odd]],
-        "legend": [odd],
-        "failures": {odd: odd},
-    }
-    pictures = {name: [("data:,", odd)] for name in ("curves", "sweeps", "grids", "processes")}
+    texts = dict.fromkeys(("title", "subtitle", "contact_sheet", "smoothing"), odd)
+    lists = {name: [odd] for name in ("result", "cells", "legend", "spent")}
+    pairs = {name: [("data:,", odd)] for name in ("sweeps", "grids", "processes")}
+    tables = {name: ([odd], [[odd]]) for name in ("costs", "anchors", "runs")}
+    more = {"headings": [odd], "cells": [[odd]], "failures": {odd: odd}, "facts": {odd: Link(odd, f"https://{odd}")}}
     page = as_page(
-        "report.html", **values, **pictures, contact_sheet=odd, anchors=([odd], [[odd]]), provenance={odd: odd}
+        "report.html", **{**texts, **lists, **pairs, **tables, **more}, commands=[(odd, odd)], curves=["data:,"] * 4
     )
     assert "<b " not in page
-    assert html.unescape(page).count(odd) == 21
-    section = {"title": odd, "headings": [odd], "cells": [[odd]], "notes": [odd]}
-    page = as_page("tables.html", title=odd, sections=[section], legend=[odd], pictures=[("data:,", odd)])
+    assert html.unescape(page).count(odd) == 33
+    section = {"title": odd, "headings": [odd], "filled": [[odd]], "empty": [[odd]], "notes": [odd]}
+    page = as_page(
+        "tables.html",
+        title=odd,
+        sections=[section],
+        legend=[odd, odd],
+        pictures=[("data:,", odd)],
+        own=([odd], [[odd]]),
+    )
     assert "<b " not in page
+    assert html.unescape(page).count(odd) == 17
+
+
+def test_a_cell_leads_to_servers_alone() -> None:
+    links = [["a", Link("here", "javascript:alert(1)"), Link("there", "http://127.0.0.1:5000/#/")]]
+    page = as_page("tables.html", legend=["", ""], own=(["a", "b", "c"], links))
+    assert "javascript" not in page
+    assert '<a href="http://127.0.0.1:5000/#/">there</a>' in page
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.5, "0.5"), (999.9, "1.00 k"), (427_123, "427 k"), (1e6, "1.00 M"), (41.5e9, "41.5 G"), (1.2345e15, "1.23 P")],
+)
+def test_large_numbers_have_three_digits_and_a_prefix(value: float, text: str) -> None:
+    assert si(value) == text
 
 
 def test_a_csv_file_gives_back_its_cells() -> None:
