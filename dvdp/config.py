@@ -387,6 +387,8 @@ class TrackingParams(Section):
     experiment: Annotated[Text, Field(max_length=100), AfterValidator(_printable)] = "dvdp"
     model: Name = "dvdp"
     """Registered models are called ``<model>-<dataset>``."""
+    max_score: Annotated[Real, Field(gt=0, le=10**9)] | None = None
+    """A version with a higher score never becomes champion by itself."""
 
 
 @section

@@ -28,7 +28,7 @@ SAMPLING_SOURCES = (
 )  # fmt: skip
 EVALUATION_SOURCES = (
     "evaluation/scores.py", "evaluation/reference.py", "evaluation/fidelity.py", "evaluation/coverage.py",
-    "evaluation/extractors.py", "evaluation/extrapolation.py", "evaluation/published.py",
+    "evaluation/extractors.py", "evaluation/extrapolation.py", "evaluation/published.py", "evaluation/intervals.py",
 )  # fmt: skip
 AUDIT_SOURCES = ("audit/result.py", "audit/states.py", "audit/run.py")
 

@@ -164,6 +164,8 @@ def _end_soon_after_a_signal(seconds: float) -> None:
 
 app = typer.Typer(help=__doc__, add_completion=False)
 PARAMS, DATA, RUNS, EXPERIMENTS = "Params", "Data", "Runs, step by step", "Whole experiments"
+MODELS = "Registered models"
+MODEL = Argument(metavar="MODEL", help="Its name in MLflow, such as dvdp-digits.")
 FILE = Option("params.yaml", "--params", metavar="FILE", help="The params file.")
 CHANGES = Option([], "-S", "--set-param", metavar="KEY=VALUE", help="Another value, such as training.batch=64.")
 SETTING = Option(None, metavar="NAME", help="One setting alone.")
@@ -326,8 +328,8 @@ def serve(
     """Serve a page to draw images from a registered model."""
     params = _read(file, changes, services=True)
     from pipelines.commands.serve import serve
+    from pipelines.tracking.champion import CHAMPION
     from pipelines.tracking.job_runs import model_name
-    from pipelines.tracking.registry import CHAMPION
 
     serve(model or f"models:/{model_name(params)}@{CHAMPION}", port)
 
@@ -478,6 +480,50 @@ def report(
     with answering("holds our scores"):
         written = write_tables(params, folder)
     print("\n".join([written.found, *map(str, written.files)]))
+
+
+@app.command(rich_help_panel=MODELS)
+def promote(
+    model: str = MODEL,
+    version: int | None = Argument(None, help="The version to use from now on, until it is released with --auto."),
+    auto: bool = Option(False, "--auto", help="Let the scores choose the champion again, now and after each run."),
+    file: str = FILE,
+    changes: list[str] = CHANGES,
+) -> None:
+    """Say which version of a registered model is champion, or let the scores say so again."""
+    if auto == (version is not None):
+        raise UserError(
+            f"VERSION: found {'--auto beside it' if auto else 'none and no --auto'}, expected one of them; give the"
+            " number of a version, or --auto to let the scores choose."
+        )
+    params = _read(file, changes, services=True)
+    from pipelines.commands.versions import promote
+
+    print(promote(params, model, version))
+
+
+@app.command(rich_help_panel=MODELS)
+def rollback(model: str = MODEL, file: str = FILE, changes: list[str] = CHANGES) -> None:
+    """Make the version with the alias `previous` champion again."""
+    _read(file, changes, services=True)
+    from pipelines.commands.versions import rollback
+
+    print(rollback(model))
+
+
+@app.command(rich_help_panel=MODELS)
+def reject(
+    model: str = MODEL,
+    version: int = Argument(help="The version that is never to be promoted again."),
+    reason: str = Option(..., metavar="TEXT", help="Why; MLflow shows it as a tag of the version."),
+    file: str = FILE,
+    changes: list[str] = CHANGES,
+) -> None:
+    """Never promote a version again; if it is champion, go back to the one before."""
+    _read(file, changes, services=True)
+    from pipelines.commands.versions import reject
+
+    print(reject(model, version, reason))
 
 
 def _picture(name: str) -> Path:

@@ -10,10 +10,11 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from pipelines.jobs.job import Job, jobs
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process, sample_job, seconds_per_sample
 from pipelines.jobs.score import check_scorable, score_job
-from pipelines.jobs.train import train_job
+from pipelines.jobs.train import LOG, train_job
 from pipelines.left_behind import end_dead_runs, running
 from pipelines.logs import to_terminal
 from pipelines.provenance import DVC_HASH, GIT_COMMIT, check_data_is_locked, provenance
@@ -50,6 +51,7 @@ from pipelines.reports.page import Report, draw_samples, write_report
 from pipelines.reports.paper_page import write_tables
 from pipelines.reports.text_tables import as_text, markdown
 from pipelines.tracking import registry
+from pipelines.tracking.champion import promote_best
 from pipelines.tracking.connection import (
     TrackingUnavailable,
     connect,
@@ -58,10 +60,12 @@ from pipelines.tracking.connection import (
     tracking_address,
     unavailable,
 )
+from pipelines.tracking.descriptions import machine_tags, model_card, run_description
 from pipelines.tracking.fetch import fetch_training
 from pipelines.tracking.job_runs import check_tracking, description, model_file, model_name, tracked
-from pipelines.tracking.runs import COMPARISON_HASH, TrackedRun, adopt, open_run
+from pipelines.tracking.runs import COMPARISON_HASH, TrackedRun, adopt, killed_when_interrupted, open_run, runs_page
 from pipelines.tracking.sync import LedgerSync
+from pipelines.tracking.system import watch_machine
 from pipelines.turning_points import resolve
 
 
@@ -111,7 +115,7 @@ def _experiment(params: Params, reports: str | None) -> State | None:
     torch.set_num_threads(params.cluster.threads)
     results: list[Result] = []
     failures: dict[str, str] = {}
-    with cluster(params.cluster) as slots:
+    with cluster(params.cluster) as slots, killed_when_interrupted(connect):
         futures = {}
         # The longest first, so that none runs on alone.
         for job in sorted(listed, key=_length, reverse=True):
@@ -180,9 +184,14 @@ def train(job: Job, slots: Slots) -> None:
         run = tracked(job)
         if not is_finished(job.folder):
             run.set_status("RUNNING")
+            run.describe(run_description(job))
+            if not ends:
+                ends.append(watch_machine(run))
         return run
 
+    ends: list[Callable[[], None]] = []
     with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [end() for end in ends])
         try:
             sync = LedgerSync(connect(), job.folder, begin).start()
         except (TrackingUnavailable, UserError) as problem:
@@ -230,11 +239,17 @@ def register(job: Job, record: ScoreRecord) -> None:
         run.log_file(job.folder / "estimate.json")
         run.log_file(job.folder / "metrics.jsonl")
         run.log_json("params.json", job.params.describe())
-        run.log_file(draw_samples(job, job.folder / "pictures" / f"samples-{job.sampling_hash}.png"), "pictures")
+        if (job.folder / LOG).is_file():
+            run.log_file(job.folder / LOG)
+        samples = draw_samples(job, job.folder / "pictures" / f"samples-{job.sampling_hash}.png")
+        run.log_file(samples, "pictures")
         run.log_file(draw_process(job), "pictures")
-        registry.register(
+        run.set_tags(machine_tags(job))
+        run.describe(run_description(job, record))
+        version = registry.register(
             run, model_name(job.params), model_file(job), description(job), record, training_images(job.run)
         )
+        registry.set_card(client, version, model_card(job, record, run, version, f"pictures/{samples.name}"))
         run.set_status("FINISHED")
 
 
@@ -248,7 +263,12 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
     rows = compare(results)
     report = write_report(folder, rows, results, failures, _provenance(results))
     headings, cells = table(rows, results[0].record.headline)
-    lines = [as_text(headings, cells), *legend(rows, results[0].record), "", *_where_to_look(report)]
+    lines = [
+        as_text(headings, cells),
+        *legend(rows, results[0].record),
+        "",
+        *_where_to_look(report, results[0].job.params),
+    ]
     get_run_logger().info("%s", "\n".join(["", *lines]))
 
     key = re.sub("[^a-z0-9]+", "-", results[0].job.params.dataset.name.lower())
@@ -272,19 +292,39 @@ def _compare_in_mlflow(results: list[Result], rows: list[Row], report: Report) -
     client = connect()
     params = results[0].job.params
     with reaching(client, params.cluster.storage):
-        name = f"comparison on {params.dataset.name}"
+        leader, primary = best(rows), results[0].record.headline
+        name = f"{params.dataset.name}: {leader.setting}, {primary} {leader.estimate.text}"
         parent = open_run(client, params.tracking.experiment, COMPARISON_HASH, _comparison_hash(results), name)
         headings, cells = table(rows, results[0].record.headline)
         parent.log_table("comparison.json", [dict(zip(headings, line, strict=True)) for line in cells])
-        parent.set_metrics({f"{row.setting}/{name}": value for row in rows for name, value in row.metrics.items()}, 0)
+        parent.set_metrics(_figures(rows), 0)
         parent.log_file(report.contact_sheet)
         parent.log_file(report.page)
         for file in write_tables(params, report.folder / "paper").files:
             parent.log_file(file, "paper")
         parent.set_tags({"dvdp.best_setting": best(rows).setting, **provenance(store=DataPaths.of(params).store)})
-        adopt(parent, {result.job.name: tracked(result.job) for result in results}, report.text)
-        get_run_logger().info("%s", registry.promote(client, model_name(params)).text)
+        adopt(parent, {result.job.name: tracked(result.job) for result in results}, report.text, name)
+        get_run_logger().info("%s", promote_best(client, model_name(params), params.tracking.max_score).text)
         parent.set_status("FINISHED")
+
+
+def _figures(rows: list[Row]) -> dict[str, float]:
+    """Of a comparison: what it is compared with others by, and every setting's."""
+    leader = best(rows)
+    figures: dict[str, float | None] = {"score_best": leader.score, "score_best_margin": leader.estimate.margin}
+    for row in rows:
+        own = {
+            **row.metrics,
+            "score": row.score,
+            "score_margin": row.estimate.margin,
+            "score_spread_over_seeds": row.spread if row.seeds > 1 else None,
+            "training_speedup": row.training_speedup,
+            "training_speedup_bound": row.training_bound,
+            "sampling_speedup": row.sampling_speedup,
+            "sampling_speedup_bound": row.sampling_bound,
+        }
+        figures |= {f"{row.setting}/{name}": value for name, value in own.items()}
+    return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
 
 
 def _comparison_hash(results: list[Result]) -> str:
@@ -303,11 +343,12 @@ def _provenance(results: list[Result]) -> dict[str, str]:
     }
 
 
-def _where_to_look(report: Report) -> list[str]:
+def _where_to_look(report: Report, params: Params) -> list[str]:
+    page = runs_page(params.tracking.experiment)
     mlflow, prefect = os.environ.get("MLFLOW_TRACKING_URI", ""), os.environ.get("PREFECT_API_URL", "")
     return [
         f"Report:  open {report.page}",
-        f"MLflow:  open {mlflow}" if mlflow.startswith("http") else "MLflow:  make ui, then open http://127.0.0.1:5000",
+        f"MLflow:  {'' if mlflow.startswith('http') else 'make ui, then '}open {page}",
         f"Prefect: open {prefect.removesuffix('/api')}"
         if prefect
         else "Prefect: make services, then open http://127.0.0.1:4200",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dvdp.errors import UserError
+from dvdp.evaluation.intervals import Estimate
 
 #: What a sampling mapping says that two comparable scores may differ in.
 _INCIDENTAL = ("seed", "batch", "count", "first")
@@ -20,8 +22,8 @@ class ScoreRecord:
     """A score, with all that it depends on."""
 
     metrics: dict[str, float]
-    """E.g. ``fd_labels``, ``kd_labels``, ``kd_labels_std``, ``precision_labels``, ``recall_labels``, ``is_labels``,
-    ``fd_labels_infinity``."""
+    """E.g. ``fd_labels``, ``fd_labels_error``, ``kd_labels``, ``kd_labels_std``, ``precision_labels``,
+    ``recall_labels``, ``is_labels``, ``fd_labels_infinity``."""
     extractor: str
     extractor_sha256: str
     samples: int
@@ -45,7 +47,13 @@ class ScoreRecord:
     def headline(self) -> str:
         """The metric that ranks, lower is better: the Frechet distance (``fid``, ``fd_labels``, ``fd_rotation``)."""
         distances = [name for name in self.metrics if name == "fid" or name.startswith("fd_")]
-        return next(name for name in distances if "_infinity" not in name)
+        return next(name for name in distances if "_infinity" not in name and not name.endswith("_error"))
+
+    @property
+    def estimate(self) -> Estimate:
+        """The headline's value with its error over draws of the samples; records of early releases have none."""
+        name = self.headline
+        return Estimate(self.metrics[name], self.metrics.get(f"{name}_error", math.inf))
 
     def to_json(self) -> str:
         """The record as text; :meth:`from_json` gives back an equal one."""

@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 from dvdp.errors import UserError
 from dvdp.evaluation.extractors import Extractor
 from dvdp.evaluation.extrapolation import counts_for, extrapolate
+from dvdp.evaluation.intervals import frechet_error
 from dvdp.evaluation.published import Published, Statistics
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.evaluation.reference import FEWEST, read_features, read_reference
@@ -40,8 +41,8 @@ def score(
 ) -> ScoreRecord:
     """Score the first ``count`` generated images against a reference. It repeats to the bit.
 
-    With samples enough, the record also has the Frechet distance of infinitely many, see
-    :mod:`dvdp.evaluation.extrapolation`.
+    The Frechet distance has its standard error beside it (:mod:`dvdp.evaluation.intervals`). With samples enough, the
+    record also has the distance of infinitely many, see :mod:`dvdp.evaluation.extrapolation`.
 
     Args:
         samples: as :class:`SampleShards` takes them.
@@ -85,7 +86,7 @@ def score(
         sampling=_plain(sampling),
         warnings=_remarks(extractor, len(images), real.count),
     )
-    return _extrapolated(record, features.pooled, known.statistics, extractor.features)
+    return _judged(record, features.pooled, known.statistics, extractor.features)
 
 
 def score_published(
@@ -124,7 +125,7 @@ def score_published(
         sampling=_plain(sampling),
         warnings=[*_remarks(extractor, len(images)), published.warning],
     )
-    return _extrapolated(record, features, published.statistics, extractor.features)
+    return _judged(record, features, published.statistics, extractor.features)
 
 
 def _first(shards: SampleShards, count: int | None, resolution: int, where: str) -> Subset:
@@ -145,16 +146,16 @@ def _first(shards: SampleShards, count: int | None, resolution: int, where: str)
     return Subset(shards, range(count))
 
 
-def _extrapolated(record: ScoreRecord, rows: Tensor, real: Statistics, features: int) -> ScoreRecord:
-    """The record with the distance of infinitely many samples, if there are enough to tell; says its warnings."""
+def _judged(record: ScoreRecord, rows: Tensor, real: Statistics, features: int) -> ScoreRecord:
+    """The record with its error and, of enough samples, the distance of infinitely many; says its warnings."""
     from dvdp.evaluation.fidelity import distances
 
     for remark in record.warnings:
         warnings.warn(remark, stacklevel=3)
-    counts = counts_for(record.samples, features)
+    counts, name = counts_for(record.samples, features), record.headline
+    record = dataclasses.replace(record, metrics={**record.metrics, f"{name}_error": frechet_error(rows, real)})
     if not counts:
         return record
-    name = record.headline
     found = {**distances(rows, real, counts[:-1]), record.samples: record.metrics[name]}
     line = extrapolate(found)
     return dataclasses.replace(
@@ -175,8 +176,8 @@ def _remarks(extractor: Extractor, samples: int, references: int | None = None) 
     for what, number in (("samples", samples), ("references", references)):
         if number is not None and number < extractor.features:
             found.append(
-                f"{number} {what} are fewer than the extractor's {extractor.features} features:"
-                " the Frechet distance says little."
+                f"{number} {what} are fewer than the extractor's {extractor.features} features: their covariance is not"
+                " known in every direction, and most of the Frechet distance is the bias of so few; take more."
             )
     if extractor.name == "inception" and samples < INCEPTION_SAMPLES:
         found.append(f"fid of {samples} samples, fewer than {INCEPTION_SAMPLES}, compares with no published one.")

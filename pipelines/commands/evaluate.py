@@ -35,6 +35,7 @@ from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import missing_shards, sample_job
 from pipelines.jobs.score import check_scorable, extractor_of, score_job
 from pipelines.tracking import registry
+from pipelines.tracking.champion import CHAMPION
 from pipelines.tracking.connection import connect, reaching, reading, there_is_a_store
 from pipelines.tracking.job_runs import tracked
 from pipelines.tracking.runs import DATASET_DIGEST, EVALUATION_HASH, EVALUATION_OF, TrackedRun, open_run, read_text
@@ -87,7 +88,7 @@ def registered_model(params: Params, address: str) -> RegisteredModel:
     if parts is None:
         raise UserError(
             f"--model: found '{address}', expected models:/<name>@<alias> or models:/<name>/<version>, such as"
-            f" models:/{params.tracking.model}-{params.dataset.name}@{registry.CHAMPION}."
+            f" models:/{params.tracking.model}-{params.dataset.name}@{CHAMPION}."
         )
     if not there_is_a_store():
         raise UserError(

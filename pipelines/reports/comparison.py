@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dvdp.config import Run
 from dvdp.diffusion.timesteps import share_steps
+from dvdp.evaluation.intervals import CONFIDENCE, Estimate, better, difference, over_seeds
 from dvdp.evaluation.records import ScoreRecord, mean_and_spread, score_differences
 from dvdp.models.flops import level_flops, network_flops, relative_flops, training_images
 from dvdp.training import ledger
@@ -50,6 +52,8 @@ class Row:
     """Mean over seeds of the primary metric; lower is better."""
     spread: float
     """Standard deviation over seeds; 0 for one seed."""
+    estimate: Estimate
+    """The score with its interval."""
     metrics: dict[str, float]
     """Means of all metrics."""
     seconds_per_step: float
@@ -78,6 +82,12 @@ def best(rows: Sequence[Row]) -> Row:
     return min((row for row in rows if row.same_terms), key=lambda row: row.score)
 
 
+def tied(rows: Sequence[Row]) -> list[Row]:
+    """The best setting and those that chance may have put behind it: it leads only where it is alone."""
+    leader = best(rows)
+    return [row for row in rows if row is leader or (row.same_terms and not better(leader.estimate, row.estimate))]
+
+
 def _row(group: Sequence[Result], ddpm: Sequence[Result] | None, terms: ScoreRecord) -> Row:
     run = group[0].job.run
     primary = group[0].record.headline
@@ -93,6 +103,7 @@ def _row(group: Sequence[Result], ddpm: Sequence[Result] | None, terms: ScoreRec
         images=training_images(run),
         score=score,
         spread=spread,
+        estimate=over_seeds([result.record.estimate for result in group]),
         metrics={name: statistics.mean(r.record.metrics[name] for r in group) for name in names},
         seconds_per_step=image * run.training.batch,
         seconds_per_image=image,
@@ -131,12 +142,12 @@ def table(rows: Sequence[Row], primary: str) -> tuple[list[str], list[list[str]]
         "setting", "turning points", f"{primary} ↓", "precision", "recall", "images", "s / step", "ms / image",
         "s / sample", "training speed-up", "sampling speed-up",
     ]  # fmt: skip
-    leader = best(rows).setting
+    leaders = tied(rows) if sum(row.same_terms for row in rows) > 1 else []
     cells = [
         [
-            row.setting + (" ★" if row.setting == leader else ""),
+            row.setting + (" ★" if leaders == [row] else ""),
             ", ".join(map(str, row.turning_points)) or "none",
-            f"{row.score:.2f}" + (f" ± {row.spread:.2f}" if row.seeds > 1 else "") + ("" if row.same_terms else " †"),
+            row.estimate.text + ("" if row.same_terms else " †"),
             f"{row.metrics[precision]:.3f}" if precision in row.metrics else "-",
             f"{row.metrics[recall]:.3f}" if recall in row.metrics else "-",
             f"{row.images:,}",
@@ -156,7 +167,8 @@ def legend(rows: Sequence[Row], record: ScoreRecord) -> list[str]:
     lines = [
         f"Scores: torch-fidelity on {record.samples:,} samples from the EMA weights"
         f" ({record.sampling.get('solver')}, {record.sampling.get('steps')} steps) against {record.references:,} real"
-        f" images, features of the extractor '{record.extractor}'; ★ marks the lowest.",
+        f" images, features of the extractor '{record.extractor}'.",
+        *_certainty(rows),
         "Speed-ups: measured over DDPM in this comparison, beside what the FLOPs allow; settings that ran beside others"
         " or on another machine were slower or faster for that (benchmarks/steps.py measures them alone).",
     ]
@@ -171,3 +183,25 @@ def legend(rows: Sequence[Row], record: ScoreRecord) -> list[str]:
     if not all(row.same_terms for row in rows):
         lines.append("† The score was made on other terms than the first setting's and does not compare with it.")
     return lines + [f"Note: {remark}" for remark in record.warnings]
+
+
+def _certainty(rows: Sequence[Row]) -> list[str]:
+    """What the intervals are of, and whether they tell the best from the others."""
+    if any(row.seeds > 1 for row in rows):
+        source = "over seeds, so of training and samples (Student's t: of two or three seeds it is wide)"
+    else:
+        source = "over draws of the samples from this one training; another seed may differ by more"
+    lines = [f"± is half the {100 * CONFIDENCE:.0f} % interval of the expected score, {source}."]
+    if any(math.isinf(row.estimate.margin) for row in rows):
+        lines.append("A score without ± was made by an earlier release and has no interval: evaluate again for one.")
+    leader, *others = sorted(tied(rows), key=lambda row: row.score)
+    for row in others:
+        low, high = difference(row.estimate, leader.estimate)
+        interval = f", {100 * CONFIDENCE:.0f} % interval {low:.2f} to {high:.2f}" if math.isfinite(low) else ""
+        lines.append(
+            f"No significant difference between {leader.setting} and {row.setting}"
+            f" ({row.setting} is {row.score - leader.score:.2f} higher{interval})."
+        )
+    if not others and sum(row.same_terms for row in rows) > 1:
+        lines.append("★ marks the setting whose score is lower than every other's by more than chance explains.")
+    return lines

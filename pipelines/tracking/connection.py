@@ -156,6 +156,20 @@ def usable(address: str) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def impatient() -> Iterator[None]:
+    """Let calls of MLflow fail within seconds while the block runs."""
+    ours = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    before = {name: os.environ[name] for name in ours if name in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
+        os.environ.update(before)
+
+
 def find_or_create(
     client: MlflowClient, find: Callable[[], str | None], create: Callable[[], str], delete: Callable[[str], object]
 ) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from dvdp.training.loop import is_finished
 from pipelines.jobs.job import Job
 from pipelines.jobs.paths import DataPaths
 from pipelines.provenance import provenance
-from pipelines.tracking.connection import TrackingUnavailable, connect, usable
+from pipelines.tracking.connection import TrackingUnavailable, connect, impatient, usable
 from pipelines.tracking.registry import create_registered_model, read_weights
 from pipelines.tracking.runs import (
     DATASET,
@@ -50,7 +47,7 @@ def check_tracking(job: Job) -> None:
     """
     try:
         client = connect()
-        with usable(client.tracking_uri), _impatient():
+        with usable(client.tracking_uri), impatient():
             run = tracked(job)
             run.log_json("params.json", job.params.describe())
             client.search_logged_models([run.experiment_id], max_results=1)
@@ -61,20 +58,6 @@ def check_tracking(job: Job) -> None:
                 client.update_run(run.run_id, status="SCHEDULED")
     except TrackingUnavailable:
         logger.warning("MLflow does not answer now; the run goes on, and what it would log waits on disk")
-
-
-@contextlib.contextmanager
-def _impatient() -> Iterator[None]:
-    """Let calls of MLflow fail within seconds while the block runs."""
-    ours = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-    before = {name: os.environ[name] for name in ours if name in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            del os.environ[name]
-        os.environ.update(before)
 
 
 def tracked(job: Job) -> TrackedRun:

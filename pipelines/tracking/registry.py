@@ -1,10 +1,10 @@
-"""Trained runs as versions of a registered model, and which of them is the champion.
+"""Trained runs as versions of a registered model; :mod:`pipelines.tracking.champion` says which of them to use.
 
 A version holds what sampling needs and nothing else: the weights with their configuration (one safetensors file), the
 few lines of ``model_code.py``, and the source of ``dvdp`` (``code_paths``), so that it loads where the core's
 dependencies and mlflow are installed and ``dvdp`` is not. Where ``dvdp`` is imported already, that one runs.
 
-Its tags lead back to everything: see ``tags`` of :func:`register`.
+Its tags are few, those that people look for; what else leads back to its origin is in its run and in MLmodel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +37,27 @@ import dvdp
 from dvdp import tensors
 from dvdp.config import Run, SamplingParams
 from dvdp.errors import UserError
-from dvdp.evaluation.records import ScoreRecord, score_differences
+from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.export import KIND
+from pipelines.provenance import GIT_COMMIT
 from pipelines.tracking.connection import find_or_create
-from pipelines.tracking.runs import TRAINING_HASH, TrackedRun
-
-CHAMPION = "champion"
+from pipelines.tracking.runs import (
+    DATASET,
+    DATASET_DIGEST,
+    SEED,
+    SETTING,
+    TRAINING_HASH,
+    TURNING_POINTS,
+    TrackedRun,
+)
 
 WEIGHTS_DIGEST = "dvdp.weights_digest"
-#: The score that versions are ranked by: its name, its value, and the whole record as JSON.
-SCORE_NAME = "dvdp.score_name"
+#: The score that versions are ranked by, with its name, and the whole record as JSON.
 SCORE = "dvdp.score"
 SCORE_RECORD = "dvdp.score_record"
+
+#: What is known of a run that is a tag of its version too.
+_TAGS = (DATASET, SETTING, SEED, TURNING_POINTS, GIT_COMMIT, TRAINING_HASH, DATASET_DIGEST)
 
 SIGNATURE = ModelSignature(
     inputs=Schema(
@@ -77,7 +85,8 @@ def register(
     Args:
         name: ``<tracking.model>-<dataset.name>``.
         weights: the run's ``weights.safetensors``.
-        tags: where it comes from: ``TRAINING_HASH`` (required) and what else :mod:`pipelines.tracking` names.
+        tags: where it comes from: ``TRAINING_HASH`` (required) and what else :mod:`pipelines.tracking` names. MLmodel
+            has all of them, the version a few.
         record: its scores; newer ones take the place of older ones.
         step: images seen in training.
 
@@ -90,7 +99,7 @@ def register(
     client = run.client
     about, state = read_weights(weights)
     digest = weights_digest(about, state)
-    tags = {**tags, WEIGHTS_DIGEST: digest}
+    origin, tags = tags, {**{key: tags[key] for key in _TAGS if key in tags}, WEIGHTS_DIGEST: digest}
     if record is not None:
         tags |= _score_tags(record)
     create_registered_model(client, name)
@@ -100,7 +109,7 @@ def register(
 
     number = find()
     if number is None:
-        model = _logged_model(run, weights, Run.from_description(about["run"]).sampling, tags, step)
+        model = _logged_model(run, weights, Run.from_description(about["run"]).sampling, tags, origin, step)
 
         def create() -> str:
             return _create_version(run, name, model, tags)
@@ -113,6 +122,12 @@ def register(
     return client.get_model_version(name, number)
 
 
+def set_card(client: MlflowClient, version: ModelVersion, text: str) -> None:
+    """Let a version's description be its card."""
+    if version.description != text:
+        client.update_model_version(version.name, str(version.version), text)
+
+
 def create_registered_model(client: MlflowClient, name: str) -> None:
     """Versions need one; where it is there already, nothing changes."""
     try:
@@ -122,53 +137,6 @@ def create_registered_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-@dataclass(frozen=True)
-class Promotion:
-    """What :func:`promote` did."""
-
-    champion: int | None
-    """The version that has the alias now."""
-    moved: bool
-    text: str
-    """One sentence for people."""
-
-
-def promote(client: MlflowClient, name: str) -> Promotion:
-    """Give the alias ``champion`` to the version with the best (lowest) score.
-
-    It moves only between versions whose score records agree in what matters: with a champion, only to versions that
-    compare with it; without one, to the best of those that compare with the newest scored version. The champion
-    keeps the alias at a tie.
-
-    Raises:
-        UserError: no version of the model has a score.
-    """
-    scored = {int(v.version): record for v in _versions(client, name) if (record := _record(v)) is not None}
-    if not scored:
-        raise UserError(f"champion: found no scored version of '{name}', expected at least one; evaluate and register.")
-    holder = _holder(client, name)
-    if holder is not None and holder not in scored:
-        text = f"Version {holder} of {name} stays champion: it has no score to compare others with."
-        return Promotion(holder, False, text)
-    measure = scored[max(scored) if holder is None else holder]
-    different = {number: score_differences(measure, record) for number, record in scored.items()}
-    # The holder first, then the newest: min takes the first of equals.
-    order = sorted((n for n in scored if not different[n]), key=lambda n: (n != holder, -n))
-    best = min(order, key=lambda n: _score(scored[n]))
-    moved = best != holder
-    if moved:
-        client.set_registered_model_alias(name, CHAMPION, str(best))
-    text = f"Version {best} of {name} {'is now' if moved else 'stays'} champion"
-    text += f" ({scored[best].headline} {_score(scored[best]):.4g}"
-    if moved and holder is not None:
-        text += f", version {holder} had {_score(scored[holder]):.4g}"
-    text += ")"
-    newest = max(scored)
-    if different[newest]:
-        text += f"; version {newest} does not compare with it, as they differ in {', '.join(different[newest])}"
-    return Promotion(best, moved, text + ".")
-
-
 def requirements() -> list[str]:
     """What a model needs: ``dvdp``'s own dependencies without extras, and this mlflow."""
     needed = importlib.metadata.requires("dvdp") or []
@@ -176,31 +144,20 @@ def requirements() -> list[str]:
 
 
 def _score_tags(record: ScoreRecord) -> dict[str, str]:
-    name = record.headline
     text = json.dumps(dataclasses.asdict(record), sort_keys=True)
-    scores = {f"dvdp.score.{key}": f"{value:.6g}" for key, value in record.metrics.items()}
-    return {SCORE_NAME: name, SCORE: repr(record.metrics[name]), SCORE_RECORD: text, **scores}
+    return {SCORE: f"{record.headline} {record.metrics[record.headline]:.6g}", SCORE_RECORD: text}
 
 
-def _record(version: ModelVersion) -> ScoreRecord | None:
+def score_of(version: ModelVersion) -> ScoreRecord | None:
     """The version's scores; None without a number to rank it by, or where another release of dvdp wrote them."""
     try:
         record = ScoreRecord.from_json(version.tags.get(SCORE_RECORD, ""))
     except UserError:
         return None
-    return record if math.isfinite(_score(record)) else None
+    return record if math.isfinite(record.metrics[record.headline]) else None
 
 
-def _score(record: ScoreRecord) -> float:
-    return record.metrics[record.headline]
-
-
-def _holder(client: MlflowClient, name: str) -> int | None:
-    version = client.get_registered_model(name).aliases.get(CHAMPION)
-    return None if version is None else int(version)
-
-
-def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+def ready_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
     found: list[ModelVersion] = []
     token = None
     while True:
@@ -215,12 +172,17 @@ def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
 def _find_version(client: MlflowClient, name: str, training_hash: str, digest: str) -> str | None:
     """The number of the first version of a training with these weights."""
     wanted = {TRAINING_HASH: training_hash, WEIGHTS_DIGEST: digest}.items()
-    numbers = [int(version.version) for version in _versions(client, name) if wanted <= version.tags.items()]
+    numbers = [int(version.version) for version in ready_versions(client, name) if wanted <= version.tags.items()]
     return str(min(numbers)) if numbers else None
 
 
 def _logged_model(
-    run: TrackedRun, weights: Path, defaults: SamplingParams, tags: Mapping[str, str], step: int
+    run: TrackedRun,
+    weights: Path,
+    defaults: SamplingParams,
+    tags: Mapping[str, str],
+    origin: Mapping[str, str],
+    step: int,
 ) -> LoggedModel:
     """The run's model in MLflow: found, completed where uploading was cut short, or created."""
     client = run.client
@@ -257,7 +219,7 @@ def _logged_model(
                 model_uuid=model.model_id,
                 model_id=model.model_id,
                 run_id=run.run_id,
-                metadata=dict(tags),
+                metadata={**origin, **tags},
             ),
         )
         # MLflow notes where the files were on this machine; it reads their copies in the model.

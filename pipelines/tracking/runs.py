@@ -14,8 +14,9 @@ import json
 import logging
 import math
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, compress
 from pathlib import Path
@@ -35,7 +36,7 @@ from dvdp.errors import UserError
 from dvdp.files import locked
 from dvdp.text import utf8
 from pipelines.addresses import public
-from pipelines.tracking.connection import find_or_create, lock_of, sqlite_file
+from pipelines.tracking.connection import connect, find_or_create, impatient, lock_of, sqlite_file, tracking_address
 
 logger = logging.getLogger("dvdp.tracking")
 #: Tags that runs are found by.
@@ -58,9 +59,10 @@ _BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 _MAX_PARAM = 6000
 _MAX_TAG = 8000
 _MAX_DIGEST = 36
-Status = Literal["RUNNING", "FINISHED", "FAILED"]
-#: The flow run of this process; threads of Ray and Prefect see it too.
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+#: The flow run of this process, and whether it was interrupted; threads of Ray and Prefect see it too.
 _flow_run = ""
+_interrupted = False
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,21 @@ class TrackedRun:
     experiment_id: str
 
     def set_status(self, status: Status) -> None:
-        """RUNNING when work goes on, then FINISHED or FAILED."""
+        """RUNNING when work goes on, then FINISHED or FAILED; what fails after an interruption is KILLED."""
+        if _interrupted and status != "FINISHED":
+            status = "KILLED"
         if status == "RUNNING":
             self.set_tags({FLOW_RUN: _flow_run})
             self.client.update_run(self.run_id, status=status)
         elif self.client.get_run(self.run_id).info.status != status:
             # Not again: that would move its end.
             self.client.set_terminated(self.run_id, status)
+
+    def describe(self, text: str, name: str = "") -> None:
+        """Markdown at the top of the run's page, and another name."""
+        self.set_tags({mlflow_tags.MLFLOW_RUN_NOTE: cut(text)})
+        if name:
+            self.client.update_run(self.run_id, name=utf8(name))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Tags, in place of older values."""
@@ -187,12 +197,39 @@ def open_run(client: MlflowClient, experiment: str, key: str, value: str, name: 
 @contextlib.contextmanager
 def of_flow_run(flow_run: str) -> Iterator[None]:
     """Runs that begin while the block lasts carry the flow run's id."""
-    global _flow_run
-    _flow_run = flow_run
+    global _flow_run, _interrupted
+    _flow_run, _interrupted = flow_run, False
     try:
         yield
     finally:
         _flow_run = ""
+
+
+@contextlib.contextmanager
+def killed_when_interrupted(connect: Callable[[], MlflowClient]) -> Iterator[None]:
+    """Where Ctrl-C, the system's word to end or Prefect's ends the block, the flow run's runs end as KILLED.
+
+    Args:
+        connect: a client, if MLflow answers; else the next start ends them.
+    """
+    global _interrupted
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        # First of all, as what is at work fails when its cluster goes.
+        _interrupted = True
+        # In a thread, which a second signal does not disturb: `timeout` sends one to the command and one to its group.
+        ending = threading.Thread(target=_kill_own_runs, args=(connect,), name="killing runs", daemon=True)
+        ending.start()
+        ending.join(15)
+        raise
+
+
+def _kill_own_runs(connect: Callable[[], MlflowClient]) -> None:
+    with contextlib.suppress(Exception), impatient():
+        kill_runs_of(connect(), _flow_run)
 
 
 def kill_runs_of(client: MlflowClient, flow_run: str) -> None:
@@ -203,11 +240,12 @@ def kill_runs_of(client: MlflowClient, flow_run: str) -> None:
         client.set_terminated(run.info.run_id, "KILLED")
 
 
-def adopt(parent: TrackedRun, children: Mapping[str, TrackedRun], summary: str = "") -> None:
+def adopt(parent: TrackedRun, children: Mapping[str, TrackedRun], summary: str = "", title: str = "") -> None:
     """Make ``parent`` the comparison of ``children``, by name; see the top of this file.
 
     Args:
         summary: Markdown above the links in the parent's description.
+        title: the parent's name from now on.
     """
     for child in children.values():
         child.set_tags({mlflow_tags.MLFLOW_PARENT_RUN_ID: parent.run_id})
@@ -215,12 +253,29 @@ def adopt(parent: TrackedRun, children: Mapping[str, TrackedRun], summary: str =
     experiments = json.dumps([parent.experiment_id])
     lines = [f"- [{name}](#/experiments/{child.experiment_id}/runs/{child.run_id})" for name, child in children.items()]
     query = f"runs={quote(runs)}&experiments={quote(experiments)}"
-    side_by_side = f"[Side by resolution](#/compare-runs?{query}), or one by one:"
+    side_by_side = f"[Side by side](#/compare-runs?{query}), or one by one:"
     note = [*([summary, ""] if summary else []), side_by_side, "", *lines]
-    # MLflow cuts a longer note anywhere, also within a link.
-    whole = [length <= _MAX_TAG - 2 for length in accumulate(len(line) + 1 for line in note)]
-    text = "\n".join([*compress(note, whole), *([] if all(whole) else ["…"])])
-    parent.set_tags({mlflow_tags.MLFLOW_RUN_NOTE: text, **({"dvdp.children": runs} if len(runs) <= _MAX_TAG else {})})
+    parent.describe("\n".join(note), title)
+    if len(runs) <= _MAX_TAG:
+        parent.set_tags({"dvdp.children": runs})
+
+
+def cut(text: str, most: int = _MAX_TAG) -> str:
+    """A text in as many whole lines as MLflow takes, which itself would cut anywhere, also within a link."""
+    lines = text.split("\n")
+    whole = [length <= most - 2 for length in accumulate(len(line) + 1 for line in lines)]
+    return "\n".join([*compress(lines, whole), *([] if all(whole) else ["…"])])
+
+
+def runs_page(experiment: str) -> str:
+    """The page of an experiment's runs, at the server in use or that of `make ui`; of all where MLflow is silent."""
+    address = tracking_address()
+    server = public(address).rstrip("/") if address.startswith("http") else "http://127.0.0.1:5000"
+    with contextlib.suppress(Exception), impatient():
+        found = connect().get_experiment_by_name(experiment)
+        if found is not None:
+            return f"{server}/#/experiments/{found.experiment_id}/runs"
+    return f"{server}/#/experiments"
 
 
 def read_text(client: MlflowClient, run_id: str, path: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -34,13 +35,25 @@ def test_a_setting_that_fails_does_not_stop_the_others(project: Callable[..., Pr
     client = MlflowClient(f"sqlite:///{here.folder / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("dvdp")
     assert experiment is not None
-    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    found = {run.info.run_name.partition(",")[0]: run for run in client.search_runs([experiment.experiment_id])}
     assert {name: run.info.status for name, run in found.items()} == {
         "wild": "FAILED",
         "ddpm": "FINISHED",
-        "comparison on digits": "FINISHED",
+        "digits: ddpm": "FINISHED",
     }
-    paper = client.list_artifacts(found["comparison on digits"].info.run_id, "paper")
+    comparison = found["digits: ddpm"]
+    assert re.fullmatch(r"digits: ddpm, fd_labels \d+\.\d+( ± \d+\.\d+)?", comparison.info.run_name)
+    assert comparison.data.metrics["score_best"] == comparison.data.metrics["ddpm/score"]
+    assert comparison.data.metrics["ddpm/training_speedup"] == 1
+    (page,) = re.findall(r"MLflow:  make ui, then open http://127.0.0.1:5000(\S+)", done.stdout + done.stderr)
+    assert page == f"/#/experiments/{experiment.experiment_id}/runs"
+    paper = client.list_artifacts(comparison.info.run_id, "paper")
     assert {artifact.path for artifact in paper} == {f"paper/tables.{kind}" for kind in ("csv", "html", "md")}
     assert found["ddpm"].data.metrics["seconds_per_sample"] > 0
-    assert [v.run_id for v in client.search_model_versions("name = 'dvdp-digits'")] == [found["ddpm"].info.run_id]
+    assert "log.txt" in {artifact.path for artifact in client.list_artifacts(found["ddpm"].info.run_id)}
+    assert "Steps count training images" in found["ddpm"].data.tags["mlflow.note.content"]
+    (version,) = client.search_model_versions("name = 'dvdp-digits'")
+    assert version.run_id == found["ddpm"].info.run_id
+    assert client.get_model_version_by_alias("dvdp-digits", "champion").version == version.version
+    for part in ("| fd_labels ↓ |", 'load_model("models:/dvdp-digits/1")', "CC BY 4.0", "**Mind**", "training hash"):
+        assert part in version.description, part

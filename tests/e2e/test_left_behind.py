@@ -18,7 +18,14 @@ import pytest
 from pipelines import left_behind
 from pipelines.left_behind import MARK, end_orphans, running
 from pipelines.tracking.connection import connect
-from pipelines.tracking.runs import FLOW_RUN, TRAINING_HASH, kill_runs_of, of_flow_run, open_run
+from pipelines.tracking.runs import (
+    FLOW_RUN,
+    TRAINING_HASH,
+    kill_runs_of,
+    killed_when_interrupted,
+    of_flow_run,
+    open_run,
+)
 from tests.e2e.support import SOURCES, Project, sentence, wait_until, workers
 from tests.tracking.support import empty_store
 
@@ -89,6 +96,26 @@ def test_runs_of_a_dead_flow_run_are_killed_in_mlflow_and_no_others(tmp_path: Pa
         "dead": "KILLED", "alive": "RUNNING", "dead and finished": "RUNNING", "alive and finished": "FINISHED",
     }  # fmt: skip
     assert client.get_run(again.run_id).data.tags[FLOW_RUN] == "later"
+
+
+def test_runs_of_an_interrupted_flow_run_are_killed_and_do_not_fail_afterwards(tmp_path: Path) -> None:
+    client = empty_store(tmp_path)
+    with of_flow_run("one"):
+        runs = {name: open_run(client, "digits", TRAINING_HASH, name, name) for name in ("at work", "ready", "waiting")}
+        runs["ready"].set_status("FINISHED")
+        client.update_run(runs["waiting"].run_id, status="SCHEDULED")
+        with pytest.raises(KeyboardInterrupt), killed_when_interrupted(lambda: client):
+            raise KeyboardInterrupt
+        # What a thread says of it whose workers are gone.
+        runs["at work"].set_status("FAILED")
+        runs["at work"].set_status("RUNNING")
+    states = {name: client.get_run(run.run_id).info.status for name, run in runs.items()}
+    assert states == {"at work": "KILLED", "ready": "FINISHED", "waiting": "SCHEDULED"}
+    with of_flow_run("two"):
+        runs["at work"].set_status("RUNNING")
+        with pytest.raises(ValueError, match="x"), killed_when_interrupted(lambda: client):
+            raise ValueError("x")
+    assert client.get_run(runs["at work"].run_id).info.status == "RUNNING"
 
 
 def test_the_lock_of_a_flow_run_is_there_while_it_lasts_and_after_a_signal(
@@ -204,3 +231,6 @@ def test_an_experiment_told_to_end_leaves_no_process(project: Callable[..., Proj
     _, alive = psutil.wait_procs(started, timeout=20)
     assert not alive
     assert not children_of(here.folder)
+    states = mlflow_states(here)
+    assert "KILLED" in states.values()
+    assert not {"RUNNING", "FAILED"} & set(states.values()), states

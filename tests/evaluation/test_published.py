@@ -44,7 +44,7 @@ def test_a_score_against_our_own_export_is_the_score_against_our_reference(
 ) -> None:
     ours = score(samples, scoring.reference, scoring.extractor, 500)
     theirs = score_published(samples, read_statistics(exported, 64), scoring.extractor, 500)
-    names = ("fd_labels", "fd_labels_infinity", "fd_labels_infinity_error")
+    names = ("fd_labels", "fd_labels_error", "fd_labels_infinity", "fd_labels_infinity_error")
     assert set(theirs.metrics) == set(names)
     for name in names:
         assert theirs.metrics[name] == pytest.approx(ours.metrics[name], rel=1e-9)

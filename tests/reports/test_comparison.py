@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ PARAMS: dict[str, Any] = {
     "evaluation": {"samples": 256},
 }
 RECORD = ScoreRecord(
-    {"fd_labels": 0.0, "precision_labels": 0.5},
+    {"fd_labels": 0.0, "fd_labels_error": 0.1, "precision_labels": 0.5},
     "labels", "e", 256, 1797, "d", "none", 32, 100, "torch-fidelity", {"solver": "ddpm", "steps": 250, "seed": 0},
 )  # fmt: skip
 
@@ -45,13 +46,36 @@ def results(folder: Path, scores: dict[str, tuple[float, float]], **changes: dic
     return found
 
 
-def test_scores_are_means_with_their_spread_over_seeds(tmp_path: Path) -> None:
+def test_scores_are_means_with_their_interval_over_seeds_and_never_certain_by_chance(tmp_path: Path) -> None:
     rows = compare(results(tmp_path, {"ddpm": (4.0, 6.0), "dvdp": (3.0, 3.0)}))
     headings, cells = table(rows, "fd_labels")
     assert headings[2] == "fd_labels ↓"
-    assert [line[2] for line in cells] == ["5.00 ± 1.41", "3.00 ± 0.00"]
-    assert [line[0] for line in cells] == ["ddpm", "dvdp ★"]
+    # Two seeds, t = 12.71; two that are equal tell no more than their samples do.
+    assert [line[2] for line in cells] == ["5.00 ± 12.71", "3.00 ± 0.14"]
     assert not any("†" in line for line in legend(rows, RECORD))
+
+
+def test_the_best_leads_only_where_the_interval_of_the_difference_says_so(tmp_path: Path) -> None:
+    for name, scores, led in (("far", (8.0, 8.0), True), ("near", (3.1, 3.1), False)):
+        rows = compare(results(tmp_path / name, {"ddpm": scores, "dvdp": (3.0, 3.0)}))
+        _, cells = table(rows, "fd_labels")
+        assert [line[0] for line in cells] == ["ddpm", "dvdp ★" if led else "dvdp"]
+        assert best(rows).setting == "dvdp"
+        text = " ".join(legend(rows, RECORD))
+        assert ("★ marks" in text) == led
+        said = "No significant difference between dvdp and ddpm (ddpm is 0.10 higher, 95 % interval -0.10 to 0.30)."
+        assert (said in text) != led
+
+
+def test_a_score_of_a_release_without_intervals_neither_leads_nor_loses(tmp_path: Path) -> None:
+    unknown = {"metrics": {"fd_labels_error": math.inf}}
+    rows = compare(results(tmp_path, {"ddpm": (8.0, 8.0), "dvdp": (3.0, 3.0)}, dvdp=unknown, ddpm=unknown))
+    _, cells = table(rows, "fd_labels")
+    assert [line[0] for line in cells] == ["ddpm", "dvdp"]
+    assert [line[2] for line in cells] == ["8.00", "3.00"]
+    text = " ".join(legend(rows, RECORD))
+    assert "has no interval" in text
+    assert "No significant difference between dvdp and ddpm (ddpm is 5.00 higher)." in text
 
 
 @pytest.mark.parametrize(
@@ -71,7 +95,7 @@ def test_a_score_on_other_terms_is_marked_and_never_the_best(tmp_path: Path, cha
     found = results(tmp_path, {"ddpm": (4.0, 6.0), "dvdp": (1.0, 1.0)}, dvdp=change)
     rows = compare(found)
     _, cells = table(rows, "fd_labels")
-    assert [line[2] for line in cells] == ["5.00 ± 1.41", "1.00 ± 0.00 †"]
+    assert [line[2] for line in cells] == ["5.00 ± 12.71", "1.00 ± 0.14 †"]
     assert best(rows).setting == "ddpm"
     assert any(line.startswith("† ") for line in legend(rows, found[0].record))
 

@@ -22,6 +22,7 @@ import torch
 from mlflow import MlflowClient
 
 from dvdp.config import Params, Run, parse_params
+from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.export import save_model
 from dvdp.models.unet import UNet
 from pipelines.addresses import healthy
@@ -41,6 +42,28 @@ def empty_store(folder: Path) -> MlflowClient:
     """A client of a fresh sqlite store in ``folder``."""
     shutil.copyfile(_empty_database(), folder / "mlflow.db")
     return connect(folder)
+
+
+def no_check(*_: object) -> str:
+    """For tests of other things than whether a version draws images."""
+    return ""
+
+
+def record(fd: float, **changes: object) -> ScoreRecord:
+    same = ScoreRecord(
+        metrics={"fd_labels": fd, "kd_labels": 0.1},
+        extractor="labels",
+        extractor_sha256="e" * 64,
+        samples=512,
+        references=1797,
+        reference_digest="d" * 64,
+        preprocessing="none",
+        resolution=8,
+        kid_subset=100,
+        library="torch-fidelity 0.4.0",
+        sampling={"solver": "ddpm", "steps": 250, "seed": 0},
+    )
+    return dataclasses.replace(same, **changes)
 
 
 def values(client: MlflowClient, run_id: str) -> dict[str, list[tuple[int, float]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 import json
 import os
@@ -30,10 +29,20 @@ from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.export import load_model, save_model
 from pipelines.addresses import healthy
 from pipelines.cli import main
+from pipelines.tracking.champion import CHAMPION, promote_best
 from pipelines.tracking.connection import connect
-from pipelines.tracking.registry import CHAMPION, Promotion, promote, register, requirements
+from pipelines.tracking.registry import register, requirements
 from pipelines.tracking.runs import SEED, TRAINING_HASH, TrackedRun, open_run
-from tests.tracking.support import empty_store, free_port, kill, mlflow_server, small_model, wait_until
+from tests.tracking.support import (
+    empty_store,
+    free_port,
+    kill,
+    mlflow_server,
+    no_check,
+    record,
+    small_model,
+    wait_until,
+)
 
 PROJECT = Path(__file__).parents[2]
 NAME = "dvdp-digits"
@@ -47,32 +56,11 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     return client
 
 
-def record(fd: float, **changes: object) -> ScoreRecord:
-    same = ScoreRecord(
-        metrics={"fd_labels": fd, "kd_labels": 0.1},
-        extractor="labels",
-        extractor_sha256="e" * 64,
-        samples=512,
-        references=1797,
-        reference_digest="d" * 64,
-        preprocessing="none",
-        resolution=8,
-        kid_subset=100,
-        library="torch-fidelity 0.4.0",
-        sampling={"solver": "ddpm", "steps": 250, "seed": 0},
-    )
-    return dataclasses.replace(same, **changes)
-
-
 def registered(client: MlflowClient, tmp_path: Path, seed: int, score: ScoreRecord | None = None) -> int:
     """The version of a run of this seed, registered (again) with these scores."""
     run = open_run(client, "digits", TRAINING_HASH, f"hash{seed}", f"seed {seed}")
     weights = small_model(tmp_path / f"weights-{seed}.safetensors", seed)
     return int(register(run, NAME, weights, {TRAINING_HASH: f"hash{seed}", SEED: str(seed)}, score).version)
-
-
-def holder(client: MlflowClient) -> int:
-    return int(client.get_model_version_by_alias(NAME, CHAMPION).version)
 
 
 # --- registration
@@ -84,7 +72,7 @@ def test_registering_again_keeps_the_version_and_renews_its_scores(client: Mlflo
     (version,) = client.search_model_versions(f"name = '{NAME}'")
     assert version.tags[TRAINING_HASH] == "hash0"
     assert version.tags[SEED] == "0"
-    assert float(version.tags["dvdp.score"]) == 2.0
+    assert version.tags["dvdp.score"] == "fd_labels 2"
     assert ScoreRecord.from_json(version.tags["dvdp.score_record"]) == record(2.0, samples=1024)
     assert len(client.search_logged_models(["1"])) == 1
     # MLflow's pages lead from the run to the model and back.
@@ -257,61 +245,6 @@ def test_bad_input_is_one_sentence(loaded: mlflow.pyfunc.PyFuncModel, row: dict[
         loaded.predict(pd.DataFrame([row] * (1 + (row.get("count") == 200))))
 
 
-# --- the champion
-
-
-def test_the_champion_is_the_best_and_moves_only_to_a_better_one(client: MlflowClient, tmp_path: Path) -> None:
-    registered(client, tmp_path, 0, record(3.0))
-    registered(client, tmp_path, 1, record(2.0))
-    registered(client, tmp_path, 2, record(2.5))
-    assert promote(client, NAME) == Promotion(2, True, f"Version 2 of {NAME} is now champion (fd_labels 2).")
-    registered(client, tmp_path, 3, record(2.0))
-    assert promote(client, NAME) == Promotion(2, False, f"Version 2 of {NAME} stays champion (fd_labels 2).")
-    registered(client, tmp_path, 2, record(1.5))
-    promotion = promote(client, NAME)
-    assert promotion.text == f"Version 3 of {NAME} is now champion (fd_labels 1.5, version 2 had 2)."
-    assert holder(client) == 3
-
-
-def test_a_better_number_that_does_not_compare_moves_nothing(client: MlflowClient, tmp_path: Path) -> None:
-    registered(client, tmp_path, 0, record(3.0))
-    promote(client, NAME)
-    other = record(1.0, samples=64, sampling={"solver": "ddim", "steps": 250, "seed": 0})
-    registered(client, tmp_path, 1, other)
-    promotion = promote(client, NAME)
-    assert not promotion.moved
-    assert promotion.text == (
-        f"Version 1 of {NAME} stays champion (fd_labels 3); version 2 does not compare with it,"
-        " as they differ in samples, sampling.solver."
-    )
-    # Scored alike, it compares.
-    registered(client, tmp_path, 0, dataclasses.replace(other, metrics={"fd_labels": 2.0, "kd_labels": 0.1}))
-    assert promote(client, NAME).champion == 2
-
-
-def test_the_first_champion_is_the_best_of_those_like_the_newest(client: MlflowClient, tmp_path: Path) -> None:
-    registered(client, tmp_path, 0, record(0.5, samples=64))
-    registered(client, tmp_path, 1, record(2.0))
-    registered(client, tmp_path, 2, record(3.0))
-    assert promote(client, NAME).champion == 2
-
-
-def test_versions_without_a_usable_score_never_win(client: MlflowClient, tmp_path: Path) -> None:
-    registered(client, tmp_path, 0)
-    with pytest.raises(UserError, match=f"champion: found no scored version of '{NAME}'"):
-        promote(client, NAME)
-    client.set_registered_model_alias(NAME, CHAMPION, "1")
-    registered(client, tmp_path, 1, record(float("nan")))
-    registered(client, tmp_path, 2, record(2.0))
-    registered(client, tmp_path, 3, record(1.0))
-    client.set_model_version_tag(NAME, "4", "dvdp.score_record", '{"of": "another release"}')
-    promotion = promote(client, NAME)
-    assert (promotion.champion, promotion.moved) == (1, False)
-    client.delete_registered_model_alias(NAME, CHAMPION)
-    assert promote(client, NAME).champion == 3
-    assert "it has no score to compare others with" in promotion.text
-
-
 def test_the_headline_is_the_frechet_distance_whatever_its_name() -> None:
     assert record(1.0).headline == "fd_labels"
     assert record(1.0, metrics={"precision": 1.0, "fid": 2.0}).headline == "fid"
@@ -328,7 +261,7 @@ def test_a_server_takes_the_model_and_gives_it_back(tmp_path: Path, monkeypatch:
     with mlflow_server(tmp_path, port):
         client = connect(tmp_path)
         assert registered(client, tmp_path, 0, record(1.0)) == registered(client, tmp_path, 0, record(1.0)) == 1
-        promote(client, NAME)
+        promote_best(client, NAME)
         model = mlflow.pyfunc.load_model(f"models:/{NAME}@{CHAMPION}")
     expected = load_model(tmp_path / "weights-0.safetensors").sample(2, seed=1)
     np.testing.assert_array_equal(predict(model, {"count": 2, "seed": 1}), expected.permute(0, 2, 3, 1).numpy())
@@ -376,7 +309,7 @@ def test_the_champion_runs_where_only_the_slim_core_and_mlflow_are_installed(
     client: MlflowClient, tmp_path: Path, clean_python: Path
 ) -> None:
     registered(client, tmp_path, 0, record(1.0))
-    promote(client, NAME)
+    promote_best(client, NAME, check=no_check)
     (tmp_path / "unavailable").mkdir()
     environment = _outside(clean_python.parent)
     done = subprocess.run(
@@ -398,7 +331,7 @@ def test_the_champion_runs_where_only_the_slim_core_and_mlflow_are_installed(
 @pytest.mark.timeout(1200)
 def test_it_serves_images_over_http(client: MlflowClient, tmp_path: Path, clean_python: Path) -> None:
     registered(client, tmp_path, 0, record(1.0))
-    promote(client, NAME)
+    promote_best(client, NAME, check=no_check)
     port = free_port()
     command = [str(clean_python), "-m", "mlflow", "models", "serve", "-m", f"models:/{NAME}@{CHAMPION}"]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]

@@ -24,6 +24,7 @@ from pipelines.provenance import DVC_HASH, GIT_COMMIT, provenance
 from pipelines.tracking.connection import TrackingUnavailable, connect, reaching
 from pipelines.tracking.runs import COMPARISON_HASH, TRAINING_HASH, TrackedRun, adopt, open_run
 from pipelines.tracking.sync import LedgerSync
+from pipelines.tracking.system import watch_machine
 from tests.tracking.support import (
     empty_store,
     free_port,
@@ -185,16 +186,34 @@ def test_a_param_that_differs_stays_with_a_warning(client: MlflowClient, caplog:
     assert "model.model_channels stays '8'" in caplog.text
 
 
+def test_the_load_of_the_machine_is_logged_while_a_run_trains(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    run = opened(client)
+    run.set_status("RUNNING")
+    for _ in range(2):
+        end = watch_machine(run)
+        time.sleep(1)
+        end()
+    logged = values(client, run.run_id)["system/cpu_utilization_percentage"]
+    assert [step for step, _ in logged] == list(range(len(logged)))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    watch_machine(run)()
+    assert values(client, run.run_id)["system/cpu_utilization_percentage"] == logged
+
+
 def test_a_comparison_nests_its_runs_and_links_to_them(client: MlflowClient) -> None:
     children = {name: opened(client, name) for name in ("ddpm", "dvdp")}
     for comparison in ("old", "new"):
         parent = open_run(client, "digits", COMPARISON_HASH, comparison, comparison)
-        adopt(parent, children, summary="Best: dvdp")
+        adopt(parent, children, summary="Best: dvdp", title=f"{comparison}: dvdp")
     nested = client.search_runs(["1"], f"tags.mlflow.parentRunId = '{parent.run_id}'")
     assert {run.info.run_id for run in nested} == {child.run_id for child in children.values()}
     old = open_run(client, "digits", COMPARISON_HASH, "old", "old")
+    assert client.get_run(old.run_id).info.run_name == "old: dvdp"
     note = client.get_run(old.run_id).data.tags["mlflow.note.content"]
-    assert note.startswith("Best: dvdp\n\n[Side by resolution](#/compare-runs?runs=%5B%22")
+    assert note.startswith("Best: dvdp\n\n[Side by side](#/compare-runs?runs=%5B%22")
     assert all(f"/runs/{child.run_id})" in note for child in children.values())
 
 

@@ -1,0 +1,146 @@
+"""What MLflow's pages say of a run, and of a version of a model: its card."""
+
+from __future__ import annotations
+
+import json
+from urllib.parse import quote
+
+from mlflow.entities.model_registry import ModelVersion
+
+from dvdp.data.store import ImageStore
+from dvdp.evaluation.records import ScoreRecord
+from dvdp.models.flops import relative_flops, training_images
+from dvdp.text import utf8
+from pipelines.jobs.job import Job
+from pipelines.jobs.paths import DataPaths
+from pipelines.provenance import DVC_HASH, GIT_COMMIT
+from pipelines.tracking.runs import DATASET_DIGEST, TRAINING_HASH, TrackedRun, cut
+
+#: Tags of a run: what it was trained on, and with.
+DEVICE, VERSIONS = "dvdp.device", "dvdp.versions"
+#: What is known of the licences of data sets, by ``dataset.source``.
+_LICENCES = {
+    "digits": "CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits)",
+    "cifar10": "its authors state none",
+    "celeba": "non-commercial research only, as its authors say",
+    "ffhq": "CC BY-NC-SA 4.0 for the collection, and that of each photograph",
+    "imagenet64": "non-commercial research only, as ImageNet says",
+}
+#: What databases of MLflow take as the description of a version.
+_MOST = 5000
+
+
+def machine_tags(job: Job) -> dict[str, str]:
+    """What a run was trained on, as far as it was written down."""
+    path = job.folder / "machine.json"
+    if not path.is_file():
+        return {}
+    machine = json.loads(path.read_text())
+    what = "GPU" if machine["gpu"] else "core"
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("dvdp", "torch", "python"))
+    count = machine["devices"]
+    return {DEVICE: f"{machine['device']}, {count} {what}{'' if count == 1 else 's'}", VERSIONS: versions}
+
+
+def run_description(job: Job, record: ScoreRecord | None = None) -> str:
+    """Of a trained setting, in Markdown."""
+    lines = [
+        f"{_what(job)}, on {job.params.dataset.name} at {job.params.dataset.resolution} px.",
+        f"Steps count training images, {training_images(job.run):,} in all; an image of it takes"
+        f" {relative_flops(job.run):.2f} times DDPM's FLOPs.",
+    ]
+    if record is not None:
+        lines.append(f"Score: {_score(record)}.")
+    lines.append(
+        "Artifacts: `pictures` of samples and of the process, `score.json`, `params.json`, `log.txt`, and the model."
+    )
+    return utf8("\n\n".join(lines))
+
+
+def model_card(job: Job, record: ScoreRecord, run: TrackedRun, version: ModelVersion, picture: str) -> str:
+    """Of a version: what it is, how good, what to mind, how to use it, where it comes from; Markdown.
+
+    Args:
+        run: that the version was made by.
+        picture: of samples, an artifact of the run.
+    """
+    data, sampling, tags = ImageStore(DataPaths.of(job.params).store).metadata, job.run.sampling, version.tags
+    about = run.client.get_run(run.run_id).data.tags
+    request: dict[str, int | str] = {"count": 4, "seed": 0, "solver": sampling.solver, "steps": sampling.steps}
+    if job.run.model.num_classes and data.labels:
+        request["label"] = data.labels[0]
+    cells = {
+        f"{record.headline} ↓": record.estimate.text,
+        **{
+            name: f"{record.metrics[found]:.3f}"
+            for name in ("precision", "recall")
+            if (found := next((key for key in record.metrics if key.startswith(name)), None))
+        },
+        "samples": f"{record.samples:,}",
+        "solver": f"{sampling.solver}, {sampling.steps} steps",
+        "training images": f"{training_images(job.run):,}",
+        "FLOPs of DDPM": f"{relative_flops(job.run):.2f}",
+    }
+    page = f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    kept = {
+        "git commit": about.get(GIT_COMMIT),
+        "training hash": tags.get(TRAINING_HASH),
+        "DVC hash of the data": about.get(DVC_HASH),
+        "trained on": about.get(DEVICE),
+        "versions": about.get(VERSIONS),
+    }
+    small = record.headline != "fid"
+    minds = [
+        *(
+            ["Not FID: a Fréchet distance in the features of a small network, of use within this data set alone."]
+            * small
+        ),
+        "The interval is 95 % over draws of the samples; another training seed may differ by more.",
+        "Images may resemble training images; nobody has looked whether some are copies.",
+        *record.warnings,
+    ]
+    source = job.params.dataset.source
+    lines = [
+        f"{_what(job)}.",
+        "",
+        f"| {' | '.join(cells)} |",
+        f"|{' --- |' * len(cells)}",
+        f"| {' | '.join(cells.values())} |",
+        "",
+        f"![samples](get-artifact?path={quote(picture)}&run_uuid={run.run_id})",
+        "",
+        "**Use**",
+        "```python",
+        "import mlflow, pandas",
+        f'model = mlflow.pyfunc.load_model("models:/{version.name}/{version.version}")',
+        f"images = model.predict(pandas.DataFrame([{json.dumps(request)}]))  # uint8 (4, {data.resolution},"
+        f" {data.resolution}, 3)",
+        "```",
+        "**Mind**",
+        *(f"- {each}" for each in minds),
+        "",
+        "**Data**",
+        f"- {data.name}: {data.count:,} images of {data.resolution} px, digest `{tags.get(DATASET_DIGEST, '')[:16]}`",
+        f"- licence: {_LICENCES.get(source, 'not known here; it is that of your images')}",
+        "",
+        "**Origin**",
+        f"- [run]({page}), with curves, params, score record and log",
+        *(f"- {name}: {value}" for name, value in kept.items() if value),
+    ]
+    return cut(utf8("\n".join(lines)), _MOST)
+
+
+def _what(job: Job) -> str:
+    run = job.run
+    points = ", ".join(map(str, run.turning_points))
+    kind = {"ddpm": "DDPM", "dvdp": "DVDP", "subspace": "Subspace diffusion"}[run.process]
+    classes = f"class-conditional ({run.model.num_classes} classes)" if run.model.num_classes else "unconditional"
+    return f"{kind}{f' with turning points {{{points}}}' if points else ''}, {classes}, seed {run.seed}"
+
+
+def _score(record: ScoreRecord) -> str:
+    sampling = record.sampling
+    return (
+        f"{record.headline} {record.estimate.text} (lower is better) from {record.samples:,} samples,"
+        f" {sampling.get('solver')}, {sampling.get('steps')} steps"
+    )
