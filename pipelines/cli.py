@@ -103,10 +103,10 @@ def _sentence(error: typer.TyperException) -> str:
 
 def _read(file: str, changes: Sequence[str], services: bool = False) -> Params:
     """The params; with ``services`` MLflow and Prefect are those of this project folder, unless others are named."""
-    from dvdp.config import check_says_every_key, read_params
+    from dvdp.config import check_says_every_key, parse_overrides, read_params
     from pipelines.addresses import services_environment
 
-    params = read_params(file, changes)
+    params = read_params(file, parse_overrides(changes))
     keep_in_project(params.cluster.storage)
     if "DVC_STAGE" in os.environ:
         check_says_every_key(file)
@@ -430,6 +430,7 @@ def run_experiment(
             raise UserError(f"{what}: found '{text}', expected a name in UTF-8, as Prefect keeps it; rename it.")
     # Mistakes are found before a Prefect server is started for the flow, which checks again.
     params = _read(file, changes, services=True)
+    from dvdp.config import parse_overrides
     from pipelines.jobs.cluster import check_address, check_storage, ray_folder
     from pipelines.jobs.job import jobs
     from pipelines.jobs.paths import DataPaths
@@ -456,7 +457,7 @@ def run_experiment(
     from pipelines.experiment import experiment
 
     _end_soon_after_a_signal(15)
-    state = experiment(params_file=file, reports=reports, overrides=changes, return_state=True)
+    state = experiment(params_file=file, reports=reports, overrides=parse_overrides(changes), return_state=True)
     if state.is_completed():
         return 0
     outcome = state.result(raise_on_failure=False)
