@@ -30,15 +30,14 @@ from dvdp.errors import UserError, did_you_mean
 from dvdp.files import locked
 from dvdp.training.loop import is_finished
 from pipelines.left_behind import RUNNING
+from pipelines.tracking.champion import CHAMPIONS, REJECTED
 from pipelines.tracking.connection import NoAnswer, reading, there_is_a_store
 from pipelines.tracking.job_runs import model_name
 from pipelines.tracking.registry import ready_versions
 from pipelines.tracking.runs import SETTING
 
-#: Tag of a registered model: its champions so far, as numbers of versions.
-CHAMPIONS = "dvdp.champions"
 #: Tags of versions that stay: those that a person wants to keep, and those that must not come back unmarked.
-KEPT_TAGS = ("dvdp.keep", "dvdp.rejected")
+KEPT_TAGS = ("dvdp.keep", REJECTED)
 #: Artifacts that Prefect is asked for at a time, with their data.
 PAGE = 50
 

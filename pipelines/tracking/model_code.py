@@ -39,7 +39,7 @@ class RequestRefusedError(MlflowException):
     """A request that cannot be met, in one sentence."""
 
     # MLflow's server puts the whole request before a message; it stays the sentence.
-    message = property(lambda self: self.args[0], lambda self, _: None)  # type: ignore[assignment]
+    message = property(lambda self: self.args[0], lambda self, _: None)
 
 
 class ImageModel(PythonModel):

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -219,9 +220,16 @@ def killed_when_interrupted(connect: Callable[[], MlflowClient]) -> Iterator[Non
     except BaseException:
         # First of all, as what is at work fails when its cluster goes.
         _interrupted = True
-        with contextlib.suppress(Exception), impatient():
-            kill_runs_of(connect(), _flow_run)
+        # In a thread, which a second signal does not disturb: `timeout` sends one to the command and one to its group.
+        ending = threading.Thread(target=_kill_own_runs, args=(connect,), name="killing runs", daemon=True)
+        ending.start()
+        ending.join(15)
         raise
+
+
+def _kill_own_runs(connect: Callable[[], MlflowClient]) -> None:
+    with contextlib.suppress(Exception), impatient():
+        kill_runs_of(connect(), _flow_run)
 
 
 def kill_runs_of(client: MlflowClient, flow_run: str) -> None:

@@ -18,9 +18,10 @@ from dvdp.config import parse_params
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
 from pipelines.cli import main
-from pipelines.commands.clean import CHAMPIONS, KEPT_TAGS, clean
+from pipelines.commands.clean import KEPT_TAGS, clean
 from pipelines.left_behind import RUNNING
 from pipelines.tracking import registry
+from pipelines.tracking.champion import CHAMPIONS
 from pipelines.tracking.runs import COMPARISON_HASH, SETTING, TRAINING_HASH, TrackedRun, open_run
 from tests.tracking.support import empty_store, free_port, kill, small_model, wait_until
 
