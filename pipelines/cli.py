@@ -33,6 +33,8 @@ from pipelines.logs import to_terminal
 
 if TYPE_CHECKING:
     from dvdp.config import Params
+    from pipelines.commands.evaluate import RegisteredModel
+    from pipelines.jobs.job import Job
 
 #: Quiet libraries; said before any of them is imported.
 ENVIRONMENT = {
@@ -160,11 +162,12 @@ def _end_soon_after_a_signal(seconds: float) -> None:
 app = typer.Typer(help=__doc__, add_completion=False)
 PARAMS, DATA, RUNS, EXPERIMENTS = "Params", "Data", "Runs, step by step", "Whole experiments"
 MODELS = "Registered models"
-MODEL = Argument(metavar="MODEL", help="Its name in MLflow, such as dvdp-digits.")
 FILE = Option("params.yaml", "--params", metavar="FILE", help="The params file.")
 CHANGES = Option([], "-S", "--set-param", metavar="KEY=VALUE", help="Another value, such as training.batch=64.")
 SETTING = Option(None, metavar="NAME", help="One setting alone.")
 SEED = Option(None, help="One seed alone.")
+NAME = Argument(metavar="MODEL", help="Its name in MLflow, such as dvdp-digits.")
+MODEL = Option(None, metavar="ADDRESS", help="A registered model in place of settings, models:/NAME@ALIAS or /VERSION.")
 
 
 @app.command(rich_help_panel=PARAMS)
@@ -298,13 +301,34 @@ def train(
 
 @app.command(rich_help_panel=RUNS)
 def sample(
-    file: str = FILE, changes: list[str] = CHANGES, setting: str | None = SETTING, seed: int | None = SEED
+    file: str = FILE,
+    changes: list[str] = CHANGES,
+    setting: str | None = SETTING,
+    seed: int | None = SEED,
+    model: str | None = MODEL,
+    out: str | None = Option(None, metavar="FOLDER", help="Of PNG files, one an image; an interrupted run goes on."),
 ) -> None:
-    """Draw the images of trained settings that scores need."""
-    params = _read(file, changes, services=True)
-    from pipelines.commands.runs import chosen, sample
+    """Draw the sampling.count images of trained settings, or of a registered model."""
+    subjects = _subjects(params := _read(file, changes, services=True), setting, seed, model)
+    from pipelines.commands.runs import sample
 
-    sample(params, chosen(params, setting, seed))
+    sample(params, subjects, None if out is None else Path(out))
+
+
+@app.command(rich_help_panel=RUNS)
+def serve(
+    file: str = FILE,
+    changes: list[str] = CHANGES,
+    model: str | None = Option(None, metavar="ADDRESS", help="models:/NAME@ALIAS or /VERSION; else the champion."),
+    port: int = Option(8000, min=1, max=65535, help="On this machine only."),
+) -> None:
+    """Serve a page to draw images from a registered model."""
+    params = _read(file, changes, services=True)
+    from pipelines.commands.serve import serve
+    from pipelines.tracking.champion import CHAMPION
+    from pipelines.tracking.job_runs import model_name
+
+    serve(model or f"models:/{model_name(params)}@{CHAMPION}", port)
 
 
 @app.command(rich_help_panel=RUNS)
@@ -313,22 +337,15 @@ def evaluate(
     changes: list[str] = CHANGES,
     setting: str | None = SETTING,
     seed: int | None = SEED,
-    model: str | None = Option(
-        None, metavar="ADDRESS", help="A registered model in place of settings, models:/NAME@ALIAS or /VERSION."
-    ),
+    model: str | None = MODEL,
     statistics: str | None = Option(
         None, metavar="FILE", help="An .npz with published 'mu' and 'sigma' in place of the reference: FID alone."
     ),
 ) -> None:
     """Score the images of settings, or a registered model, and add that to MLflow."""
-    if model and (setting or seed is not None):
-        raise UserError("--model: found it beside --setting or --seed, expected one or the other; leave one out.")
-    params = _read(file, changes, services=True)
-    # Seconds to import.
-    from pipelines.commands.evaluate import evaluate, registered_model, track
-    from pipelines.commands.runs import chosen
+    subjects = _subjects(_read(file, changes, services=True), setting, seed, model)
+    from pipelines.commands.evaluate import evaluate, track
 
-    subjects = [registered_model(params, model)] if model else chosen(params, setting, seed)
     problems: list[str] = []
     for subject in subjects:
         record = evaluate(subject, Path(statistics) if statistics else None)
@@ -449,7 +466,7 @@ def report(
 
 @app.command(rich_help_panel=MODELS)
 def promote(
-    model: str = MODEL,
+    model: str = NAME,
     version: int | None = Argument(None, help="The version to use from now on, until it is released with --auto."),
     auto: bool = Option(False, "--auto", help="Let the scores choose the champion again, now and after each run."),
     file: str = FILE,
@@ -468,7 +485,7 @@ def promote(
 
 
 @app.command(rich_help_panel=MODELS)
-def rollback(model: str = MODEL, file: str = FILE, changes: list[str] = CHANGES) -> None:
+def rollback(model: str = NAME, file: str = FILE, changes: list[str] = CHANGES) -> None:
     """Make the version with the alias `previous` champion again."""
     _read(file, changes, services=True)
     from pipelines.commands.versions import rollback
@@ -478,7 +495,7 @@ def rollback(model: str = MODEL, file: str = FILE, changes: list[str] = CHANGES)
 
 @app.command(rich_help_panel=MODELS)
 def reject(
-    model: str = MODEL,
+    model: str = NAME,
     version: int = Argument(help="The version that is never to be promoted again."),
     reason: str = Option(..., metavar="TEXT", help="Why; MLflow shows it as a tag of the version."),
     file: str = FILE,
@@ -507,6 +524,19 @@ def _file(option: str, name: str) -> Path:
             with tempfile.TemporaryFile(dir=there):
                 return path
     raise UserError(f"{option}: found '{name}', expected the name of a file in a folder that can be written.")
+
+
+def _subjects(
+    params: Params, setting: str | None, seed: int | None, model: str | None
+) -> Sequence[Job | RegisteredModel]:
+    """The jobs of settings, or a registered model."""
+    if model and (setting or seed is not None):
+        raise UserError("--model: found it beside --setting or --seed, expected one or the other; leave one out.")
+    # Seconds to import.
+    from pipelines.commands.evaluate import registered_model
+    from pipelines.commands.runs import chosen
+
+    return [registered_model(params, model)] if model else chosen(params, setting, seed)
 
 
 def _unavailable(work: Callable[[], None]) -> list[str]:

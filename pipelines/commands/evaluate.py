@@ -112,6 +112,11 @@ def evaluate(subject: Job | RegisteredModel, statistics: Path | None = None) -> 
     if isinstance(subject, Job):
         return score_job(subject, statistics)
     params = subject.params
+    if params.evaluation.samples > params.sampling.count:
+        raise UserError(
+            f"evaluation.samples: found {params.evaluation.samples}, expected at most sampling.count,"
+            f" {params.sampling.count}; draw more or score fewer."
+        )
     if statistics is None:
         check_scorable(params)
     else:
@@ -212,11 +217,6 @@ def _fetched(client: MlflowClient, params: Params, version: ModelVersion, addres
         raise UserError(
             f"--model: found a model of {model.resolution} px images, expected dataset.resolution,"
             f" {params.dataset.resolution} px; give the params of its data set with --params."
-        )
-    if params.evaluation.samples > params.sampling.count:
-        raise UserError(
-            f"evaluation.samples: found {params.evaluation.samples}, expected at most sampling.count,"
-            f" {params.sampling.count}; draw more or score fewer."
         )
     model.run.check()
     return RegisteredModel(

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
+from tqdm import tqdm
 
 from dvdp.config import MOST_PICTURE_PIXELS, Params
 from dvdp.errors import UserError
 from dvdp.evaluation.figures import grid, save_png
+from dvdp.evaluation.samples import SampleShards
+from dvdp.files import write_atomically
 from dvdp.models.export import load_model
 from dvdp.training import checkpoints
 from dvdp.training.loop import is_finished
 from pipelines.jobs.cluster import cluster
-from pipelines.jobs.job import Job, jobs
+from pipelines.jobs.job import Job, Sampled, jobs
 from pipelines.jobs.sample import sample_job
 from pipelines.jobs.train import train_job
 from pipelines.turning_points import resolve
@@ -49,17 +56,62 @@ def train(params: Params, chosen: list[Job], resume: bool) -> None:
             print(f"{job.name}: {train_job(job, {'dataset': params.dataset.name})}")
 
 
-def sample(params: Params, chosen: list[Job]) -> None:
-    """Draw the images of finished runs that scores need."""
-    for job in chosen:
-        if not is_finished(job.folder):
+def sample(params: Params, chosen: Sequence[Sampled], out: Path | None) -> None:
+    """Draw ``sampling.count`` images each, on the cluster; what is there already is kept.
+
+    Args:
+        chosen: finished runs, or registered models.
+        out: folder of PNG files, one an image, in a folder for each of several that are chosen.
+    """
+    for subject in chosen:
+        if isinstance(subject, Job) and not is_finished(subject.folder):
             raise UserError(
-                f"sample: found no weights of {job.name} in '{job.folder}', expected a finished run;"
+                f"sample: found no weights of {subject.name} in '{subject.folder}', expected a finished run;"
                 " run `dvdp train` with the same params first."
             )
+    folders = [out / subject.name.replace(" ", "-") if out and len(chosen) > 1 else out for subject in chosen]
+    for subject, folder in zip(chosen, folders, strict=True):
+        if folder:
+            check_same(folder, subject)
     with cluster(params.cluster) as slots, slots:
-        for job in chosen:
-            print(f"{job.name}: {sample_job(job, slots)}")
+        for subject, folder in zip(chosen, folders, strict=True):
+            samples = sample_job(subject, slots)
+            if folder:
+                write_images(samples, folder, subject)
+            print(f"{subject.name}: {folder or samples}")
+
+
+#: In a folder of images: which ones.
+ABOUT = "images.json"
+
+
+def _about(subject: Sampled) -> str:
+    about = {"model": subject.name, "weights": subject.trained, "sampling": subject.run.sampling.options()}
+    return json.dumps(about, indent=2) + "\n"
+
+
+def check_same(folder: Path, subject: Sampled) -> None:
+    """Raise UserError if a folder holds anything else than images of this model, drawn alike."""
+    if folder.is_dir() and any(folder.iterdir()):
+        known = folder / ABOUT
+        if not known.is_file() or known.read_text() != _about(subject):
+            raise UserError(
+                f"--out: found other files in '{folder}', expected an empty folder, or one of images of {subject.name}"
+                " drawn as the params say; name another."
+            )
+
+
+def write_images(samples: Path, folder: Path, subject: Sampled) -> None:
+    """Write each sample as ``<number, 8 digits>.png``, unless it is there, and which they are (:data:`ABOUT`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / ABOUT, _about(subject))
+    drawn = SampleShards(samples)
+    for i in tqdm(range(subject.run.sampling.count), desc=str(folder), unit="image", mininterval=1):
+        path = folder / f"{i:08d}.png"
+        if not path.exists():
+            file = io.BytesIO()
+            Image.fromarray(drawn[i].permute(1, 2, 0).numpy()).save(file, "PNG")
+            write_atomically(path, file.getvalue())
 
 
 def draw(weights: str, count: int, device: str, out: Path, **options: int | str | None) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 
 import mlflow
 import mlflow.pyfunc
-import numpy as np
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput
@@ -29,7 +28,8 @@ from mlflow.entities.logged_model_status import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import AnyType
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from torch import Tensor
 
@@ -63,13 +63,17 @@ SIGNATURE = ModelSignature(
     inputs=Schema(
         [
             ColSpec(DataType.long, "count"),
-            ColSpec(DataType.long, "seed", required=False),
-            ColSpec(DataType.string, "solver", required=False),
-            ColSpec(DataType.long, "steps", required=False),
+            *(ColSpec(DataType.long, name, required=False) for name in ("seed", "first", "steps")),
+            *(ColSpec(DataType.string, name, required=False) for name in ("label", "format", "solver")),
+        ]
+    ),
+    outputs=Schema(
+        [
+            ColSpec(AnyType(), "image"),
+            *(ColSpec(DataType.long, name) for name in ("seed", "index")),
             ColSpec(DataType.string, "label", required=False),
         ]
     ),
-    outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
 )
 
 
@@ -212,13 +216,19 @@ def _logged_model(
             signature=SIGNATURE,
             input_example=pd.DataFrame([{"count": 4, "seed": 0, "solver": defaults.solver, "steps": defaults.steps}]),
             mlflow_model=Model(
-                artifact_path=model.artifact_location,
                 model_uuid=model.model_id,
                 model_id=model.model_id,
                 run_id=run.run_id,
                 metadata={**origin, **tags},
             ),
         )
+        # MLflow notes where the files were on this machine; it reads their copies in the model.
+        saved = Model.load(str(path))
+        flavor = saved.flavors["python_function"]
+        flavor["model_code_path"] = Path(flavor["model_code_path"]).name
+        for artifact in flavor["artifacts"].values():
+            artifact["uri"] = artifact["path"]
+        saved.save(str(path / "MLmodel"))
         client.log_model_artifacts(model.model_id, str(path))
     return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 

@@ -224,7 +224,7 @@ def test_an_archive_is_scored_by_an_extractor_made_before(tmp_path: Path) -> Non
     assert done.stderr.strip().startswith("--extractor: found a feature network of 16 px")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @COMPILER
 def test_settings_train_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ModelParams(model_channels=4, channel_mult=(1,), attention_factors=(), num_head_channels=4, num_classes=0)

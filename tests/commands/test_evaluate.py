@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
+from PIL import Image
 
 from dvdp.config import read_params
 from dvdp.data.store import ImageStore
@@ -18,6 +19,7 @@ from dvdp.errors import UserError
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.export import load_model
 from pipelines.cli import main
+from pipelines.commands import runs
 from pipelines.commands.evaluate import RegisteredModel, add_evaluation, registered_model
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import missing_shards, sample_shard
@@ -84,6 +86,27 @@ def sampled() -> RegisteredModel:
     for first, size in missing_shards(model):
         sample_shard(str(model.weights), str(model.samples), first, size, model.run.sampling, model.params.cluster)
     return model
+
+
+def test_images_of_a_model_are_files_that_are_written_once(client: MlflowClient, tmp_path: Path) -> None:
+    model, out = sampled(), tmp_path / "images"
+    runs.check_same(out, model)
+    runs.write_images(model.samples, out, model)
+    before = files(out)
+    assert len(before) == 12 + 1
+    drawn = load_model("weights.safetensors", sampling=model.run.sampling).sample(12).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal([np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))], drawn)
+    (out / "00000007.png").unlink()
+    runs.check_same(out, model)
+    runs.write_images(model.samples, out, model)
+    now = files(out)
+    changed = {path.name for path in now if now[path] != before[path]}
+    assert changed <= {"00000007.png", "images.json"}
+    write_params(sampling={**TREE["sampling"], "seed": 4})
+    with pytest.raises(
+        UserError, match=r"^--out: found other files in '.*images', expected an empty folder, or one of"
+    ):
+        runs.check_same(out, registered_model(read_params(), ADDRESS))
 
 
 def evaluations(client: MlflowClient) -> list[Any]:

@@ -87,7 +87,7 @@ def memory(pid: int) -> float:
     return total
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to measure memory")
 def test_memory_is_flat_from_prepare_to_load(tmp_path: Path) -> None:

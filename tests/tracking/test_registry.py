@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import subprocess
 import sys
+import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -121,7 +126,7 @@ def test_a_registration_cut_short_is_completed(client: MlflowClient, tmp_path: P
         registered(flaky, tmp_path, 0)
     assert registered(flaky, tmp_path, 0) == 1
     assert len(client.search_logged_models(["1"])) == 1
-    assert mlflow.pyfunc.load_model(f"models:/{NAME}/1").predict(pd.DataFrame([{"count": 1}])).shape == (1, 8, 8, 3)
+    assert predict(mlflow.pyfunc.load_model(f"models:/{NAME}/1"), {"count": 1}).shape == (1, 8, 8, 3)
 
 
 def test_a_file_that_is_no_model_is_one_sentence_and_leaves_nothing(client: MlflowClient, tmp_path: Path) -> None:
@@ -156,7 +161,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> mlflow.pyfunc.PyFuncMode
 
 
 def predict(model: mlflow.pyfunc.PyFuncModel, *rows: dict[str, object]) -> np.ndarray:
-    return np.asarray(model.predict(pd.DataFrame(list(rows))))
+    return np.stack(model.predict(pd.DataFrame([{"format": "numbers", **row} for row in rows])).image)
 
 
 def test_it_draws_the_images_of_the_trained_model(loaded: mlflow.pyfunc.PyFuncModel, tmp_path: Path) -> None:
@@ -167,9 +172,27 @@ def test_it_draws_the_images_of_the_trained_model(loaded: mlflow.pyfunc.PyFuncMo
 
 
 def test_what_is_left_out_is_as_the_run_says(loaded: mlflow.pyfunc.PyFuncModel) -> None:
-    short, full = {"count": 3}, {"count": 3, "seed": 3, "solver": "ddpm", "steps": 4}
+    short, full = {"count": 3, "seed": 3}, {"count": 3, "seed": 3, "solver": "ddpm", "steps": 4}
     np.testing.assert_array_equal(predict(loaded, short), predict(loaded, full))
-    np.testing.assert_array_equal(np.asarray(loaded.predict([short])), predict(loaded, full))
+    assert loaded.predict([short]).equals(loaded.predict(pd.DataFrame([full])))
+
+
+def test_every_image_says_what_draws_it_again(loaded: mlflow.pyfunc.PyFuncModel) -> None:
+    drawn, other = (loaded.predict(pd.DataFrame([{"count": 3}])) for _ in range(2))
+    assert drawn.seed[0] != other.seed[0], "without a seed it is a random one"
+    assert drawn["index"].tolist() == [0, 1, 2]
+    again = {"count": 1, "seed": int(drawn.seed[0]), "first": 2}
+    (image,) = loaded.predict(pd.DataFrame([again])).image
+    assert image == drawn.image[2]
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))
+    np.testing.assert_array_equal(pixels, predict(loaded, again)[0])
+
+
+def test_a_model_says_nothing_of_the_machine_that_made_it(tmp_path: Path) -> None:
+    registered(empty_store(tmp_path), tmp_path, 0)
+    (path,) = tmp_path.glob("mlartifacts/models/*/artifacts")
+    texts = [file.read_bytes() for file in path.rglob("*") if file.is_file()]
+    assert not [text for text in texts if os.fsencode(tmp_path) in text or os.fsencode(PROJECT) in text]
 
 
 def test_rows_are_answered_one_after_the_other(loaded: mlflow.pyfunc.PyFuncModel) -> None:
@@ -183,10 +206,13 @@ def test_a_class_conditional_model_draws_the_class_asked_for(tmp_path: Path) -> 
     run = open_run(empty_store(tmp_path), "digits", TRAINING_HASH, "told", "told")
     register(run, NAME, weights, {TRAINING_HASH: "told"})
     (path,) = tmp_path.glob("mlartifacts/models/*/artifacts")
-    rows = {"count": 2, "label": "7"}, {"count": 2, "label": None}, {"count": 2, "label": "0"}
-    images, model = predict(mlflow.pyfunc.load_model(str(path)), *rows), load_model(weights)
-    expected = [model.sample(2, label=label).permute(0, 2, 3, 1).numpy() for label in ("7", None, "0")]
-    np.testing.assert_array_equal(images, np.concatenate(expected))
+    rows = [{"count": 2, "seed": 3, "label": label, "format": "numbers"} for label in ("7", None, "0")]
+    drawn, model = mlflow.pyfunc.load_model(str(path)).predict(pd.DataFrame(rows)), load_model(weights)
+    expected = [model.sample(2, seed=3, label=label).permute(0, 2, 3, 1).numpy() for label in ("7", None, "0")]
+    np.testing.assert_array_equal(np.stack(drawn.image), np.concatenate(expected))
+    labels = model.labels(3, 0, 2)
+    assert labels is not None
+    assert drawn.label.tolist() == ["7", "7", *(("0", "7")[label] for label in labels), "0", "0"]
     assert not np.array_equal(expected[0], expected[2])
 
 
@@ -208,12 +234,15 @@ def test_the_command_draws_the_class_it_is_asked_for(tmp_path: Path, capsys: pyt
         ({"count": 1, "steps": 1}, "^steps: found 1, expected at least 2"),
         ({"count": 1, "steps": 0}, "^steps: found 0, expected at least 2"),
         ({"count": 1, "label": "7"}, "^label: found '7', expected none, as this model is unconditional"),
+        ({"count": 200, "seed": 1}, "^count: found 400 images in a request, expected at most 256; ask for the others"),
+        ({"count": 1, "format": "gif"}, "^format: found 'gif', expected one of png, numbers.$"),
+        ({"count": 1, "first": -1}, "^first: found -1, expected the number of an image, at least 0.$"),
         ({"seed": 1}, "Model is missing inputs"),
     ],
 )
 def test_bad_input_is_one_sentence(loaded: mlflow.pyfunc.PyFuncModel, row: dict[str, object], sentence: str) -> None:
     with pytest.raises(Exception, match=sentence):
-        predict(loaded, row)
+        loaded.predict(pd.DataFrame([row] * (1 + (row.get("count") == 200))))
 
 
 def test_the_headline_is_the_frechet_distance_whatever_its_name() -> None:
@@ -234,8 +263,8 @@ def test_a_server_takes_the_model_and_gives_it_back(tmp_path: Path, monkeypatch:
         assert registered(client, tmp_path, 0, record(1.0)) == registered(client, tmp_path, 0, record(1.0)) == 1
         promote_best(client, NAME)
         model = mlflow.pyfunc.load_model(f"models:/{NAME}@{CHAMPION}")
-    expected = load_model(tmp_path / "weights-0.safetensors").sample(2)
-    np.testing.assert_array_equal(predict(model, {"count": 2}), expected.permute(0, 2, 3, 1).numpy())
+    expected = load_model(tmp_path / "weights-0.safetensors").sample(2, seed=1)
+    np.testing.assert_array_equal(predict(model, {"count": 2, "seed": 1}), expected.permute(0, 2, 3, 1).numpy())
 
 
 PROGRAM = """
@@ -245,8 +274,9 @@ import mlflow
 absent = ["dvdp", "pipelines", "ray", "prefect", "albumentations", "lmdb", "torch_fidelity", "dvc"]
 assert not [name for name in absent if importlib.util.find_spec(name)], "the environment is not clean"
 model = mlflow.pyfunc.load_model("models:/dvdp-digits@champion")
-images = model.predict(pd.DataFrame([{"count": 4, "seed": 0, "solver": "ddpm", "steps": 250}]))
-print(json.dumps({"shape": images.shape, "dtype": str(images.dtype), "images": images.tolist()}))
+request = {"count": 4, "seed": 0, "solver": "ddpm", "steps": 250, "format": "numbers"}
+images = [image.tolist() for image in model.predict(pd.DataFrame([request])).image]
+print(json.dumps(images))
 """
 
 
@@ -291,11 +321,10 @@ def test_the_champion_runs_where_only_the_slim_core_and_mlflow_are_installed(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
+    images = np.array(json.loads(done.stdout.splitlines()[-1]))
     expected = load_model(tmp_path / "weights-0.safetensors").sample(4, seed=0, solver="ddpm", steps=250)
-    assert (answer["shape"], answer["dtype"]) == ([4, 8, 8, 3], "uint8")
-    difference = np.array(answer["images"]) - expected.permute(0, 2, 3, 1).numpy().astype(int)
-    assert np.abs(difference).max() <= 1
+    assert images.shape == (4, 8, 8, 3)
+    assert np.abs(images - expected.permute(0, 2, 3, 1).numpy().astype(int)).max() <= 1
 
 
 @pytest.mark.slow
@@ -312,12 +341,27 @@ def test_it_serves_images_over_http(client: MlflowClient, tmp_path: Path, clean_
         )
     try:
         wait_until(lambda: healthy(f"http://127.0.0.1:{port}/ping", 2), 180)
-        body = json.dumps({"dataframe_records": [{"count": 2, "seed": 0}]}).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
-        )
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
-            images = np.array(json.load(answer)["predictions"])
+
+        def answer(row: dict[str, object]) -> dict[str, Any]:
+            body = json.dumps({"dataframe_records": [row]}).encode()
+            address, kind = f"http://127.0.0.1:{port}/invocations", {"Content-Type": "application/json"}
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            try:
+                with opener.open(urllib.request.Request(address, body, kind), timeout=60) as found:
+                    return dict(json.load(found))
+            except urllib.error.HTTPError as error:
+                return {"code": error.code, **json.load(error)}
+
+        # Many at a time, each with its own images.
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(answer, ({"count": 2, "seed": i % 3} for i in range(24))))
+        refused = answer({"count": 0})
     finally:
         kill(server)
-    assert images.shape == (2, 8, 8, 3)
+    assert refused["code"] == 400
+    assert refused["message"] == "count: found 0, expected a number of images, at least 1."
+    model = load_model(tmp_path / "weights-0.safetensors")
+    for i, given in enumerate(answers):
+        images = [Image.open(io.BytesIO(base64.b64decode(row["image"]))) for row in given["predictions"]]
+        expected = model.sample(2, seed=i % 3).permute(0, 2, 3, 1).numpy().astype(int)
+        assert np.abs(np.stack(list(map(np.asarray, images))) - expected).max() <= 1
