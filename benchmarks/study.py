@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from dvdp.data.prepare import prepare
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.evaluation.extractors import load_extractor, train_extractor
-from dvdp.evaluation.reference import make_reference, read_reference
+from dvdp.evaluation.reference import anchors, make_reference, read_reference
 from dvdp.evaluation.samples import write_shard
 from dvdp.evaluation.scores import score
 from dvdp.files import write_atomically
@@ -70,7 +70,7 @@ def prepared(params: Params, folder: Path, path: Path | None) -> ImageStore:
         print(train_extractor(store, task, epochs, store.metadata.digest, folder / "extractor"))
     if not (folder / "reference" / "reference.json").exists():
         extractor = load_extractor(folder / "extractor")
-        make_reference(store, store.metadata.digest, extractor, folder / "reference", params.evaluation.kid_subset)
+        make_reference(store, store.metadata.digest, extractor, folder / "reference")
     return store
 
 
@@ -151,7 +151,8 @@ def sampled_metrics(params: Params, run: Run, folder: Path, work: Path) -> dict[
 
 
 def _summary(params: Params, results: list[dict[str, object]], work: Path) -> dict[str, object]:
-    reference = read_reference(work / params.dataset.name / "reference")
+    folder = work / params.dataset.name / "reference"
+    reference, evaluation = read_reference(folder), params.evaluation
     means = {}
     for setting in params.settings:
         values = [float(str(r[metric(params)])) for r in results if r["setting"] == setting]
@@ -160,7 +161,7 @@ def _summary(params: Params, results: list[dict[str, object]], work: Path) -> di
     return {
         "machine": machine(),
         "data": {"name": params.dataset.name, "digest": reference.data_digest, "images": reference.count},
-        "anchors": reference.anchors,
+        "anchors": {k: asdict(v) for k, v in anchors(folder, evaluation.samples, evaluation.kid_subset).items()},
         "sampling": {"solver": params.sampling.solver, "steps": params.sampling.steps, "count": params.sampling.count},
         "metric": metric(params),
         "summary": means,

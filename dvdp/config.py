@@ -328,6 +328,8 @@ class ClusterParams(Section):
     """CPU threads a worker."""
     gpu: Flag = False
     """One GPU for each worker."""
+    busy: Literal["wait", "leave", "share"] = "wait"
+    """What a run does while another one uses the cores of this machine; nothing on a cluster of ``RAY_ADDRESS``."""
     max_failures: Annotated[Whole, Field(ge=0, le=100)] = 2
     """Worker failures after which a run gives up."""
     storage: LocalPath = Path("runs")
@@ -559,19 +561,43 @@ class Run(Section):
             raise UserError(f"model: its description does not fit this version of dvdp ({error}).") from None
 
 
-def read_params(path: Path | str = "params.yaml", overrides: Sequence[str] = ()) -> Params:
+def read_params(path: Path | str = "params.yaml", overrides: Mapping[str, Any] | None = None) -> Params:
     """Read and check a params file.
 
     Args:
-        overrides: other values, each as ``key=value``, such as ``settings.dvdp-600.turning_points=[500]``.
+        overrides: other values by key, such as ``{"training.batch": 64}``; see :func:`parse_overrides`.
 
     Raises:
         UserError: the file is missing, is no YAML, or something in it is wrong; the text names the key.
     """
     tree = _read_tree(Path(path))
-    for text in overrides:
-        tree = _override(tree, text)
-    return parse_params(tree, " ".join([str(path), *(f"-S {_short(text)}" for text in overrides)]))
+    for key, value in (overrides or {}).items():
+        tree = _override(tree, key, value)
+    said = (value if isinstance(value, str) else json.dumps(value, default=str) for value in (overrides or {}).values())
+    texts = (f"-S {_short(f'{key}={value}')}" for key, value in zip(overrides or {}, said, strict=True))
+    return parse_params(tree, " ".join([str(path), *texts]))
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """Overrides by key from those of a command line, each such as ``settings.dvdp-600.turning_points=[500]``.
+
+    Raises:
+        UserError: one is not of that form, or its value is no YAML.
+    """
+    overrides: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise UserError(f"-S: found '{_short(text)}', expected KEY=VALUE, such as training.batch=64.")
+        # The last of several counts, and comes last.
+        overrides.pop(key, None)
+        try:
+            overrides[key] = parse_yaml(value)
+        except UserError:
+            raise UserError(
+                f"-S {_short(key)}: found '{_short(value)}', expected YAML, such as 64, linear or [300, 600]."
+            ) from None
+    return overrides
 
 
 def check_says_every_key(path: Path | str = "params.yaml") -> None:
@@ -614,17 +640,8 @@ def parse_params(tree: Mapping[str, Any], source: str = "params") -> Params:
     return params
 
 
-def _override(tree: Any, text: str) -> Any:
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise UserError(f"-S: found '{_short(text)}', expected KEY=VALUE, such as training.batch=64.")
+def _override(tree: Any, key: str, value: Any) -> Any:
     key = _short(key)
-    try:
-        parsed = parse_yaml(value)
-    except UserError:
-        raise UserError(
-            f"-S {key}: found '{_short(value)}', expected YAML, such as 64, linear or [300, 600]."
-        ) from None
     path, default = key.split("."), Params().describe()
     # A name belongs to the settings of the file, or to the default ones where it has none.
     settings = default.pop("settings")
@@ -636,7 +653,7 @@ def _override(tree: Any, text: str) -> Any:
             if path[1] not in names:
                 hint = did_you_mean(path[1], names)
                 raise UserError(f"found no setting '{path[1]}'{hint}, expected one of {_short(', '.join(names))}")
-        return _replaced(tree, default, path, parsed)
+        return _replaced(tree, default, path, value)
     except UserError as error:
         raise UserError(f"-S {key}: {error}.") from None
 

@@ -3,9 +3,10 @@
     python -m infra.services up        start what is not running, wait until all are healthy (`make services`)
     python -m infra.services down      end them (`make services-down`); their data stay
     python -m infra.services status    what runs, where
-    python -m infra.services env       the addresses, for `eval "$(python -m infra.services env)"`
+    python -m infra.services env       the addresses, for `eval "$(.venv/bin/python -m infra.services env)"`
 
-supervisord runs them (``supervisord.conf``) and starts again what ends unasked. ``.services/<name>.log`` is the log.
+supervisord runs them (``supervisord.conf``) and starts again what ends unasked; ``up`` also starts a worker again that
+hangs. ``.services/<name>.log`` is the log.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ SERVICES = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL", "work
 #: Seconds to become healthy, and to end before being killed.
 START_LIMIT = 180
 END_LIMIT = 15
+#: Seconds without a heartbeat after which a worker hangs: it sends one every 30 s.
+SILENCE = 90
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,6 +101,10 @@ def up(project: Path, mlflow_port: int = 5000, prefect_port: int = 4200) -> None
         try:
             supervisor = supervisor or _start_supervisor(folder, addresses)
             for name in SERVICES:  # one after the other: the worker needs the Prefect server
+                if name == "worker" and name not in missing and _hangs(supervisor, addresses):
+                    print(f"worker: no heartbeat for {SILENCE} s, it is ended", flush=True)
+                    supervisor.signalProcess(name, "KILL")
+                    missing.append(name)
                 if name in missing:
                     print(f"{name}: starting, log in {folder / f'{name}.log'}", flush=True)
                     with contextlib.suppress(Fault):  # It may wait to be started again.
@@ -109,6 +116,7 @@ def up(project: Path, mlflow_port: int = 5000, prefect_port: int = 4200) -> None
             _end(folder, missing)
             raise
     print(f"pages: {addresses['MLFLOW_TRACKING_URI']} and {addresses['PREFECT_API_URL'].removesuffix('/api')}")
+    print(f'for a shell: eval "$({sys.executable} -m infra.services env)"')
 
 
 def down(project: Path) -> None:
@@ -125,11 +133,13 @@ def down(project: Path) -> None:
 
 def status(project: Path) -> None:
     """Print a line for each service."""
-    supervisor = connect(project.resolve() / FOLDER)
+    supervisor, answering = connect(project.resolve() / FOLDER), services_environment(project)
     for name in SERVICES:
         info = supervisor.getProcessInfo(name) if supervisor else {"statename": "not running", "description": ""}
         print(f"{name}: {info['statename'].lower()} {info['description']}".strip())
-    for name, value in services_environment(project).items():
+    if supervisor and "PREFECT_API_URL" in answering and _hangs(supervisor, answering):
+        print(f"worker: no heartbeat for {SILENCE} s, it hangs; `make services` starts it again")
+    for name, value in answering.items():
         print(f"{name}={value}")
 
 
@@ -173,6 +183,8 @@ def _start_supervisor(folder: Path, addresses: dict[str, str]) -> Any:
         "PREFECT_HOME": str(folder / "prefect"),
     }
     exported = addresses | {name: shlex.quote(os.environ[name]) for name in ("no_proxy", "NO_PROXY")}
+    # A shell in which the environment is not active finds prefect, dvc and dvdp, too.
+    exported["PATH"] = f'{shlex.quote(str(Path(sys.executable).parent))}:"$PATH"'
     write_atomically(folder / "env", "".join(f"export {name}={value}\n" for name, value in exported.items()))
     with (folder / "supervisord.log").open("ab") as log:
         process = subprocess.Popen(
@@ -220,8 +232,15 @@ def _works(folder: Path, name: str, address: str, process: dict[str, Any]) -> bo
     return not left_behind and healthy(f"{address}/health", 2)
 
 
-def _worker_works(api: str, started: int) -> bool:
-    """Whether the server has heard from a worker since then."""
+def _hangs(supervisor: Any, addresses: dict[str, str]) -> bool:
+    """Whether a worker that has run for some time has not been heard of."""
+    process, since = supervisor.getProcessInfo("worker"), time.time() - SILENCE
+    old = bool(process["pid"]) and process["start"] < since
+    return old and not _worker_works(addresses["PREFECT_API_URL"], since)
+
+
+def _worker_works(api: str, started: float) -> bool:
+    """Whether the server has heard from a worker since then, in unix seconds."""
     header = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{api}/work_pools/dvdp/workers/filter", b"{}", header)
     try:

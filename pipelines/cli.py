@@ -30,6 +30,7 @@ from pipelines.environment import (
     reach_loopback_directly,
 )
 from pipelines.logs import to_terminal
+from pipelines.provenance import keep_in_project
 
 if TYPE_CHECKING:
     from dvdp.config import Params
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     try:
         check_folder()
+        keep_in_project(".services", "mlflow.db")
         find_home()
         # The place where `make services` looks, so that its page shows runs made without it.
         os.environ.setdefault("PREFECT_HOME", str(Path(".services/prefect").resolve()))
@@ -101,10 +103,11 @@ def _sentence(error: typer.TyperException) -> str:
 
 def _read(file: str, changes: Sequence[str], services: bool = False) -> Params:
     """The params; with ``services`` MLflow and Prefect are those of this project folder, unless others are named."""
-    from dvdp.config import check_says_every_key, read_params
+    from dvdp.config import check_says_every_key, parse_overrides, read_params
     from pipelines.addresses import services_environment
 
-    params = read_params(file, changes)
+    params = read_params(file, parse_overrides(changes))
+    keep_in_project(params.cluster.storage)
     if "DVC_STAGE" in os.environ:
         check_says_every_key(file)
     for name, value in services_environment(Path()).items() if services else ():
@@ -398,6 +401,21 @@ def draw(
     draw(weights, count, device, picture, seed=seed, steps=steps, solver=solver, label=label)
 
 
+@app.command(rich_help_panel=EXPERIMENTS)
+def clean(
+    file: str = FILE,
+    changes: list[str] = CHANGES,
+    keep: list[str] = Option([], metavar="KIND", help="Leave checkpoints, samples, versions or artifacts alone."),
+    days: int = Option(30, min=0, help="Age at which an artifact in Prefect goes."),
+    yes: bool = Option(False, "--yes", help="Remove it; else it is listed alone."),
+) -> None:
+    """List, or remove, what finished runs left and nobody needs: docs/results.md."""
+    params = _read(file, changes, services=True)
+    from pipelines.commands.clean import clean
+
+    print(clean(params, keep, days, yes))
+
+
 @app.command("experiment", rich_help_panel=EXPERIMENTS)
 def run_experiment(
     file: str = FILE,
@@ -412,6 +430,7 @@ def run_experiment(
             raise UserError(f"{what}: found '{text}', expected a name in UTF-8, as Prefect keeps it; rename it.")
     # Mistakes are found before a Prefect server is started for the flow, which checks again.
     params = _read(file, changes, services=True)
+    from dvdp.config import parse_overrides
     from pipelines.jobs.cluster import check_address, check_storage, ray_folder
     from pipelines.jobs.job import jobs
     from pipelines.jobs.paths import DataPaths
@@ -438,7 +457,7 @@ def run_experiment(
     from pipelines.experiment import experiment
 
     _end_soon_after_a_signal(15)
-    state = experiment(params_file=file, reports=reports, overrides=changes, return_state=True)
+    state = experiment(params_file=file, reports=reports, overrides=parse_overrides(changes), return_state=True)
     if state.is_completed():
         return 0
     outcome = state.result(raise_on_failure=False)

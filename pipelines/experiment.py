@@ -24,7 +24,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.runtime import flow_run
-from prefect.states import Failed, State
+from prefect.states import Cancelled, Failed, State
 from prefect.tasks import exponential_backoff
 
 from dvdp.config import Params, read_params
@@ -39,12 +39,14 @@ from dvdp.training.loop import is_finished
 from pipelines.environment import reach_loopback_directly
 from pipelines.jobs.cluster import Slots, cluster
 from pipelines.jobs.job import Job, jobs
+from pipelines.jobs.machine import Busy
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process, sample_job, seconds_per_sample
-from pipelines.jobs.score import check_scorable, score_job
+from pipelines.jobs.score import anchors_of, check_scorable, score_job
+from pipelines.jobs.timing import time_settings
 from pipelines.jobs.train import LOG, train_job
 from pipelines.left_behind import end_dead_runs, running
-from pipelines.logs import to_terminal
+from pipelines.logs import to_flow_run, to_terminal
 from pipelines.provenance import DVC_HASH, GIT_COMMIT, check_data_is_locked, provenance
 from pipelines.reports.comparison import Result, Row, best, compare, legend, table
 from pipelines.reports.page import Report, draw_samples, write_report
@@ -61,11 +63,13 @@ from pipelines.tracking.connection import (
     unavailable,
 )
 from pipelines.tracking.descriptions import machine_tags, model_card, run_description
+from pipelines.tracking.fetch import fetch_training
 from pipelines.tracking.job_runs import check_tracking, description, model_file, model_name, tracked
 from pipelines.tracking.runs import COMPARISON_HASH, TrackedRun, adopt, killed_when_interrupted, open_run, runs_page
 from pipelines.tracking.sync import LedgerSync
 from pipelines.tracking.system import watch_machine
 from pipelines.turning_points import resolve
+from pipelines.webhook import HOOKS
 
 
 class _OneSentence(logging.Filter):
@@ -81,27 +85,39 @@ for _name in ("prefect.task_runs", "prefect.flow_runs"):
     logging.getLogger(_name).addFilter(_OneSentence())
 
 
-@flow(name="experiment")
+def _run_name() -> str:
+    """Data set and commit; of params that cannot be read the flow itself says so."""
+    with contextlib.suppress(UserError):
+        params = read_params(flow_run.parameters["params_file"], flow_run.parameters["overrides"])
+        commit, *dirty = provenance().get(GIT_COMMIT, "no commit").split("-")
+        return f"{params.dataset.name} at {'-'.join([commit[:9], *dirty])}"
+    return "experiment"
+
+
+@flow(name="experiment", flow_run_name=_run_name, **HOOKS)
 def experiment(
-    params_file: str = "params.yaml", reports: str | None = None, overrides: list[str] | None = None
+    params_file: str = "params.yaml", reports: str | None = None, overrides: dict[str, Any] | None = None
 ) -> State | None:
     """Run every setting of a params file and compare them.
 
     Args:
-        overrides: other values than the file's, each as ``key=value``; see :func:`dvdp.config.read_params`.
+        overrides: other values than the file's by key, such as ``{"training.batch": 64}``, checked before any work.
         reports: folder of the report, an output of ``dvc repro``. Without it (as when scheduled) nothing that DVC
             tracks is written: the data must be what ``dvc.lock`` names, and the report goes beside the runs.
 
     Returns:
         A failed state that says which settings failed and why, if any did (they do not stop the others), or that
-        MLflow was unavailable.
+        MLflow was unavailable; a cancelled one if it left the machine to another run (``cluster.busy``).
     """
     # A scheduled flow runs without the CLI.
     reach_loopback_directly()
     to_terminal()
-    with running(flow_run.id or uuid.uuid4().hex):
+    with running(flow_run.id or uuid.uuid4().hex), to_flow_run(flow_run.id):
         end_dead_runs()
-        return _experiment(read_params(params_file, overrides or ()), reports)
+        try:
+            return _experiment(read_params(params_file, overrides), reports)
+        except Busy as other:
+            return Cancelled(message=str(other))
 
 
 def _experiment(params: Params, reports: str | None) -> State | None:
@@ -123,6 +139,9 @@ def _experiment(params: Params, reports: str | None) -> State | None:
             futures[job.name] = run_setting.submit(job, slots)
             futures[job.name].add_done_callback(lambda _: slots.release())
         outcomes = {job.name: futures[job.name].result(raise_on_failure=False) for job in listed}
+        done = [outcome.job for outcome in outcomes.values() if isinstance(outcome, Result)]
+        if done:
+            measure_speed(done)
     for name, outcome in outcomes.items():
         if isinstance(outcome, Result):
             results.append(outcome)
@@ -174,7 +193,10 @@ def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
 
 @task(task_run_name="train {job.name}", cache_policy=NO_CACHE)
 def train(job: Job, slots: Slots) -> None:
-    """Train on the cluster; MLflow follows as well as it can."""
+    """Train on the cluster, unless MLflow has the weights; it follows as well as it can."""
+    if fetched := fetch_training(job):
+        get_run_logger().info("%s", fetched)
+        return
 
     def begin() -> TrackedRun:
         run = tracked(job)
@@ -233,6 +255,7 @@ def register(job: Job, record: ScoreRecord) -> None:
         run.set_metrics(measured, step=training_images(job.run))
         run.log_json("score.json", json.loads(record.to_json()))
         run.log_file(job.folder / "estimate.json")
+        run.log_file(job.folder / "metrics.jsonl")
         run.log_json("params.json", job.params.describe())
         if (job.folder / LOG).is_file():
             run.log_file(job.folder / LOG)
@@ -248,6 +271,15 @@ def register(job: Job, record: ScoreRecord) -> None:
         run.set_status("FINISHED")
 
 
+@task(name="measure speed", cache_policy=NO_CACHE)
+def measure_speed(done: list[Job]) -> None:
+    """Time all settings in turns, now that nothing runs beside them; a comparison without is one all the same."""
+    try:
+        time_settings(done)
+    except UserError as problem:
+        get_run_logger().warning("the settings are not timed: %s", problem)
+
+
 @task(name="compare", cache_policy=NO_CACHE)
 def compare_settings(results: list[Result], failures: Mapping[str, str], folder: Path) -> str:
     """One table, one contact sheet, one page; the best model becomes the champion.
@@ -258,22 +290,32 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
     rows = compare(results)
     report = write_report(folder, rows, results, failures, _provenance(results))
     headings, cells = table(rows, results[0].record.headline)
-    lines = [
-        as_text(headings, cells),
-        *legend(rows, results[0].record),
-        "",
-        *_where_to_look(report, results[0].job.params),
-    ]
+    notes = legend(rows, results[0].record, anchors_of(results[0].job.params)["real"])
+    lines = [as_text(headings, cells), *notes, "", *_where_to_look(report, results[0].job.params)]
     get_run_logger().info("%s", "\n".join(["", *lines]))
 
     key = re.sub("[^a-z0-9]+", "-", results[0].job.params.dataset.name.lower())
-    create_table_artifact([dict(zip(headings, line, strict=True)) for line in cells], key=f"comparison-{key}")
-    notes = map(markdown, legend(rows, results[0].record))
-    create_markdown_artifact("\n\n".join([report.text, *notes]), key=f"report-{key}")
-    create_image_artifact(data_url(report.contact_sheet), key=f"samples-{key}")
+    on = f"of {len(rows)} settings on {results[0].job.params.dataset.name}"
+    create_table_artifact(
+        [dict(zip(headings, line, strict=True)) for line in cells],
+        key=f"comparison-{key}",
+        description=f"Scores and speed-ups {on}.",
+    )
+    create_markdown_artifact(
+        "\n\n".join([report.text, *map(markdown, notes)]),
+        key=f"report-{key}",
+        description=f"The report {on}, as in {report.page}.",
+    )
+    create_image_artifact(
+        data_url(report.contact_sheet), key=f"samples-{key}", description=f"The first samples {on}, one row each."
+    )
     for result in results:
         name = re.sub("[^a-z0-9]+", "-", result.job.name.lower())
-        create_image_artifact(data_url(draw_process(result.job)), key=f"process-{key}-{name}")
+        create_image_artifact(
+            data_url(draw_process(result.job)),
+            key=f"process-{key}-{name}",
+            description=f"An image on its way to noise, and one that {result.job.name} drew on its way back.",
+        )
     try:
         _compare_in_mlflow(results, rows, report)
     except Exception as error:

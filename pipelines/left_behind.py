@@ -17,6 +17,7 @@ from uuid import UUID
 import psutil
 
 from dvdp.files import locked
+from pipelines.webhook import tell
 
 logger = logging.getLogger("dvdp.left_behind")
 
@@ -82,19 +83,30 @@ def end_dead_runs() -> None:
 
 
 def crash(flow_runs: list[UUID]) -> None:
-    """End flow runs that have no process; those that have ended, or are none of this server's, stay as they are."""
+    """End flow runs that have no process, and their task runs; what has ended, or is none of this server's, stays."""
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas import filters
+    from prefect.client.schemas.objects import StateType
     from prefect.exceptions import ObjectNotFound
     from prefect.states import Crashed, State
 
+    def ended() -> State[None]:
+        return Crashed(message="Its process was killed; the next run goes on from there.")
+
+    begun = filters.TaskRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING])
+    unfinished = filters.TaskRunFilter(state=filters.TaskRunFilterState(type=begun))
     with get_client(sync_client=True) as client:
         for identifier in flow_runs:
             with contextlib.suppress(ObjectNotFound):
-                state = client.read_flow_run(identifier).state
-                if state is not None and not state.is_final():
-                    ended: State[None] = Crashed(message="Its process was killed; the next run goes on from there.")
-                    client.set_flow_run_state(identifier, ended, force=True)
+                run = client.read_flow_run(identifier)
+                # A flow run that was told to end may have ended itself, and not its tasks.
+                of_it = filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=[identifier]))
+                for task in client.read_task_runs(flow_run_filter=of_it, task_run_filter=unfinished):
+                    client.set_task_run_state(task.id, ended(), force=True)
+                if run.state is not None and not run.state.is_final():
+                    client.set_flow_run_state(identifier, ended(), force=True)
                     logger.info("flow run %s was killed earlier, and is marked as crashed now", identifier)
+                    tell(client.read_flow(run.flow_id).name, run, ended())
 
 
 def kill_in_mlflow(flow_run: str) -> None:

@@ -1,8 +1,12 @@
-"""Where a run comes from: the git commit, DVC's hash of the data, and whether the data are what dvc.lock names."""
+"""Where a run comes from: the git commit, DVC's hash of the data, and whether the data are what dvc.lock names.
+
+And where it goes to when DVC runs an experiment in a copy of the project.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from pathlib import Path
 
@@ -12,6 +16,8 @@ from dvdp.yaml_files import read_yaml
 #: Tags that lead back to where a run, or a version of a model, comes from.
 GIT_COMMIT = "dvdp.git_commit"
 DVC_HASH = "dvdp.dvc_hash"
+#: Tag with the name of an experiment of DVC, for `dvc exp show` and `dvc exp apply`.
+DVC_EXPERIMENT = "dvdp.dvc_experiment"
 
 #: What DVC itself writes, or removes while a stage runs, among the files of git. A changed one is no changed code.
 _WRITTEN_BY_DVC = ("dvc.lock", "data", "reports")
@@ -25,7 +31,7 @@ def provenance(project: Path | str = ".", store: Path | None = None) -> dict[str
     Args:
         store: the prepared data set; ``dvc.lock`` names its hash.
     """
-    tags: dict[str, str] = {}
+    tags = {DVC_EXPERIMENT: os.environ["DVC_EXP_NAME"]} if "DVC_EXP_NAME" in os.environ else {}
     lock = Path(project) / "dvc.lock"
     if store is not None and lock.is_file():
         stages = (read_yaml(lock) or {}).get("stages", {})
@@ -40,6 +46,23 @@ def provenance(project: Path | str = ".", store: Path | None = None) -> dict[str
         # The one that MLflow's page shows.
         tags["mlflow.source.git.commit"] = commit
     return tags
+
+
+def keep_in_project(*paths: Path | str) -> None:
+    """Make paths those of the project where DVC runs an experiment in a copy that it deletes (``--temp``, ``--queue``).
+
+    Args:
+        paths: relative ones, of folders, or of files with a suffix; each becomes a symbolic link in the copy.
+    """
+    project = Path(os.environ.get("DVC_ROOT", ".")).resolve()
+    if not Path.cwd().is_relative_to(project / ".dvc" / "tmp" / "exps"):
+        return
+    for path in map(Path, paths):
+        if not (path.is_absolute() or path.exists() or path.is_symlink()):
+            kept = project / path
+            (kept.parent if path.suffix else kept).mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(kept)
 
 
 def _git(project: Path | str, *arguments: str) -> str:

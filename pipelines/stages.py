@@ -111,11 +111,9 @@ def make_references(params: Params) -> None:
         store.metadata.digest,
         extractor_of(params),
         places.reference,
-        params.evaluation.kid_subset,
         _gpu_here(params),
     )
-    halves = reference.anchors["halves"]["metrics"]
-    logger.info("reference: %s images; two real halves score %s", f"{reference.count:,}", halves)
+    logger.info("reference: %s images", f"{reference.count:,}")
 
 
 def export_references(params: Params, out: Path) -> None:

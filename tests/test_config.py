@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from dvdp import UserError, config
-from dvdp.config import Params, check_says_every_key, parse_params, read_params
+from dvdp.config import Params, check_says_every_key, parse_overrides, parse_params, read_params
 from dvdp.diffusion.schedule import ATTENUATIONS
 from dvdp.diffusion.solvers import SOLVERS
 from dvdp.diffusion.timesteps import TIMESTEP_SPACINGS
@@ -300,9 +300,34 @@ def test_any_field_can_be_overridden(
 ) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(Params().describe(), sort_keys=False) if whole else "")
-    params = read_params(path, [override])
+    params = read_params(path, parse_overrides([override]))
     assert found(params)
     assert parse_params(params.describe()) == params
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"training.batch": "many"}, ["params.yaml -S training.batch=many: training.batch: found 'many', expected a"]),
+        (
+            {"training.batch": [64]},
+            ["params.yaml -S training.batch=[64]: training.batch: found [64], expected a whole"],
+        ),
+        ({"training.bacth": 64}, ["training.bacth: unknown key (did you mean 'batch'?)"]),
+        ({"": 64}, [": unknown key, expected one of dataset"]),
+        ({"training.batch.size": None}, ["-S training.batch.size: found 'size' below the value 32"]),
+    ],
+)
+def test_overrides_as_a_mapping_are_checked_alike(overrides: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        read_params(PROJECT / "params.yaml", overrides)
+    check_sentence(str(caught.value), *parts)
+
+
+def test_the_last_of_two_overrides_of_a_key_counts() -> None:
+    texts = ["training={batch: 8}", "training.batch=16", "training={batch: 32}"]
+    assert read_params(PROJECT / "params.yaml", parse_overrides(texts)).training.batch == 32
+    assert list(parse_overrides(texts)) == ["training.batch", "training"]
 
 
 @pytest.mark.parametrize(
@@ -324,7 +349,7 @@ def test_any_field_can_be_overridden(
 )
 def test_mistake_in_an_override_is_answered_with_one_sentence(override: str, parts: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        read_params(PROJECT / "params.yaml", [override])
+        read_params(PROJECT / "params.yaml", parse_overrides([override]))
     check_sentence(str(caught.value), *parts)
 
 
@@ -348,7 +373,7 @@ def test_mistake_in_an_override_is_answered_with_one_sentence(override: str, par
 )
 def test_overrides_have_the_same_bounds(override: str, told: str) -> None:
     with pytest.raises(UserError) as caught:
-        read_params(PROJECT / "params.yaml", [override])
+        read_params(PROJECT / "params.yaml", parse_overrides([override]))
     assert told in str(caught.value)
     assert len(str(caught.value)) < 1000
 

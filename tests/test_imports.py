@@ -45,15 +45,21 @@ MAY_IMPORT = {
     "pipelines.logs": set(),
     "pipelines.jobs": {"dvdp", "pipelines.logs", "pipelines.environment"},
     "pipelines.tracking": {"dvdp", "pipelines.addresses", "pipelines.jobs", "pipelines.provenance"},
-    "pipelines.left_behind": {"dvdp", "pipelines.tracking"},
+    "pipelines.webhook": set(),
+    "pipelines.left_behind": {"dvdp", "pipelines.tracking", "pipelines.webhook"},
     "pipelines.turning_points": {"dvdp", "pipelines.jobs", "pipelines.tracking"},
     "pipelines.reports": {"dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.provenance"},
     "pipelines.commands": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
+        "pipelines.left_behind",
     },
     "pipelines.experiment": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
-        "pipelines.provenance", "pipelines.logs", "pipelines.environment", "pipelines.left_behind",
+        "pipelines.provenance", "pipelines.logs", "pipelines.environment", "pipelines.left_behind", "pipelines.webhook",
+    },
+    "pipelines.schedules": {
+        "dvdp", "pipelines.commands", "pipelines.environment", "pipelines.jobs", "pipelines.left_behind",
+        "pipelines.logs", "pipelines.tracking", "pipelines.webhook",
     },
     "pipelines.cli": {"dvdp", "pipelines"},
     "infra": {"dvdp", "pipelines"},

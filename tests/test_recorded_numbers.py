@@ -278,21 +278,24 @@ def fidelity(generated: Tensor, real: Tensor) -> list[float]:
     return [*distances.values(), *extrapolate(distances), *precision_recall(generated, real)]
 
 
-def score_samples(real: ArrayImages, samples: np.ndarray, folder: Path) -> dict[str, float]:
-    """All metrics of a tiny extractor that is trained for it; and what the anchors of its reference say."""
+def score_samples(real: ArrayImages, samples: np.ndarray, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """All metrics of a tiny extractor that is trained for it, with the error; and what as many real images score."""
     from dvdp.evaluation.extractors import load_extractor, train_extractor
-    from dvdp.evaluation.reference import make_reference
+    from dvdp.evaluation.reference import anchors, make_reference
     from dvdp.evaluation.scores import score
 
     train_extractor(real, "labels", 2, "recorded", folder / "extractor")
     extractor = load_extractor(folder / "extractor")
-    reference = make_reference(real, "recorded", extractor, folder / "reference", kid_subset=50)
+    make_reference(real, "recorded", extractor, folder / "reference")
     (folder / "samples").mkdir()
     np.save(folder / "samples" / "00000000.npy", samples)
     record = score(folder / "samples", folder / "reference", extractor, kid_subset=50)
-    anchors = {f"{k} {name}": v for k, a in reference.anchors.items() for name, v in a["metrics"].items()}
-    plain = {name: value for name, value in record.metrics.items() if name != "fd_labels_error"}
-    return {**plain, **anchors}
+    real_ones = {
+        f"{title} {name}": value
+        for title, anchor in anchors(folder / "reference", 150, 50).items()
+        for name, value in [*anchor.metrics.items(), *((f"{name}_spread", v) for name, v in anchor.spreads.items())]
+    }
+    return record.metrics, real_ones
 
 
 def audited(process: Process, denoiser: Callable[..., Tensor], images: ArrayImages) -> list[float]:
@@ -618,9 +621,9 @@ def scores() -> Cases:
     pixels, labels = pictures(200)
     with tempfile.TemporaryDirectory() as folder:
         samples = (pictures(150, seed=1)[0] * 0.9 + 12).astype(np.uint8)
-        metrics = score_samples(make_images(pixels, labels.clip(min=0)), samples, Path(folder))
-    cases["score"] = numbers(list(metrics.values()))
-    return cases
+        metrics, anchors = score_samples(make_images(pixels, labels.clip(min=0)), samples, Path(folder))
+    cases["error of the score"] = numbers([metrics.pop("fd_labels_error")])
+    return {**cases, "score": numbers(list(metrics.values())), "anchors": numbers(list(anchors.values()))}
 
 
 def audit_numbers() -> Cases:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +25,17 @@ from dvdp.evaluation.extractors import Extractor, Images, file_sha256
 from dvdp.evaluation.published import Statistics, write_statistics
 from dvdp.files import write_atomically
 
-#: Real images on either side of an anchor, at most: each costs another pass through the extractor.
-ANCHOR_IMAGES = 5_000
+if TYPE_CHECKING:
+    from dvdp.evaluation.fidelity import Features
+
+#: Real images that are blurred and noised, at most: each costs two more passes through the extractor.
+ALTERED_IMAGES = 5_000
+#: Of real images that are held out, for the mean and the spread of their scores.
+DRAWS = 5
 #: Precision and recall look at the third neighbour beside the image itself.
 FEWEST = 4
 #: Changes whenever the file of features does.
-KIND = "dvdp reference 1"
+KIND = "dvdp reference 2"
 FILE = "features.safetensors"
 AGAIN = "run `dvdp reference` again"
 
@@ -47,15 +53,13 @@ class Reference:
     resolution: int
     preprocessing: str
     library: str
-    anchors: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Scores to read others by: {"halves" | "blurred" | "noised": {"samples", "references", "metrics"}}."""
     warnings: list[str] = field(default_factory=list)
     sha256: str = ""
     """Of the file of features, whose header holds all that they depend on."""
 
     def identity(self) -> dict[str, Any]:
         """All that the features depend on."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("anchors", "sha256", "warnings")}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("sha256", "warnings")}
 
 
 class RealFeatures(NamedTuple):
@@ -67,13 +71,25 @@ class RealFeatures(NamedTuple):
     """Of these rows."""
 
 
-def make_reference(
-    images: Images, digest: str, extractor: Extractor, out: Path, kid_subset: int = 100, gpu: bool = False
-) -> Reference:
+@dataclass(frozen=True)
+class Anchor:
+    """What real images score: a mark to read other scores by."""
+
+    samples: int
+    """That play the generated ones, in each draw."""
+    references: int
+    """All other real images of the data set, which they are compared with."""
+    draws: int
+    metrics: dict[str, float]
+    """Means over draws."""
+    spreads: dict[str, float]
+    """Standard deviations over draws; none for one."""
+
+
+def make_reference(images: Images, digest: str, extractor: Extractor, out: Path, gpu: bool = False) -> Reference:
     """Write features and statistics of the real images, ``features.safetensors``, and then ``reference.json``.
 
-    The anchors say how to read scores. They compare two disjoint halves of the real images, of at most 5000 each:
-    as they are (the noise floor), and with the first half blurred or noised.
+    Beside them stand the features of some of the images blurred and noised, for :func:`anchors`.
 
     Args:
         digest: of the data set.
@@ -82,7 +98,7 @@ def make_reference(
     Raises:
         UserError: too few images, or images of another resolution than the extractor's.
     """
-    from dvdp.evaluation.fidelity import LIBRARY
+    from dvdp.evaluation.fidelity import LIBRARY, features_of, statistics_of
 
     if len(images) < 2 * FEWEST:
         raise UserError(
@@ -105,22 +121,21 @@ def make_reference(
         preprocessing=extractor.preprocessing,
         library=LIBRARY,
     )
-    rows, statistics = _real_features(real, extractor, gpu, "reference")
-    anchors = _anchors(real, digest, extractor, kid_subset, gpu)
-    frechet, floor = next(iter(anchors["halves"]["metrics"].items()))
-    remarks = [
-        f"{frechet} of {title} real images is {anchors[title]['metrics'][frechet]:.3g}, no more than {floor:.3g} of"
-        " untouched ones: this extractor does not see that, or the images are too few."
-        for title in ("blurred", "noised")
-        if anchors[title]["metrics"][frechet] <= floor
-    ]
+    found = features_of(real, extractor, gpu, "reference")
+    altered = _order(reference)[: min(len(images) // 2, ALTERED_IMAGES)]
+    arrays = {"features": found.pooled, "logits": found.logits, "altered": altered}
+    for title, change in (("blurred", _blurred), ("noised", _noised)):
+        changed = features_of(_Altered(Subset(real, altered.tolist()), change), extractor, gpu, title)
+        arrays |= {title: changed.pooled, f"{title} logits": changed.logits}
+    remarks = list(_unseen(arrays, extractor.name))
     for remark in remarks:
         warnings.warn(remark, stacklevel=2)
 
-    arrays = {"mu": torch.from_numpy(statistics.mu), "sigma": torch.from_numpy(statistics.sigma)}
-    content = tensors.pack(KIND, reference.identity(), {"features": rows, **arrays})
+    own = statistics_of(found.pooled)
+    arrays |= {"mu": torch.from_numpy(own.mu), "sigma": torch.from_numpy(own.sigma)}
+    content = tensors.pack(KIND, reference.identity(), arrays)
     digest = hashlib.sha256(content).hexdigest()
-    reference = dataclasses.replace(reference, anchors=anchors, warnings=remarks, sha256=digest)
+    reference = dataclasses.replace(reference, warnings=remarks, sha256=digest)
     write_atomically(out / FILE, content)
     write_atomically(out / "reference.json", json.dumps(dataclasses.asdict(reference), indent=2) + "\n")
     return reference
@@ -151,11 +166,95 @@ def read_features(folder: Path, reference: Reference) -> RealFeatures:
     Raises:
         UserError: they are not those that ``reference`` describes.
     """
+    arrays = _arrays(folder, reference)
+    return RealFeatures(arrays["features"], Statistics(arrays["mu"].numpy(), arrays["sigma"].numpy()))
+
+
+def anchors(folder: Path, samples: int, kid_subset: int) -> dict[str, Anchor]:
+    """What so many real images score, held out of the others: as they are ("real"), "blurred" and "noised".
+
+    No generated images can be expected to score better than real ones of their number. Where the data set has too few,
+    half of it is held out; of blurred and noised ones there are at most 5000, and one draw.
+
+    Args:
+        folder: the reference's.
+        samples: of the scores that are to be read by them.
+        kid_subset: as for the scores, but at most as many as are held out.
+
+    Raises:
+        UserError: the reference is missing or damaged.
+    """
+    from dvdp.evaluation.fidelity import Features
+
+    reference = read_reference(folder)
+    arrays = _arrays(folder, reference)
+    count, altered = min(samples, reference.count // 2), arrays["altered"]
+    real = Features(arrays["features"], arrays["logits"])
+
+    def anchor(draws: Iterable[tuple[Features, Tensor]]) -> Anchor:
+        return _anchor(real.pooled, draws, reference.extractor, kid_subset)
+
+    orders = [_order(reference, draw)[:count] for draw in range(DRAWS)]
+    found = {"real": anchor((Features(real.pooled[order], real.logits[order]), order) for order in orders)}
+    for title in ("blurred", "noised"):
+        changed = Features(arrays[title][:count], arrays[f"{title} logits"][:count])
+        found[title] = anchor([(changed, altered[:count])])
+    return found
+
+
+def _anchor(rows: Tensor, draws: Iterable[tuple[Features, Tensor]], extractor: str, kid_subset: int) -> Anchor:
+    """Of features of real images, altered or not, and their places among all ``rows``, draw by draw."""
+    from dvdp.evaluation.fidelity import compare, statistics_of
+
+    found = []
+    for held_out, places in draws:
+        others = _without(rows, places)
+        size = min(kid_subset, len(places))
+        found.append(compare(held_out, others, statistics_of(others), extractor, size))
+    values = {name: [metrics[name] for metrics in found] for name in found[0]}
+    return Anchor(
+        samples=len(places),
+        references=len(others),
+        draws=len(found),
+        metrics={name: statistics.mean(each) for name, each in values.items()},
+        spreads={name: statistics.stdev(each) for name, each in values.items() if len(each) > 1},
+    )
+
+
+def _unseen(arrays: dict[str, Tensor], extractor: str) -> Iterable[str]:
+    """A remark on each change of the images that the extractor does not see."""
+    from dvdp.evaluation.fidelity import distance, frechet_name, statistics_of
+
+    rows, altered = arrays["features"], arrays["altered"]
+    others = statistics_of(_without(rows, altered))
+    floor = distance(rows[altered], others)
+    for title in ("blurred", "noised"):
+        found = distance(arrays[title], others)
+        if found <= floor:
+            yield (
+                f"{frechet_name(extractor)} of {title} real images is {found:.3g}, no more than {floor:.3g} of"
+                " untouched ones: this extractor does not see that, or the images are too few."
+            )
+
+
+def _order(reference: Reference, draw: int = 0) -> Tensor:
+    """All images in an order of the draw's own; the first are held out."""
+    return torch.randperm(reference.count, generator=generator("anchors", reference.data_digest, draw))
+
+
+def _without(rows: Tensor, places: Tensor) -> Tensor:
+    kept = torch.ones(len(rows), dtype=torch.bool)
+    kept[places] = False
+    return rows[kept]
+
+
+def _arrays(folder: Path, reference: Reference) -> dict[str, Tensor]:
+    """The content of the features' file."""
     path = Path(folder) / FILE
     about, arrays = tensors.read(path, KIND, "reference", AGAIN)
     if about != reference.identity():
         raise _changed(path)
-    return RealFeatures(arrays["features"], Statistics(arrays["mu"].numpy(), arrays["sigma"].numpy()))
+    return arrays
 
 
 def _changed(path: Path) -> UserError:
@@ -181,27 +280,6 @@ def measure(
     from dvdp.evaluation.fidelity import compare, features_of
 
     return compare(features_of(samples, extractor, gpu, title), *real, extractor.name, kid_subset)
-
-
-def _real_features(images: Dataset, extractor: Extractor, gpu: bool, title: str) -> RealFeatures:
-    from dvdp.evaluation.fidelity import features_of, statistics_of
-
-    rows = features_of(images, extractor, gpu, title).pooled
-    return RealFeatures(rows, statistics_of(rows))
-
-
-def _anchors(real: Dataset, digest: str, extractor: Extractor, kid_subset: int, gpu: bool) -> dict[str, dict[str, Any]]:
-    count = len(real)  # type: ignore[arg-type]
-    order = torch.randperm(count, generator=generator("anchors", digest)).tolist()
-    half = min(count // 2, ANCHOR_IMAGES)
-    first, second = Subset(real, order[:half]), Subset(real, order[half : 2 * half])
-    against = _real_features(second, extractor, gpu, "second half")
-    anchors = {}
-    for title, change in (("halves", None), ("blurred", _blurred), ("noised", _noised)):
-        images = _Altered(first, change) if change else first
-        metrics = measure(images, against, extractor, min(kid_subset, half), gpu, title)
-        anchors[title] = {"samples": half, "references": half, "metrics": metrics}
-    return anchors
 
 
 class _Pictures(Dataset):

@@ -23,6 +23,7 @@ from dvdp.errors import UserError
 from dvdp.hardware import cpus
 from pipelines.environment import temporary_folder
 from pipelines.jobs.failures import explain, keep
+from pipelines.jobs.machine import holding_cores
 
 #: Set before Ray is imported, and in every worker: quiet, prompt, and an allocator that keeps large blocks.
 WORKER_ENVIRONMENT = {
@@ -68,13 +69,15 @@ class Slots(threading.Semaphore):
 def cluster(params: ClusterParams) -> Iterator[Slots]:
     """Join the cluster at ``RAY_ADDRESS``, or start one on this machine for as long as the block lasts.
 
-    Nobody else can use the one on this machine (see :func:`close_to_others`). How to authenticate at ``RAY_ADDRESS``
-    is the environment's to say.
+    Nobody else can use the one on this machine (see :func:`close_to_others`), and there is one at a time
+    (:mod:`pipelines.jobs.machine`); Ray itself divides the one at ``RAY_ADDRESS``. How to authenticate there is the
+    environment's to say.
 
     Yields its slots: each training run holds one, and there are as many as runs fit at a time.
 
     Raises:
         UserError: the cluster does not answer, or has not the CPUs and GPUs that a run asks for.
+        Busy: another run uses this machine, and ``cluster.busy`` is ``leave``.
     """
     address = check_address()
     check_storage(params.storage)
@@ -91,7 +94,10 @@ def cluster(params: ClusterParams) -> Iterator[Slots]:
             "include_dashboard": False,
             "object_store_memory": 200 * 2**20,
         }
-    with contextlib.nullcontext() if address else private_folder() as folder:
+    with (
+        contextlib.nullcontext() if address else holding_cores(params.busy),
+        contextlib.nullcontext() if address else private_folder() as folder,
+    ):
         if folder:
             variables["TMPDIR"] = sizes["_temp_dir"] = str(folder)
         with restored_interrupt():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
+from pipelines.logs import MOST_BYTES
 
 #: File with the tracebacks of workers, in the folder of what they worked on.
 ERRORS = "errors.txt"
@@ -59,6 +60,9 @@ def take(paths: Sequence[Path], folder: Path) -> list[Raised]:
 
 def keep(text: str, folder: Path) -> Path:
     """Add a traceback to ``ERRORS`` of a folder, if there is space for it; returns the file."""
+    with contextlib.suppress(OSError):
+        if (folder / ERRORS).exists() and (folder / ERRORS).stat().st_size > MOST_BYTES:
+            (folder / ERRORS).replace(folder / f"{ERRORS}.1")
     with contextlib.suppress(OSError), (folder / ERRORS).open("a") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{text.rstrip()}\n\n")
     return folder / ERRORS

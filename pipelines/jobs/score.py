@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from dvdp.errors import UserError
 from dvdp.evaluation.extractors import Extractor, inception_extractor, load_extractor
 from dvdp.evaluation.published import read_statistics
 from dvdp.evaluation.records import ScoreRecord
-from dvdp.evaluation.reference import read_reference
+from dvdp.evaluation.reference import Anchor, anchors, read_reference
 from dvdp.evaluation.scores import score, score_published
 from dvdp.files import write_atomically
+from dvdp.identity import evaluation_hash
 from pipelines.jobs.job import Sampled
 from pipelines.jobs.paths import DataPaths
 
@@ -72,6 +74,20 @@ def score_job(job: Sampled, statistics: Path | None = None, remarks: Sequence[st
     record = dataclasses.replace(record, warnings=[*record.warnings, *remarks])
     write_atomically(path, record.to_json())
     return record
+
+
+def anchors_of(params: Params) -> dict[str, Anchor]:
+    """What as many real images as are scored score themselves, see :func:`dvdp.evaluation.reference.anchors`."""
+    folder, evaluation = DataPaths.of(params).reference, params.evaluation
+    name = evaluation_hash(evaluation, "anchors", read_reference(folder).sha256)
+    path = params.cluster.storage / "anchors" / f"{name}.json"
+    # Of 50,000 Inception features it takes minutes.
+    if not path.exists():
+        found = anchors(folder, evaluation.samples, evaluation.kid_subset)
+        write_atomically(
+            path, json.dumps({title: dataclasses.asdict(anchor) for title, anchor in found.items()}) + "\n"
+        )
+    return {title: Anchor(**anchor) for title, anchor in json.loads(path.read_text()).items()}
 
 
 def _how(run: Run) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
 import logging
+import re
 import threading
 import time
 import uuid
@@ -182,7 +184,7 @@ def worker(config: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def following(path: Path) -> Iterator[None]:
-    """Print the lines that workers add to a file while the block runs."""
+    """Log the status lines that workers add to a file, while the block runs, as the caller's own."""
     done = threading.Event()
     start = path.stat().st_size if path.exists() else 0
 
@@ -190,16 +192,24 @@ def following(path: Path) -> Iterator[None]:
         position = start
         while True:
             last = done.wait(0.5)
+            if path.exists() and path.stat().st_size < position:
+                position = 0  # It was full, and begun anew.
             if path.exists():
-                with path.open() as file:
+                with path.open("rb") as file:
                     file.seek(position)
-                    for line in file.readlines():
-                        print(line, end="", flush=True)
-                    position = file.tell()
+                    # What has no end yet is read again.
+                    *lines, rest = file.read().split(b"\n")
+                    position = file.tell() - len(rest)
+                for line in lines:
+                    # It gets the time once more.
+                    logger.info("%s", re.sub(r"^\d\d:\d\d:\d\d ", "", line.decode(errors="backslashreplace")))
             if last:
                 return
 
-    thread = threading.Thread(target=follow, name=f"following {path.parent.name}", daemon=True)
+    # Prefect knows by its context which task a line belongs to.
+    context = contextvars.copy_context()
+    name = f"following {path.parent.name}"
+    thread = threading.Thread(target=context.run, args=(follow,), name=name, daemon=True)
     thread.start()
     try:
         yield

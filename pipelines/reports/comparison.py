@@ -11,10 +11,13 @@ from dvdp.config import Run
 from dvdp.diffusion.timesteps import share_steps
 from dvdp.evaluation.intervals import CONFIDENCE, Estimate, better, difference, over_seeds
 from dvdp.evaluation.records import ScoreRecord, mean_and_spread, score_differences
+from dvdp.evaluation.reference import Anchor
 from dvdp.models.flops import level_flops, network_flops, relative_flops, training_images
-from dvdp.training import ledger
 from pipelines.jobs.job import Job
-from pipelines.jobs.sample import seconds_per_sample
+from pipelines.jobs.timing import Timing, timing
+
+#: A speed-up of up to so much above its bound is taken for the bound.
+ERROR = 1.05
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,6 @@ class Result:
     record: ScoreRecord
     problem: str = ""
     """Why the run could not be put into MLflow; empty if it was."""
-
-    @property
-    def seconds_per_image(self) -> float:
-        """Of training, median over the logs."""
-        rates = [entry.metrics["images_per_second"] for entry in ledger.read(self.job.folder / "metrics.jsonl")]
-        return 1 / statistics.median(rates)
-
-    @property
-    def seconds_per_sample(self) -> float:
-        """Of sampling, on one worker."""
-        return seconds_per_sample(self.job)
 
 
 @dataclass(frozen=True)
@@ -56,11 +48,10 @@ class Row:
     """The score with its interval."""
     metrics: dict[str, float]
     """Means of all metrics."""
-    seconds_per_step: float
-    seconds_per_image: float
-    seconds_per_sample: float
+    timing: Timing | None
+    """Of one worker with nothing beside it; None where nothing was measured."""
     training_speedup: float | None
-    """Over DDPM in this comparison, per image; None without one."""
+    """Over DDPM in this comparison, per step, by :attr:`timing`; None without one, or where it is not reliable."""
     training_bound: float
     """What the FLOPs allow."""
     sampling_speedup: float | None
@@ -93,8 +84,9 @@ def _row(group: Sequence[Result], ddpm: Sequence[Result] | None, terms: ScoreRec
     primary = group[0].record.headline
     score, spread = mean_and_spread([result.record.metrics[primary] for result in group])
     names = group[0].record.metrics
-    image, sample = _means(group)
-    base_image, base_sample = _means(ddpm) if ddpm else (None, None)
+    own, base = timing(group[0].job), timing(ddpm[0].job) if ddpm else None
+    bounds = 1 / relative_flops(run), sampling_bound(run)
+    training, sampling = _speedups(own, base, *bounds)
     return Row(
         setting=run.setting,
         process=run.process,
@@ -105,22 +97,30 @@ def _row(group: Sequence[Result], ddpm: Sequence[Result] | None, terms: ScoreRec
         spread=spread,
         estimate=over_seeds([result.record.estimate for result in group]),
         metrics={name: statistics.mean(r.record.metrics[name] for r in group) for name in names},
-        seconds_per_step=image * run.training.batch,
-        seconds_per_image=image,
-        seconds_per_sample=sample,
-        training_speedup=base_image and base_image / image,
-        training_bound=1 / relative_flops(run),
-        sampling_speedup=base_sample and base_sample / sample,
-        sampling_bound=sampling_bound(run),
+        timing=own,
+        training_speedup=training,
+        training_bound=bounds[0],
+        sampling_speedup=sampling,
+        sampling_bound=bounds[1],
         same_terms=not any(score_differences(terms, result.record) for result in group),
     )
 
 
-def _means(group: Sequence[Result]) -> tuple[float, float]:
+def _speedups(
+    own: Timing | None, base: Timing | None, training_bound: float, sampling_bound: float
+) -> tuple[float | None, float | None]:
+    """Of training and of sampling, as far as they are reliable."""
+    if own is None or base is None or own.device != base.device:
+        return None, None
     return (
-        statistics.mean(result.seconds_per_image for result in group),
-        statistics.mean(result.seconds_per_sample for result in group),
+        _reliable(base.seconds_per_step / own.seconds_per_step, training_bound),
+        _reliable(base.seconds_per_sample / own.seconds_per_sample, sampling_bound),
     )
+
+
+def _reliable(speedup: float, bound: float) -> float | None:
+    """A measured speed-up is at most its bound; None where it exceeds that by more than timing errs."""
+    return min(speedup, bound) if speedup < ERROR * bound else None
 
 
 def sampling_bound(run: Run) -> float:
@@ -139,8 +139,8 @@ def table(rows: Sequence[Row], primary: str) -> tuple[list[str], list[list[str]]
     suffix = primary.removeprefix("fid").removeprefix("fd")
     precision, recall = f"precision{suffix}", f"recall{suffix}"
     headings = [
-        "setting", "turning points", f"{primary} ↓", "precision", "recall", "images", "s / step", "ms / image",
-        "s / sample", "training speed-up", "sampling speed-up",
+        "setting", "turning points", f"{primary} ↓", "precision", "recall", "images", "s / step", "s / sample",
+        "training speed-up", "sampling speed-up",
     ]  # fmt: skip
     leaders = tied(rows) if sum(row.same_terms for row in rows) > 1 else []
     cells = [
@@ -151,9 +151,8 @@ def table(rows: Sequence[Row], primary: str) -> tuple[list[str], list[list[str]]
             f"{row.metrics[precision]:.3f}" if precision in row.metrics else "-",
             f"{row.metrics[recall]:.3f}" if recall in row.metrics else "-",
             f"{row.images:,}",
-            f"{row.seconds_per_step:.3f}",
-            f"{1e3 * row.seconds_per_image:.2f}",
-            f"{row.seconds_per_sample:.3f}",
+            f"{row.timing.seconds_per_step:.3g}" if row.timing else "-",
+            f"{row.timing.seconds_per_sample:.3g}" if row.timing else "-",
             speedup(row.training_speedup, row.training_bound),
             speedup(row.sampling_speedup, row.sampling_bound),
         ]
@@ -162,16 +161,28 @@ def table(rows: Sequence[Row], primary: str) -> tuple[list[str], list[list[str]]
     return headings, cells
 
 
-def legend(rows: Sequence[Row], record: ScoreRecord) -> list[str]:
-    """What the columns mean, one sentence each."""
+def legend(rows: Sequence[Row], record: ScoreRecord, real: Anchor | None = None) -> list[str]:
+    """What the columns mean, one sentence each.
+
+    Args:
+        real: what real images score.
+    """
     lines = [
         f"Scores: torch-fidelity on {record.samples:,} samples from the EMA weights"
         f" ({record.sampling.get('solver')}, {record.sampling.get('steps')} steps) against {record.references:,} real"
         f" images, features of the extractor '{record.extractor}'.",
         *_certainty(rows),
-        "Speed-ups: measured over DDPM in this comparison, beside what the FLOPs allow; settings that ran beside others"
-        " or on another machine were slower or faster for that (benchmarks/steps.py measures them alone).",
+        "Times and speed-ups: of one worker, all settings in turns after all other work; speed-ups over DDPM beside the"
+        " bound that the FLOPs set. There is none where nothing was measured, or where it came out more than"
+        f" {100 * (ERROR - 1):.0f} % above its bound and is not reliable.",
     ]
+    if real:
+        fewer = "" if real.samples == record.samples else ", half of the data set and fewer than are scored here"
+        lines.append(
+            f"Real images score {real.metrics[record.headline]:.2f} ± {real.spreads[record.headline]:.2f}:"
+            f" {real.samples:,} of them held out{fewer}, against the other {real.references:,} (mean and standard"
+            f" deviation of {real.draws} draws); generated ones cannot be expected to score lower."
+        )
     name = f"{record.headline}_infinity"
     ends = [
         f"{row.setting} {row.metrics[name]:.2f} ± {row.metrics[f'{name}_error']:.2f}"

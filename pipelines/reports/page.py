@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from dvdp.evaluation import figures
-from dvdp.evaluation.reference import read_reference
+from dvdp.evaluation.reference import Anchor
 from dvdp.evaluation.samples import SampleShards
 from dvdp.files import write_atomically
 from dvdp.training import ledger
 from pipelines.jobs.job import Job
-from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import draw_process
+from pipelines.jobs.score import anchors_of
 from pipelines.reports.comparison import Result, Row, legend, table
 from pipelines.reports.costs import costs
 from pipelines.reports.sweeps import draw_sweeps, known_settings
@@ -67,11 +67,13 @@ def write_report(
     record = results[0].record
     params = results[0].job.params
     headings, cells = table(rows, record.headline)
+    anchors = anchors_of(params)
     report = Report(folder, as_markdown(headings, cells))
 
     write_atomically(folder / "table.csv", as_csv(headings, cells))
     write_atomically(folder / "table.md", report.text + "\n")
-    write_atomically(folder / "metrics.json", json.dumps(_metrics(rows), indent=2, sort_keys=True) + "\n")
+    for name, values in (("metrics", _scores(rows, record.headline)), ("timings", _timings(rows))):
+        write_atomically(folder / f"{name}.json", json.dumps(values, indent=2) + "\n")
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     _write_loss_csv(plots / "loss.csv", results)
@@ -79,7 +81,7 @@ def write_report(
     sheet = figures.contact_sheet({r.job.name: _samples(r.job, SHEET_IMAGES) for r in results}, columns=SHEET_IMAGES)
     figures.save_png(sheet, report.contact_sheet)
     curves = _draw_curves(plots, rows, results)
-    sweeps = draw_sweeps(report.pictures, known_settings(results), results[0].job.run)
+    sweeps = draw_sweeps(report.pictures, known_settings(results), results[0].job.run, rows)
     grids, processes = [], []
     for r in results:
         path = draw_samples(r.job, report.pictures / f"samples_{r.job.name}.png")
@@ -97,7 +99,7 @@ def write_report(
         + (f", class-conditional with {params.model.num_classes} classes" if params.model.num_classes else ""),
         headings=headings,
         cells=cells,
-        legend=legend(rows, record),
+        legend=legend(rows, record, anchors["real"]),
         failures=failures,
         contact_sheet=figures.data_url(report.contact_sheet),
         curves=_inline(curves),
@@ -105,7 +107,7 @@ def write_report(
         grids=_inline(grids),
         processes=_inline(processes),
         costs=costs(results),
-        anchors=_anchors(params.dataset.name, DataPaths.of(params).reference, record.metrics),
+        anchors=_anchors(params.dataset.name, anchors, record.metrics),
         provenance=provenance,
     )
     write_atomically(report.page, page)
@@ -117,13 +119,27 @@ def _samples(job: Job, count: int) -> np.ndarray:
     return np.stack([shards[i].numpy() for i in range(min(count, len(shards)))])
 
 
-def _metrics(rows: Sequence[Row]) -> dict[str, Any]:
+def _scores(rows: Sequence[Row], headline: str) -> dict[str, Any]:
+    """By setting, the one that ranks first, as `dvc exp show` keeps the order."""
     return {
         row.setting: {
+            headline: row.score,
+            **({f"{headline}_spread": row.spread} if row.seeds > 1 else {}),
             **row.metrics,
+        }
+        for row in rows
+    }
+
+
+def _timings(rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        row.setting: {
             "training_images": row.images,
-            "milliseconds_per_training_image": 1e3 * row.seconds_per_image,
-            "seconds_per_sample": row.seconds_per_sample,
+            **(
+                {name: getattr(row.timing, name) for name in ("seconds_per_step", "seconds_per_sample")}
+                if row.timing
+                else {}
+            ),
             "training_speedup": row.training_speedup,
             "sampling_speedup": row.sampling_speedup,
         }
@@ -164,15 +180,25 @@ def _caption(result: Result) -> str:
     return f"{result.job.name}: " + (f"turning points at t = {points}" if points else "no turning point")
 
 
-def _anchors(dataset: str, reference: Path, metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+def _anchors(
+    dataset: str, anchors: Mapping[str, Anchor], metrics: Mapping[str, float]
+) -> tuple[list[str], list[list[str]]]:
     """Headings and cells."""
-    anchors = read_reference(reference).anchors
+    real = anchors["real"]
     # What is extrapolated from samples is no anchor's.
-    names = [name for name in metrics if not name.endswith("_std") and name in anchors["halves"]["metrics"]]
-    titles = {"halves": f"two halves of {dataset}", "blurred": "blurred", "noised": "noised"}
-    return ["real images", "against", *names], [
-        [titles.get(key, key), f"{anchor['references']:,}", *(f"{anchor['metrics'][name]:.3f}" for name in names)]
-        for key, anchor in anchors.items()
+    names = [name for name in metrics if not name.endswith("_std") and name in real.metrics]
+
+    def shown(anchor: Anchor, name: str) -> str:
+        return f"{anchor.metrics[name]:.3f}" + (f" ± {anchor.spreads[name]:.3f}" if anchor.draws > 1 else "")
+
+    return ["real images", "number", "against", *names], [
+        [
+            f"of {dataset}" if title == "real" else title,
+            f"{anchor.samples:,}",
+            f"{anchor.references:,}",
+            *(shown(anchor, name) for name in names),
+        ]
+        for title, anchor in anchors.items()
     ]
 
 

@@ -39,8 +39,15 @@ def draw_over_first_turning_point(
     return save_figure(figure, path)
 
 
-def draw_over_levels(path: Path, scores: Sequence[Scored], speedups: Sequence[Scored], metric: str) -> Path:
-    """Score and speed-up against K, the number of turning points (Table 3)."""
+def draw_over_levels(
+    path: Path, scores: Sequence[Scored], bounds: Sequence[Scored], speedups: Sequence[Scored], metric: str
+) -> Path:
+    """Score and training speed-up against K, the number of turning points (Table 3).
+
+    Args:
+        bounds: of the speed-ups, by their FLOPs.
+        speedups: where they were measured.
+    """
     figure, axes = chart("Score and speed-up over the number of turning points", "K", f"{metric} (lower is better)")
     _draw(axes, scores, color=BLUE, marker="o", linestyle="", label="score")
     for mark in scores:
@@ -49,12 +56,16 @@ def draw_over_levels(path: Path, scores: Sequence[Scored], speedups: Sequence[Sc
     axes.set_xlim(-0.3, max(m.x for m in scores) + 0.8)
     axes.set_xticks(sorted({m.x for m in scores}))
     right = axes.twinx()
-    _draw(right, speedups, color=GREEN, marker="^", linestyle="", label="speed-up")
-    right.set_ylim(bottom=0, top=1.15 * max(m.mean for m in speedups))
-    right.set_ylabel("training speed-up (FLOPs)", color=GREEN)
+    _draw(right, bounds, color=GREEN, marker="^", markerfacecolor="none", linestyle="", label="bound by FLOPs")
+    if speedups:
+        _draw(right, speedups, color=GREEN, marker="^", linestyle="", label="measured speed-up")
+    right.set_ylim(bottom=0, top=1.15 * max(m.mean for m in bounds))
+    right.set_ylabel("training speed-up", color=GREEN)
     right.spines["top"].set_visible(False)
-    handles = [part for each in (axes, right) for part in each.get_legend_handles_labels()[0]]
-    axes.legend(handles, ["score", "speed-up"], frameon=False, loc="lower right")
+    handles, labels = (
+        a + b for a, b in zip(axes.get_legend_handles_labels(), right.get_legend_handles_labels(), strict=True)
+    )
+    axes.legend(handles, labels, frameon=False, loc="lower right")
     return save_figure(figure, path)
 
 

@@ -10,7 +10,7 @@ from dvdp.config import Run
 from dvdp.errors import UserError
 from dvdp.evaluation.records import score_differences
 from dvdp.models.flops import relative_flops
-from pipelines.reports.comparison import Result
+from pipelines.reports.comparison import Result, Row
 from pipelines.reports.sweep_figures import Scored, draw_over_first_turning_point, draw_over_levels
 from pipelines.tracking.history import Trained, trained_settings
 
@@ -48,11 +48,14 @@ def _as(run: Run, other: Run) -> Run:
     )
 
 
-def draw_sweeps(folder: Path, settings: Sequence[Trained], run: Run) -> list[tuple[Path, str]]:
+def draw_sweeps(
+    folder: Path, settings: Sequence[Trained], run: Run, rows: Sequence[Row] = ()
+) -> list[tuple[Path, str]]:
     """The pictures that these settings are enough for, with captions: over T_1, and over K.
 
     Args:
         run: any of theirs, for what a setting costs.
+        rows: of the table, whose measured speed-ups are shown beside their bounds.
     """
     if not settings:
         return []
@@ -70,8 +73,13 @@ def draw_sweeps(folder: Path, settings: Sequence[Trained], run: Run) -> list[tup
     if len({len(s.turning_points) for s in levels}) > 2:
         scores = [_mark(s, len(s.turning_points)) for s in levels]
         runs = [replace(run, process=s.process, turning_points=s.turning_points) for s in levels]
-        speedups = [Scored(len(each.turning_points), 1 / relative_flops(each), 0) for each in runs]
-        path = draw_over_levels(folder / "turning_points.png", scores, speedups, metric)
+        bounds = [Scored(len(each.turning_points), 1 / relative_flops(each), 0) for each in runs]
+        speedups = [
+            Scored(len(row.turning_points), row.training_speedup, 0)
+            for row in rows
+            if row.process != "subspace" and row.training_speedup is not None
+        ]
+        path = draw_over_levels(folder / "turning_points.png", scores, bounds, speedups, metric)
         drawn.append((path, "Score and speed-up over the number of turning points"))
     return drawn
 

@@ -62,7 +62,7 @@ _TINY: dict[str, Any] = {
         "preview_steps": 4,
         "ema_halflife_images": 400,
     },
-    "cluster": {"num_workers": 1, "threads": 1},
+    "cluster": {"num_workers": 1, "threads": 1, "busy": "share"},
     "sampling": {"count": 64, "steps": 6, "batch": 64},
     "evaluation": {"samples": 64, "kid_subset": 20, "extractor_epochs": 1},
 }

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
+import psutil
 import pytest
 from mlflow import MlflowClient
 
 from pipelines.addresses import services_environment
 from tests.e2e.support import Project, sentence, tracked_once
-from tests.tracking.support import free_port
+from tests.tracking.support import free_port, wait_until
+from tests.webhooks import listening
 
 pytestmark = pytest.mark.slow
 
@@ -33,24 +38,32 @@ def here(reproduced: Project, tmp_path: Path) -> Iterator[Project]:
 
 
 @pytest.fixture
-def services(here: Project) -> Iterator[dict[str, str]]:
+def webhook() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+    """Its address, and what it was told."""
+    with listening() as found:
+        yield found
+
+
+@pytest.fixture
+def services(here: Project, webhook: tuple[str, list[tuple[str, bytes]]]) -> Iterator[dict[str, str]]:
     """Addresses of the services of this project."""
     command = (sys.executable, "-m", "infra.services")
     ports = ("--mlflow-port", str(free_port()), "--prefect-port", str(free_port()))
     try:
-        here.run(*command, "up", *ports)
+        here.run(*command, "up", *ports, DVDP_WEBHOOK=webhook[0])
         yield services_environment(here.folder, timeout=20)
     finally:
         here.run(*command, "down")
 
 
 @pytest.mark.timeout(900)
-def test_the_scheduled_deployment_runs_to_its_end_and_writes_nothing_that_dvc_tracks(
-    here: Project, services: dict[str, str]
+def test_the_scheduled_deployment_can_be_cancelled_and_runs_to_its_end_and_writes_nothing_that_dvc_tracks(
+    here: Project, services: dict[str, str], webhook: tuple[str, list[tuple[str, bytes]]]
 ) -> None:
     before = contents(here.folder / "reports")
-    here.run("prefect", "--no-prompt", "deploy", "--all", **services)
-    shown = here.run("prefect", "deployment", "inspect", NAME, "--output", "json", **services).stdout
+    # The recipe of docs/prefect.md, in a shell without an activated environment.
+    shell(here, "prefect --no-prompt deploy --all")
+    shown = shell(here, f"prefect deployment inspect {NAME} --output json")
     deployment = json.loads(shown)
     (schedule,) = deployment["schedules"]
     assert schedule["active"]
@@ -58,8 +71,27 @@ def test_the_scheduled_deployment_runs_to_its_end_and_writes_nothing_that_dvc_tr
     assert deployment["work_pool_name"] == "dvdp"
     assert deployment["parameters"] == {"params_file": "params.yaml", "reports": None}
 
-    here.run("prefect", "deployment", "run", NAME, "--watch", "--watch-timeout", "400", **services)
+    longer = """--param 'overrides={"training.images": 960000}'"""
+    shell(here, f"prefect deployment run {NAME} {longer}")
+    api = services["PREFECT_API_URL"]
+    wait_until(lambda: ray_processes(here), 200)
+    wait_until(lambda: [line for line in logs(api) if line["task_run_id"] and "images/s" in line["message"]], 60)
+    (run,) = asked(api, "flow_runs")
+    commit = here.run("git", "rev-parse", "HEAD").stdout[:9]
+    assert run["name"] == f"digits at {commit}"
+    shell(here, f"prefect flow-run cancel {run['id']}")
+    wait_until(lambda: not ray_processes(here), 30)
+    wait_until(lambda: asked(api, "flow_runs")[0]["state_type"] == "CANCELLED", 120)
+    assert [(told["flow_run"], told["state"]) for told in map(json.loads, (body for _, body in webhook[1]))] == [
+        (run["name"], "CANCELLING")
+    ]
 
+    shell(here, f"prefect deployment run {NAME} --watch --watch-timeout 400")
+
+    # What the cancelled run left of its tasks was ended by the next.
+    states = {task["state_type"] for task in asked(api, "task_runs")}
+    assert states <= {"COMPLETED", "CRASHED", "CANCELLED", "FAILED"}
+    assert all(artifact["description"] for artifact in asked(api, "artifacts"))
     assert contents(here.folder / "reports") == before
     assert here.run("dvc", "status").stdout.strip() == "Data and pipelines are up to date."
     assert here.run("git", "status", "--porcelain").stdout == ""
@@ -68,6 +100,39 @@ def test_the_scheduled_deployment_runs_to_its_end_and_writes_nothing_that_dvc_tr
     for setting in ("ddpm", "dvdp-600"):
         tracked_once(here, setting, address)
     assert MlflowClient(address).get_model_version_by_alias("dvdp-digits", "champion").version
+
+
+def shell(project: Project, command: str) -> str:
+    """What a command prints in a shell that knows nothing but the services' own word."""
+    bare = {"PATH": "/usr/bin:/bin", "HOME": str(project.folder.parent), "PYTHONPATH": str(project.folder)}
+    script = f'eval "$({sys.executable} -m infra.services env)" && {command}'
+    done = subprocess.run(
+        ["sh", "-c", script], cwd=project.folder, env=bare, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def asked(api: str, what: str) -> list[dict[str, Any]]:
+    """Everything of a kind that a Prefect server knows and that is no plan for later."""
+    found: list[dict[str, Any]] = httpx.post(f"{api}/{what}/filter", json={}, timeout=30).json()
+    return [each for each in found if each.get("state_type") != "SCHEDULED"]
+
+
+def logs(api: str) -> list[dict[str, Any]]:
+    """All lines of the newest."""
+    return asked(api, "logs")
+
+
+def ray_processes(project: Project) -> list[psutil.Process]:
+    """Of runs in a project's folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        line, environment = " ".join(process.info["cmdline"] or []), process.info["environ"] or {}
+        ours = environment.get("DVDP_SERVICES") == str(project.folder / ".services")
+        if ours and process.status() != psutil.STATUS_ZOMBIE and ("RayTrainWorker" in line or "raylet" in line):
+            found.append(process)
+    return found
 
 
 @pytest.mark.timeout(900)

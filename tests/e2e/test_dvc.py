@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
-from tests.e2e.support import TINY, Project
+from pipelines.provenance import DVC_EXPERIMENT
+from pipelines.tracking.runs import TRAINING_HASH
+from tests.e2e.support import Project
 
 pytestmark = pytest.mark.slow
 
@@ -35,21 +39,32 @@ def test_repro_makes_everything_that_is_declared(reproduced: Project) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_changed_setting_is_trained_alone_and_dvc_shows_the_difference(here: Project) -> None:
+def test_an_experiment_in_a_copy_trains_one_setting_into_the_project_and_dvc_shows_it(
+    here: Project,
+) -> None:
+    # As a colleague has it, whose MLflow holds what others trained.
+    theirs = here.runs()["ddpm"]
+    shutil.move(theirs, here.folder / "theirs")
     before = weights(here)
-    slower = {**TINY["settings"]["dvdp-600"], "overrides": {"training": {"learning_rate": 0.001}}}
-    settings = {**TINY["settings"], "dvdp-600": slower}
-    here.write_params(settings=settings, training={"images": 1600})
-    printed = here.run("dvc", "repro").stdout
+    change = "settings.dvdp-600.turning_points=[500]"
+    printed = here.run("dvc", "exp", "run", "--temp", "--name", "earlier", "-S", change).stdout
     for stage in ("prepare", "extractor", "reference"):
         assert f"Stage '{stage}' didn't change, skipping" in printed
 
     after = weights(here)
     assert {path: time for path, time in after.items() if path in before} == before, "nothing is trained again"
-    (new,) = after.keys() - before.keys()
+    fetched = theirs / "weights.safetensors"
+    (new,) = after.keys() - before.keys() - {fetched}
+    assert fetched.read_bytes() == (here.folder / "theirs" / "weights.safetensors").read_bytes()
+    assert not (theirs / "ray").exists(), "it is not trained again"
+    assert (theirs / "metrics.jsonl").read_bytes() == (here.folder / "theirs" / "metrics.jsonl").read_bytes()
     assert json.loads((new.parent / "run.json").read_text())["run"]["setting"] == "dvdp-600"
+    client = MlflowClient(f"sqlite:///{here.folder / 'mlflow.db'}")
+    (run,) = client.search_runs(["1"], f"tags.`{TRAINING_HASH}` = '{new.parent.name}'")
+    assert (run.data.tags[DVC_EXPERIMENT], run.info.status) == ("earlier", "FINISHED")
+    assert not list(here.folder.glob(".dvc/tmp/exps/standalone/*")), "the copy is gone"
 
-    changed = json.loads(here.run("dvc", "metrics", "diff", "--json").stdout)
+    changed = json.loads(here.run("dvc", "exp", "diff", "HEAD", "earlier", "--json").stdout)["metrics"]
     names = {name for file in changed.values() for name in file}
     assert any(name.startswith("dvdp-600.fd_labels") for name in names), names
     assert not any(name.startswith("ddpm.fd_labels") for name in names), names
@@ -60,22 +75,29 @@ def test_metrics_plots_and_experiments_name_the_settings(here: Project) -> None:
     shown = json.loads(here.run("dvc", "metrics", "show", "--json").stdout)
     files = shown[""]["data"]
     assert {"ddpm", "dvdp-600"} <= set(files["reports/metrics.json"]["data"])
-    assert files["data/digits/prepare.json"]["data"]["count"] == 1797
+    assert {"ddpm", "dvdp-600"} <= set(files["reports/timings.json"]["data"])
 
-    plots: dict[str, Any] = json.loads(here.run("dvc", "plots", "show", "--json").stdout)
+    # As a page, with the pictures beside it.
+    here.run("dvc", "plots", "show", "--out", "shown")
+    page = (here.folder / "shown" / "index.html").read_text()
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page), "it can be read without a network"
+    for picture in ("loss.png", "loss_levels.png", "contact_sheet.png"):
+        assert list((here.folder / "shown").rglob(f"*{picture}"))
+    # What docs/results.md names, drawn by a library from the network.
+    options = ("--template", "runs", "-x", "images", "-y", "loss", "--json")
+    plots: dict[str, Any] = json.loads(here.run("dvc", "plots", "show", "reports/plots/loss.csv", *options).stdout)
     (losses,) = plots["data"]["reports/plots/loss.csv"]
     assert {value["run"] for value in losses["content"]["data"]["values"]} == {"ddpm", "dvdp-600"}
     assert losses["content"]["encoding"]["color"]["field"] == "run", "one line for each"
-    assert {"reports/plots/loss.png", "reports/plots/loss_levels.png"} <= set(plots["data"])
-    assert any(name.endswith("contact_sheet.png") for name in plots["data"])
-    # As a page, with the pictures beside it.
-    here.run("dvc", "plots", "show", "--out", "shown")
-    assert list((here.folder / "shown").rglob("*loss.png"))
 
-    table = here.run("dvc", "exp", "show", "--csv").stdout
-    head = table.splitlines()[0]
-    for name in ("ddpm.fd_labels", "dvdp-600.fd_labels", "training.images"):
-        assert name in head.split(",")
+    head, *rows = here.run("dvc", "exp", "show", "--csv").stdout.splitlines()
+    columns = head.split(",")
+    first = next(name for name in columns if "." in name)
+    assert first == "ddpm.fd_labels", "the scores come first"
+    assert columns.index("dvdp-600.fd_labels") < columns.index("ddpm.seconds_per_sample")
+    assert "training.images" in columns
+    assert "images_found" not in columns
+    assert any(row.startswith("earlier,") for row in rows)
 
 
 def weights(project: Project) -> dict[Path, int]:

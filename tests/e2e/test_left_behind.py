@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sqlite3
@@ -28,6 +29,7 @@ from pipelines.tracking.runs import (
 )
 from tests.e2e.support import SOURCES, Project, sentence, wait_until, workers
 from tests.tracking.support import empty_store
+from tests.webhooks import listening
 
 COMMAND = ("dvdp", "experiment", "--reports", "reports")
 
@@ -156,19 +158,23 @@ def test_a_command_that_is_told_to_end_says_so_in_one_sentence(number: signal.Si
 
 FLOW = """
 import sys, time
-from prefect import flow
+from prefect import flow, task
 from prefect.runtime import flow_run
 from pipelines.left_behind import end_dead_runs, end_orphans, mark_children, running
 from pipelines.tracking.connection import connect
 from pipelines.tracking.runs import TRAINING_HASH, open_run
+
+@task
+def step(seconds):
+    open("at_work", "w").close()
+    time.sleep(seconds)
 
 @flow
 def work(name, seconds):
     with running(flow_run.id):
         end_dead_runs()
         run = open_run(connect(), "dvdp", TRAINING_HASH, name, name)
-        open("at_work", "w").close()
-        time.sleep(float(seconds))
+        step(float(seconds))
         run.set_status("FINISHED")
 
 end_orphans()
@@ -177,10 +183,10 @@ work(*sys.argv[1:])
 """
 
 
-def prefect_states(project: Project) -> Counter[str]:
-    """How many flow runs are in which state."""
+def prefect_states(project: Project, kind: str = "flow_run") -> Counter[str]:
+    """How many flow runs, or task runs, are in which state."""
     with contextlib.closing(sqlite3.connect(project.folder / ".services" / "prefect" / "prefect.db")) as database:
-        return Counter(state for (state,) in database.execute("SELECT state_type FROM flow_run"))
+        return Counter(state for (state,) in database.execute(f"SELECT state_type FROM {kind}"))
 
 
 def mlflow_states(project: Project) -> dict[str, str]:
@@ -200,14 +206,18 @@ def test_the_start_after_a_kill_ends_what_was_left_behind(tmp_path: Path) -> Non
     process = here.start(sys.executable, "-c", FLOW, "one", "300", **sources)
     try:
         wait_until((tmp_path / "at_work").exists, process)
+        wait_until(lambda: prefect_states(here, "task_run") == {"RUNNING": 1}, process)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert prefect_states(here) == {"RUNNING": 1}
         assert mlflow_states(here) == {"one": "RUNNING"}
         assert children_of(tmp_path), "Prefect's temporary server lives on"
 
-        here.run(sys.executable, "-c", FLOW, "two", "0", **sources)
+        with listening() as (address, told):
+            here.run(sys.executable, "-c", FLOW, "two", "0", **sources, DVDP_WEBHOOK=address)
+        assert [json.loads(body)["state"] for _, body in told] == ["CRASHED"]
         assert prefect_states(here) == {"CRASHED": 1, "COMPLETED": 1}
+        assert prefect_states(here, "task_run") == {"CRASHED": 1, "COMPLETED": 1}
         assert mlflow_states(here) == {"one": "KILLED", "two": "FINISHED"}
         assert not children_of(tmp_path)
         assert not list((tmp_path / left_behind.RUNNING).iterdir())

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 import shutil
+import statistics
 import subprocess
 import sys
 import tracemalloc
@@ -23,7 +24,7 @@ from dvdp.evaluation import extractors
 from dvdp.evaluation.extractors import Extractor, inception_extractor, load_network, train_extractor
 from dvdp.evaluation.fidelity import metric_names
 from dvdp.evaluation.records import ScoreRecord, score_differences
-from dvdp.evaluation.reference import make_reference, read_reference
+from dvdp.evaluation.reference import anchors, make_reference, read_reference
 from dvdp.evaluation.samples import SampleShards
 from dvdp.evaluation.scores import score
 from tests.data.support import contents
@@ -107,7 +108,7 @@ def test_inception_score_is_the_textbook_formula(scoring: Scoring, digits: Array
 @pytest.mark.filterwarnings("ignore:fd_labels of blurred")
 def test_kernel_distance_is_the_textbook_formula(scoring: Scoring, digits: Arrays, tmp_path: Path) -> None:
     pixels = digits.pixels[1::2][:80]
-    make_reference(scoring.images.part(slice(80)), "eighty", scoring.extractor, tmp_path / "reference", 40)
+    make_reference(scoring.images.part(slice(80)), "eighty", scoring.extractor, tmp_path / "reference")
     found = score(write_shards(tmp_path / "s", pixels), tmp_path / "reference", scoring.extractor, 80, 80).metrics
     a, b = features(scoring.extractor, pixels), features(scoring.extractor, scoring.images.pixels[:80])
     n, d = a.shape
@@ -141,11 +142,44 @@ def test_precision_and_recall_are_the_textbook_formulas(scoring: Scoring, digits
     assert record.metrics["recall_labels"] == pytest.approx(covered(b, a), abs=0.005)
 
 
-def test_real_halves_score_better_than_blurred_and_noised_ones(scoring: Scoring) -> None:
-    reference = read_reference(scoring.reference)
-    distances = {name: anchor["metrics"]["fd_labels"] for name, anchor in reference.anchors.items()}
-    assert distances["halves"] * 2 < distances["blurred"] < distances["noised"]
-    assert reference.warnings == []
+def test_real_images_held_out_score_better_than_blurred_and_noised_ones(scoring: Scoring) -> None:
+    found = anchors(scoring.reference, 200, 100)
+    distances = {name: anchor.metrics["fd_labels"] for name, anchor in found.items()}
+    assert distances["real"] * 2 < distances["blurred"] < distances["noised"]
+    for anchor in found.values():
+        assert (anchor.samples, anchor.references) == (200, len(scoring.images) - 200)
+    assert found == anchors(scoring.reference, 200, 100)
+    assert read_reference(scoring.reference).warnings == []
+
+
+def test_new_real_images_score_as_the_anchor_of_their_number_says(
+    extractor: Extractor, digits: Arrays, tmp_path: Path
+) -> None:
+    """Those of the anchor are held out of the reference that the new ones are compared with."""
+    order = np.random.default_rng(0).permutation(len(digits))
+    make_reference(digits.part(order[:897]), "half", extractor, tmp_path / "reference")
+    anchor = anchors(tmp_path / "reference", 150, 50)["real"]
+    found = [
+        score(
+            write_shards(tmp_path / str(first), digits.pixels[order[first : first + 150]]),
+            tmp_path / "reference",
+            extractor,
+            150,
+            50,
+        )
+        for first in range(897, 1797, 150)
+    ]
+    # A reference of 747 instead of 897 images adds a tenth to the distance at most.
+    expected = statistics.mean(each.metrics["fd_labels"] for each in found)
+    assert expected == pytest.approx(anchor.metrics["fd_labels"], rel=0.15)
+    spread = statistics.stdev(each.metrics["fd_labels"] for each in found)
+    assert anchor.spreads["fd_labels"] == pytest.approx(spread, rel=0.6)
+
+
+def test_at_most_half_of_a_small_data_set_is_held_out(scoring: Scoring) -> None:
+    for anchor in anchors(scoring.reference, 10_000, 100).values():
+        assert anchor.samples == len(scoring.images) // 2
+        assert anchor.samples + anchor.references == len(scoring.images)
 
 
 @pytest.mark.filterwarnings("ignore:fd_labels of noised")
@@ -402,7 +436,7 @@ def inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Extractor:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_inception_from_a_local_file_gives_fid(inception: Extractor, digits: Arrays, tmp_path: Path) -> None:
-    reference = make_reference(digits.part(slice(16)), "digits", inception, tmp_path / "reference", 8)
+    reference = make_reference(digits.part(slice(16)), "digits", inception, tmp_path / "reference")
     assert reference.features == 2048
     samples = write_shards(tmp_path / "samples", digits.pixels[16:28])
     record = score(samples, tmp_path / "reference", inception, 12, 8)
@@ -416,7 +450,7 @@ def test_inception_from_a_local_file_gives_fid(inception: Extractor, digits: Arr
 def test_fid_and_inception_score_are_those_of_torch_fidelitys_command_line(
     inception: Extractor, digits: Arrays, tmp_path: Path
 ) -> None:
-    make_reference(digits.part(slice(16)), "digits", inception, tmp_path / "reference", 8)
+    make_reference(digits.part(slice(16)), "digits", inception, tmp_path / "reference")
     record = score(write_shards(tmp_path / "samples", digits.pixels[16:28]), tmp_path / "reference", inception, 12, 8)
     folders = [
         str(write_pngs(tmp_path / name, pixels))

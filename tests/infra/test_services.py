@@ -269,13 +269,15 @@ def test_a_failed_start_is_one_sentence_and_ends_what_was_started(
 
 
 @pytest.mark.slow
-def test_services_come_up_behind_a_dead_proxy_run_flows_and_end(tmp_path: Path) -> None:
+def test_services_come_up_behind_a_dead_proxy_run_flows_and_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     proxies = dict.fromkeys(("HTTP_PROXY", "https_proxy"), "http://127.0.0.1:9") | {"ALL_PROXY": "socks5://127.0.0.1:9"}
     ports = ["--mlflow-port", str(free_port()), "--prefect-port", str(free_port())]
 
     def command(*arguments: str) -> str:
         line = [sys.executable, "-m", "infra.services", *arguments, "--project", str(tmp_path)]
-        environment = {**os.environ, **proxies}
+        environment = {**os.environ, **proxies, "PREFECT_WORKER_HEARTBEAT_SECONDS": "1"}
         done = subprocess.run(line, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -292,6 +294,9 @@ def test_services_come_up_behind_a_dead_proxy_run_flows_and_end(tmp_path: Path) 
         assert command("up").count(": already running") == 3
         assert pids(tmp_path) == started
         assert f"export PREFECT_API_URL={addresses['PREFECT_API_URL']}\n" in command("env")
+        fresh = ["env", "-i", "PATH=/usr/bin:/bin", "sh", "-c", 'eval "$0"; command -v prefect', command("env")]
+        found = subprocess.run(fresh, capture_output=True, text=True, check=True).stdout.strip()
+        assert found == str(Path(sys.executable).parent / "prefect")
 
         (tmp_path / "flows.py").write_text(FLOW)
         home = {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
@@ -301,6 +306,17 @@ def test_services_come_up_behind_a_dead_proxy_run_flows_and_end(tmp_path: Path) 
         flow = json.loads((tmp_path / "flow.json").read_text())
         assert flow["mlflow"] == addresses["MLFLOW_TRACKING_URI"]
         assert all(alive(pid) for pid in [*started.values(), flow["pid"]])
+
+        # A worker that hangs is noticed and started again, and its flow goes on.
+        monkeypatch.setattr(services, "SILENCE", 3)
+        os.kill(started["worker"], signal.SIGSTOP)
+        time.sleep(4)
+        services.status(tmp_path)
+        assert "worker: no heartbeat for 3 s, it hangs" in capsys.readouterr().out
+        services.up(tmp_path)
+        assert {name for name, pid in pids(tmp_path).items() if pid != started[name]} == {"worker"}
+        assert alive(flow["pid"])
+        started = pids(tmp_path)
 
         # What ends unasked is started again, and the flows of a killed worker go on.
         for pid in started.values():

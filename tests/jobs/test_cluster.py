@@ -45,7 +45,7 @@ def at_once(spans: list[tuple[float, float]]) -> int:
 @pytest.mark.slow
 def test_tasks_take_the_slots_that_are_left_and_give_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    params = ClusterParams(threads=1)
+    params = ClusterParams(threads=1, busy="share")
 
     def work(seconds: float, _: int) -> tuple[float, float]:
         start = time.time()
@@ -81,10 +81,10 @@ def test_the_cluster_of_this_machine_is_closed_to_others(monkeypatch: pytest.Mon
     def work(_: int) -> None:
         time.sleep(0.1)
 
-    with cluster(ClusterParams(threads=1)) as room:
+    with cluster(ClusterParams(threads=1, busy="share")) as room:
         import ray
 
-        list(on_workers(ClusterParams(threads=1), work, [(0,), (1,)], room))
+        list(on_workers(ClusterParams(threads=1, busy="share"), work, [(0,), (1,)], room))
         mine = psutil.Process()
         processes = [mine, *mine.children(recursive=True)]
         assert {"gcs_server", "raylet"} <= {process.name() for process in processes}
@@ -198,8 +198,8 @@ def test_a_cluster_starts_below_a_folder_whose_path_is_too_long_for_sockets(
     def work(_: int) -> str:
         return tempfile.gettempdir()
 
-    with cluster(ClusterParams(threads=1)) as slots:
-        (found,) = on_workers(ClusterParams(threads=1), work, [(0,)], slots)
+    with cluster(ClusterParams(threads=1, busy="share")) as slots:
+        (found,) = on_workers(ClusterParams(threads=1, busy="share"), work, [(0,)], slots)
         assert found.startswith("/tmp/dvdp-")
     assert not Path(found).exists()
 

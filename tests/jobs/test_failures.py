@@ -176,7 +176,7 @@ def test_training_that_fails_says_why(
     train_with: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
-    with cluster(ClusterParams(threads=1)):
+    with cluster(ClusterParams(threads=1, busy="share")):
 
         def broken(config: dict[str, Any], rank: int) -> None:
             raise RuntimeError("expected all tensors\non one device, found '\n\"\n")
@@ -239,7 +239,7 @@ def test_without_memory_there_is_one_run_fewer_at_a_time_and_then_a_sentence(
     def work(config: dict[str, Any], rank: int) -> None:
         time.sleep(100)
 
-    with cluster(ClusterParams(threads=1)) as slots:
+    with cluster(ClusterParams(threads=1, busy="share")) as slots:
         count = 0
         while slots.acquire(blocking=False):
             count += 1

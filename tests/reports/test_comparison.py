@@ -8,13 +8,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from dvdp.config import parse_params
 from dvdp.evaluation.records import ScoreRecord
+from dvdp.evaluation.reference import Anchor
 from dvdp.files import write_atomically
 from pipelines.jobs.job import Job
+from pipelines.jobs.timing import Timing
 from pipelines.reports.comparison import Result, best, compare, legend, table
 
 PARAMS: dict[str, Any] = {
@@ -28,17 +29,24 @@ RECORD = ScoreRecord(
 )  # fmt: skip
 
 
-def results(folder: Path, scores: dict[str, tuple[float, float]], **changes: dict[str, Any]) -> list[Result]:
+TIMINGS = {"ddpm": Timing("cpu", 0.3, 0.5), "dvdp": Timing("cpu", 0.15, 0.4)}
+
+
+def results(
+    folder: Path,
+    scores: dict[str, tuple[float, float]],
+    timings: dict[str, Timing] | None = None,
+    **changes: dict[str, Any],
+) -> list[Result]:
     """What came of both settings with two seeds each; changes of the record by setting."""
     params = parse_params({**PARAMS, "cluster": {"storage": str(folder)}})
     found = []
     for run in params.runs():
         job = Job(params, run, "digest")
-        line = {"images": 100, "time": 1.0, "metrics": {"images_per_second": 50.0}}
-        write_atomically(job.folder / "metrics.jsonl", json.dumps(line) + "\n")
-        job.samples.mkdir(parents=True, exist_ok=True)
-        np.save(job.samples / "00000000.npy", np.zeros((4, 3, 32, 32), np.uint8))
-        write_atomically(job.samples / "00000000.seconds", "2.0")
+        measured = (TIMINGS if timings is None else timings).get(run.setting)
+        if measured:
+            text = json.dumps(dataclasses.asdict(measured))
+            write_atomically(job.folder / f"timing-{job.sampling_hash}.json", text)
         metrics = {**RECORD.metrics, "fd_labels": scores[run.setting][run.seed]}
         more = dict(changes.get(run.setting, {}))
         record = dataclasses.replace(RECORD, **{"metrics": {**metrics, **more.pop("metrics", {})}, **more})
@@ -110,3 +118,34 @@ def test_the_extrapolation_is_named_below_the_table(tmp_path: Path) -> None:
     assert not any(
         "infinitely" in line for line in legend(compare(results(tmp_path, {"ddpm": (1, 1), "dvdp": (1, 1)})), RECORD)
     )
+
+
+def test_real_images_of_the_same_number_are_named_below_the_table(tmp_path: Path) -> None:
+    rows = compare(results(tmp_path, {"ddpm": (4.0, 6.0), "dvdp": (3.0, 3.0)}))
+    real = Anchor(256, 1541, 5, {"fd_labels": 1.694}, {"fd_labels": 0.262})
+    (line,) = (line for line in legend(rows, RECORD, real) if line.startswith("Real images"))
+    assert "score 1.69 ± 0.26: 256 of them held out, against the other 1,541" in line
+    (line,) = (line for line in legend(rows, RECORD, dataclasses.replace(real, samples=200)) if "Real" in line)
+    assert "200 of them held out, half of the data set and fewer than are scored here" in line
+
+
+def speedups(folder: Path, dvdp: Timing | None) -> list[str]:
+    timings = {"ddpm": TIMINGS["ddpm"]} | ({"dvdp": dvdp} if dvdp else {})
+    rows = compare(results(folder, {"ddpm": (4, 4), "dvdp": (3, 3)}, timings))
+    headings, cells = table(rows, "fd_labels")
+    return [cells[1][headings.index(f"{what} speed-up")] for what in ("training", "sampling")]
+
+
+def test_speed_ups_are_of_times_that_were_measured_beside_nothing(tmp_path: Path) -> None:
+    assert speedups(tmp_path, TIMINGS["dvdp"]) == ["2.00x of 2.11x", "1.25x of 2.11x"]
+
+
+def test_a_speed_up_above_its_bound_is_never_printed_as_measured(tmp_path: Path) -> None:
+    # 7.31 of 1.83 was, once.
+    assert speedups(tmp_path, Timing("cpu", 0.3 / 7.31, 0.5 / 7.31)) == ["- of 2.11x", "- of 2.11x"]
+    assert speedups(tmp_path, Timing("cpu", 0.3 / 2.15, 0.5 / 2.15)) == ["2.11x of 2.11x", "2.11x of 2.11x"]
+
+
+@pytest.mark.parametrize("other", [None, Timing("NVIDIA H200", 0.15, 0.4)], ids=str)
+def test_what_was_not_measured_or_on_another_device_has_no_speed_up(tmp_path: Path, other: Timing | None) -> None:
+    assert speedups(tmp_path, other) == ["- of 2.11x", "- of 2.11x"]

@@ -1,0 +1,125 @@
+"""Scheduled flows do something where something changed, and say so where nothing did."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from dvdp.config import read_params
+from dvdp.errors import UserError
+from pipelines import schedules
+from pipelines.schedules import clean_up, refresh
+from pipelines.stages import prepare_data
+from tests.data.support import make_images
+from tests.tracking.support import wait_until
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project folder with images of its own."""
+    monkeypatch.chdir(tmp_path)
+    make_images(tmp_path / "pets", 3)
+    dataset = {"name": "pets", "source": "image_folder", "path": "pets", "resolution": 16}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"dataset": dataset}))
+    return tmp_path
+
+
+def test_refresh_trains_where_images_changed_and_else_says_that_nothing_did(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, ...]] = []
+    broken = False
+
+    def dvc(*arguments: str) -> None:
+        calls.append(arguments)
+        if "prepare" in arguments and "repro" in arguments:
+            shutil.rmtree(project / "data", ignore_errors=True)
+            prepare_data(read_params())
+        elif broken:
+            raise UserError("dvc repro: found exit status 1")
+
+    def said() -> tuple[str, list[str]]:
+        calls.clear()
+        state = refresh.fn()
+        assert state.is_completed()
+        return str(state.message), [call[-1] for call in calls]
+
+    monkeypatch.setattr(schedules, "_dvc", dvc)
+    prepare_data(read_params())
+    assert said() == ("Nothing new: files at pets have changed, and the images have not.", ["prepare"])
+    assert said() == ("Nothing new: no file at pets has changed.", [])
+
+    (image,) = project.glob("pets/cat/000.png")
+    os.utime(image, (0, 0))
+    assert said() == ("Nothing new: files at pets have changed, and the images have not.", ["prepare"])
+
+    shutil.copyfile(image, image.with_name("new.png"))
+    broken = True
+    for _ in range(2):  # Training that failed is begun again.
+        with pytest.raises(UserError, match="exit status 1"):
+            said()
+        assert calls == [("repro", "--force", "--single-item", "prepare"), ("repro",)]
+    broken = False
+    text, done = said()
+    assert text.startswith("New images: digest ")
+    assert done == ["prepare", "repro"]
+    assert said() == ("Nothing new: no file at pets has changed.", [])
+
+
+def test_a_source_without_files_has_nothing_new(project: Path) -> None:
+    (project / "params.yaml").write_text("dataset: {source: digits}")
+    assert refresh.fn().message == "Nothing new: source digits has no files that could change."
+
+
+def test_a_refresh_that_cannot_prepare_brings_the_data_back(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+
+    def dvc(*arguments: str) -> None:
+        calls.append(arguments)
+        if "--force" in arguments:
+            raise UserError("dvc repro: found exit status 1")
+
+    monkeypatch.setattr(schedules, "_dvc", dvc)
+    with pytest.raises(UserError, match="exit status 1"):
+        refresh.fn()
+    assert calls[-1] == ("checkout", "prepare")
+
+
+def test_dvc_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    schedules._dvc("--version")
+    with pytest.raises(
+        UserError, match=r"^dvc repro: found exit status \d+, expected 0; it said: .*not inside of a DVC"
+    ):
+        schedules._dvc("repro")
+
+
+CHILD = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True); input()"
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_what_dvc_started_ends_with_it(stubborn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {CHILD}" if stubborn else CHILD
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", script], text=True, **pipes)  # type: ignore[call-overload]
+    child = psutil.Process(int(process.stdout.readline()))
+    monkeypatch.setattr(schedules, "PATIENCE", 0.5)
+    schedules._end(process)
+    assert not psutil.pid_exists(process.pid)
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 5)
+
+
+def test_clean_lists_what_may_go(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(schedules, "create_markdown_artifact", lambda text, **_: shown.append(text))
+    state = clean_up.fn()
+    assert state.is_completed()
+    assert str(state.message).endswith("nothing was removed yet, the same command with --yes does it.")
+    assert str(state.message) in shown[0]
