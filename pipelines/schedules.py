@@ -31,8 +31,8 @@ from pipelines.environment import reach_loopback_directly
 from pipelines.jobs.paths import DataPaths
 from pipelines.left_behind import end_dead_runs, running
 from pipelines.logs import to_flow_run, to_terminal
+from pipelines.tracking.champion import CHAMPION
 from pipelines.tracking.job_runs import model_name
-from pipelines.tracking.registry import CHAMPION
 from pipelines.webhook import HOOKS
 
 logger = logging.getLogger("dvdp.schedules")

@@ -32,7 +32,7 @@ from dvdp.training.loop import is_finished
 from pipelines.left_behind import RUNNING
 from pipelines.tracking.connection import NoAnswer, reading, there_is_a_store
 from pipelines.tracking.job_runs import model_name
-from pipelines.tracking.registry import _versions
+from pipelines.tracking.registry import ready_versions
 from pipelines.tracking.runs import SETTING
 
 #: Tag of a registered model: its champions so far, as numbers of versions.
@@ -170,7 +170,7 @@ def _unneeded(client: MlflowClient, name: str) -> list[ModelVersion]:
             raise
         return []
     aliased = {*map(str, model.aliases.values()), *model.tags.get(CHAMPIONS, "").split()}
-    versions = _versions(client, name)
+    versions = ready_versions(client, name)
     runs = [client.get_run(str(version.run_id)) for version in versions]
     parents = [run.data.tags.get(MLFLOW_PARENT_RUN_ID, "") for run in runs]
     began = {parent: client.get_run(parent).info.start_time for parent in {*parents} - {""}}

@@ -18,8 +18,7 @@ from dvdp.files import locked, write_atomically
 from dvdp.training.loop import is_finished
 from pipelines.addresses import public
 from pipelines.jobs.job import Job
-from pipelines.tracking.connection import connect, there_is_a_store
-from pipelines.tracking.job_runs import _impatient
+from pipelines.tracking.connection import connect, impatient, there_is_a_store
 from pipelines.tracking.registry import WEIGHTS_DIGEST, read_weights, weights_digest
 from pipelines.tracking.runs import TRAINING_HASH, read_text
 
@@ -41,7 +40,7 @@ def fetch_training(job: Job) -> str:
         if not free or is_finished(job.folder) or not there_is_a_store():
             return ""
         try:
-            with _asking, _impatient():
+            with _asking, impatient():
                 client = connect()
                 found = _candidates(client, job)
             return next((said for model in found if (said := _take(client, job, model))), "")
