@@ -165,11 +165,11 @@ def _end_soon_after_a_signal(seconds: float) -> None:
 app = typer.Typer(help=__doc__, add_completion=False)
 PARAMS, DATA, RUNS, EXPERIMENTS = "Params", "Data", "Runs, step by step", "Whole experiments"
 MODELS = "Registered models"
-MODEL = Argument(metavar="MODEL", help="Its name in MLflow, such as dvdp-digits.")
 FILE = Option("params.yaml", "--params", metavar="FILE", help="The params file.")
 CHANGES = Option([], "-S", "--set-param", metavar="KEY=VALUE", help="Another value, such as training.batch=64.")
 SETTING = Option(None, metavar="NAME", help="One setting alone.")
 SEED = Option(None, help="One seed alone.")
+NAME = Argument(metavar="MODEL", help="Its name in MLflow, such as dvdp-digits.")
 MODEL = Option(None, metavar="ADDRESS", help="A registered model in place of settings, models:/NAME@ALIAS or /VERSION.")
 
 
@@ -485,7 +485,7 @@ def report(
 
 @app.command(rich_help_panel=MODELS)
 def promote(
-    model: str = MODEL,
+    model: str = NAME,
     version: int | None = Argument(None, help="The version to use from now on, until it is released with --auto."),
     auto: bool = Option(False, "--auto", help="Let the scores choose the champion again, now and after each run."),
     file: str = FILE,
@@ -504,7 +504,7 @@ def promote(
 
 
 @app.command(rich_help_panel=MODELS)
-def rollback(model: str = MODEL, file: str = FILE, changes: list[str] = CHANGES) -> None:
+def rollback(model: str = NAME, file: str = FILE, changes: list[str] = CHANGES) -> None:
     """Make the version with the alias `previous` champion again."""
     _read(file, changes, services=True)
     from pipelines.commands.versions import rollback
@@ -514,7 +514,7 @@ def rollback(model: str = MODEL, file: str = FILE, changes: list[str] = CHANGES)
 
 @app.command(rich_help_panel=MODELS)
 def reject(
-    model: str = MODEL,
+    model: str = NAME,
     version: int = Argument(help="The version that is never to be promoted again."),
     reason: str = Option(..., metavar="TEXT", help="Why; MLflow shows it as a tag of the version."),
     file: str = FILE,

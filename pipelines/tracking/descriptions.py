@@ -65,7 +65,7 @@ def model_card(job: Job, record: ScoreRecord, run: TrackedRun, version: ModelVer
     """
     data, sampling, tags = ImageStore(DataPaths.of(job.params).store).metadata, job.run.sampling, version.tags
     about = run.client.get_run(run.run_id).data.tags
-    request: dict[str, int | str] = {"count": 4, "seed": 0, "solver": sampling.solver, "steps": sampling.steps}
+    request: dict[str, int | str] = {"count": 4, "seed": 0, "format": "numbers"}
     if job.run.model.num_classes and data.labels:
         request["label"] = data.labels[0]
     cells = {
@@ -112,8 +112,8 @@ def model_card(job: Job, record: ScoreRecord, run: TrackedRun, version: ModelVer
         "```python",
         "import mlflow, pandas",
         f'model = mlflow.pyfunc.load_model("models:/{version.name}/{version.version}")',
-        f"images = model.predict(pandas.DataFrame([{json.dumps(request)}]))  # uint8 (4, {data.resolution},"
-        f" {data.resolution}, 3)",
+        "# a row for each image: image, uint8 (H, W, 3), with the seed and index that draw it again",
+        f"drawn = model.predict(pandas.DataFrame([{json.dumps(request)}]))",
         "```",
         "**Mind**",
         *(f"- {each}" for each in minds),

@@ -23,7 +23,9 @@ _COUNT = 2
 _PROGRAM = """
 import json, sys
 import mlflow, numpy, pandas
-images = numpy.asarray(mlflow.pyfunc.load_model(sys.argv[1]).predict(pandas.DataFrame([json.loads(sys.argv[2])])))
+drawn = mlflow.pyfunc.load_model(sys.argv[1]).predict(pandas.DataFrame([json.loads(sys.argv[2])]))
+# Versions of early releases answer with one array.
+images = numpy.stack(list(drawn["image"])) if isinstance(drawn, pandas.DataFrame) else numpy.asarray(drawn)
 flat = [bool((image == image.flat[0]).all()) for image in images]
 print(json.dumps({"dtype": str(images.dtype), "shape": images.shape, "flat": flat}))
 """
@@ -41,7 +43,7 @@ def draws_images(client: MlflowClient, version: ModelVersion, record: ScoreRecor
     if DRAWS in version.tags:
         return ""
     levels = 1 + len(json.loads(version.tags.get(TURNING_POINTS, "[]")))
-    request = json.dumps({"count": _COUNT, "seed": 0, "steps": 2 * levels})
+    request = json.dumps({"count": _COUNT, "seed": 0, "steps": 2 * levels, "format": "numbers"})
     address = f"models:/{version.name}/{version.version}"
     # A GPU may be at work on something else.
     environment = {**os.environ, "MLFLOW_TRACKING_URI": client.tracking_uri, "CUDA_VISIBLE_DEVICES": ""}
