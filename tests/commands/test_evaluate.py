@@ -174,7 +174,7 @@ def test_published_statistics_are_a_score_of_their_own_beside_that_against_the_r
         assert main(["evaluate", "--model", ADDRESS, "--statistics", "published.npz"]) == 0
         assert "does not say how its images were cropped" in capsys.readouterr().out
     against_data, against_file = evaluations(client)
-    assert set(against_file.data.metrics) == {"fd_labels"}
+    assert set(against_file.data.metrics) == {"fd_labels", "fd_labels_error"}
     assert against_file.data.metrics["fd_labels"] == pytest.approx(against_data.data.metrics["fd_labels"], rel=1e-9)
     assert against_file.data.params["reference_digest"].startswith("npz ")
 
