@@ -175,7 +175,7 @@ def rates(way: Way, workers: int, batch: int, at_least: float) -> tuple[float, f
     next(batches)
     processes = [child.pid for child in multiprocessing.active_children() if child.pid]
     count, wall, cpu = 0, time.perf_counter(), processor_seconds(processes)
-    while time.perf_counter() - wall < at_least:
+    while not count or time.perf_counter() - wall < at_least:
         next(batches)
         count += batch
     return count / (processor_seconds(processes) - cpu), count / (time.perf_counter() - wall)

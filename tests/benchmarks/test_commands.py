@@ -112,6 +112,7 @@ def test_the_price_of_recomputing_is_measured(tmp_path: Path) -> None:
     assert len(case["memory_gib"]) == 2
 
 
+@pytest.mark.slow
 def test_the_same_training_in_both_precisions_is_compared_and_drawn(tmp_path: Path) -> None:
     tree = {
         "dataset": {"resolution": 16},
@@ -172,6 +173,7 @@ def test_times_are_kept_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == [[(1.0, 30.0)], [(1.0, 30.0), (2.0, 10.0)]]
 
 
+@pytest.mark.slow
 def test_larger_batches_in_parts_are_measured(tmp_path: Path) -> None:
     out = tmp_path / "level_batch.json"
     done = run_module("benchmarks.level_batch", "--resolutions", 16, "--turns", 1, "--out", out)

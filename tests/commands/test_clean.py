@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from dvdp.config import parse_params
 from dvdp.errors import UserError
@@ -150,8 +151,9 @@ def test_servers_that_do_not_answer_keep_what_they_have(monkeypatch: pytest.Monk
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
-    monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "0")
-    listed = clean(PARAMS)
+    # Prefect reads the environment when it is imported, which another test may have done.
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
+        listed = clean(PARAMS)
     assert "versions     all kept: MLflow does not answer\n" in listed
     assert "artifacts    all kept: Prefect does not answer\n" in listed
 
