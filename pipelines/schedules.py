@@ -112,19 +112,19 @@ def re_evaluate(
 
 @flow(name="clean", **HOOKS)
 def clean_up(
-    params_file: str = "params.yaml", keep: list[str] | None = None, days: int = 30, yes: bool = False
+    params_file: str = "params.yaml", keep: list[str] | None = None, days: int = 30, remove: bool = False
 ) -> State[None]:
-    """``dvdp clean``: list what finished runs left and nobody needs, and remove it if ``yes``.
+    """``dvdp clean``: list what finished runs left and nobody needs, and remove it if ``remove``.
 
     Args:
         keep, days: see :func:`pipelines.commands.clean.clean`.
     """
     with _at_work():
-        text = clean(read_params(params_file), keep or (), days, yes)
+        text = clean(read_params(params_file), keep or (), days, remove)
         create_markdown_artifact(
             f"```\n{text}\n```",
             key="clean-up",
-            description=f"What was {'removed' if yes else 'found, and not removed'}.",
+            description=f"What was {'removed' if remove else 'found, and not removed'}.",
         )
         return _said(text.splitlines()[-1])
 

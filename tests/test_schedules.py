@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -123,3 +124,13 @@ def test_clean_lists_what_may_go(project: Path, monkeypatch: pytest.MonkeyPatch)
     assert state.is_completed()
     assert str(state.message).endswith("nothing was removed yet, the same command with --yes does it.")
     assert str(state.message) in shown[0]
+
+
+def test_every_deployment_gives_its_flow_parameters_that_it_has() -> None:
+    # As Prefect reads it: YAML 1.1, where a key such as "yes" is no text.
+    deployments = yaml.safe_load((Path(__file__).parents[1] / "prefect.yaml").read_text())["deployments"]
+    assert {each["name"] for each in deployments} == {"experiment", "refresh", "re-evaluate", "clean"}
+    for each in deployments:
+        module, name = each["entrypoint"].removesuffix(".py").replace("/", ".").replace(".py:", ":").split(":")
+        flow = getattr(importlib.import_module(module), name)
+        assert set(each["parameters"]) <= set(flow.parameters.properties), each["name"]

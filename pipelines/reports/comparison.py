@@ -212,7 +212,7 @@ def _certainty(rows: Sequence[Row]) -> list[str]:
     leader, *others = sorted(tied(rows), key=lambda row: row.score)
     for row in others:
         low, high = difference(row.estimate, leader.estimate)
-        interval = f", {100 * CONFIDENCE:.0f} % interval {low:.2f} to {high:.2f}" if math.isfinite(low) else ""
+        interval = f", {100 * CONFIDENCE:.0f} % interval {low:z.2f} to {high:z.2f}" if math.isfinite(low) else ""
         lines.append(
             f"No significant difference between {leader.setting} and {row.setting}"
             f" ({row.setting} is {row.score - leader.score:.2f} higher{interval})."
