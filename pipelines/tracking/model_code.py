@@ -57,7 +57,8 @@ class ImageModel(PythonModel):
             model_input: rows of ``count`` and, optionally, ``seed`` (else a random one), ``first`` (number of the first
                 image of the seed, 0), ``label``, ``format`` (``png``, or ``numbers``), ``solver`` and ``steps``. Where
                 the last two are missing or null they are as in the training run's ``sampling``; without a label,
-                classes are drawn. Image i of a seed is the same image in any request, on one kind of device.
+                classes are drawn. Image i of a seed is the same image in any request on one kind of device, within
+                1/255, and bit for bit in requests of the same count.
 
         Returns:
             A row for each image: ``image``, a PNG in base64 or uint8 (H, W, 3); the ``seed`` and ``index`` that draw

@@ -164,6 +164,10 @@ def predict(model: mlflow.pyfunc.PyFuncModel, *rows: dict[str, object]) -> np.nd
     return np.stack(model.predict(pd.DataFrame([{"format": "numbers", **row} for row in rows])).image)
 
 
+def pixels(image: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(image)))).astype(int)
+
+
 def test_it_draws_the_images_of_the_trained_model(loaded: mlflow.pyfunc.PyFuncModel, tmp_path: Path) -> None:
     images = predict(loaded, {"count": 4, "seed": 0, "solver": "ddim", "steps": 10})
     expected = load_model(small_model(tmp_path / "m.safetensors")).sample(4, seed=0, solver="ddim", steps=10)
@@ -181,11 +185,13 @@ def test_every_image_says_what_draws_it_again(loaded: mlflow.pyfunc.PyFuncModel)
     drawn, other = (loaded.predict(pd.DataFrame([{"count": 3}])) for _ in range(2))
     assert drawn.seed[0] != other.seed[0], "without a seed it is a random one"
     assert drawn["index"].tolist() == [0, 1, 2]
-    again = {"count": 1, "seed": int(drawn.seed[0]), "first": 2}
-    (image,) = loaded.predict(pd.DataFrame([again])).image
-    assert image == drawn.image[2]
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))
-    np.testing.assert_array_equal(pixels, predict(loaded, again)[0])
+    same = loaded.predict(pd.DataFrame([{"count": 3, "seed": int(drawn.seed[0])}]))
+    assert same.image.tolist() == drawn.image.tolist()
+    alone = {"count": 1, "seed": int(drawn.seed[0]), "first": 2}
+    (image,) = loaded.predict(pd.DataFrame([alone])).image
+    np.testing.assert_array_equal(pixels(image), predict(loaded, alone)[0])
+    # The kernels of another batch size may round another way.
+    np.testing.assert_allclose(pixels(image), pixels(drawn.image[2]), atol=1)
 
 
 def test_a_model_says_nothing_of_the_machine_that_made_it(tmp_path: Path) -> None:
