@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "pipelines.jobs": {"dvdp", "pipelines.logs", "pipelines.environment"},
     "pipelines.tracking": {"dvdp", "pipelines.addresses", "pipelines.jobs", "pipelines.provenance"},
     "pipelines.webhook": set(),
+    "pipelines.artifacts": set(),
     "pipelines.left_behind": {"dvdp", "pipelines.tracking", "pipelines.webhook"},
     "pipelines.turning_points": {"dvdp", "pipelines.jobs", "pipelines.tracking"},
     "pipelines.reports": {
@@ -53,11 +54,12 @@ MAY_IMPORT = {
     },
     "pipelines.commands": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
-        "pipelines.left_behind",
+        "pipelines.left_behind", "pipelines.artifacts",
     },
     "pipelines.experiment": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
         "pipelines.provenance", "pipelines.logs", "pipelines.environment", "pipelines.left_behind", "pipelines.webhook",
+        "pipelines.artifacts",
     },
     "pipelines.schedules": {
         "dvdp", "pipelines.commands", "pipelines.environment", "pipelines.jobs", "pipelines.left_behind",

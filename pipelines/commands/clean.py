@@ -29,6 +29,8 @@ from dvdp.config import Params
 from dvdp.errors import UserError, did_you_mean
 from dvdp.files import locked
 from dvdp.training.loop import is_finished
+from pipelines.artifacts import KINDS as ARTIFACTS
+from pipelines.artifacts import artifact_key
 from pipelines.left_behind import RUNNING
 from pipelines.tracking.champion import CHAMPIONS, REJECTED
 from pipelines.tracking.connection import NoAnswer, reading, there_is_a_store
@@ -214,9 +216,9 @@ def _prefect_artifacts(params: Params, days: int) -> Iterator[Removal]:
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
     from prefect.client.schemas.sorting import ArtifactSort
 
-    oldest, name = datetime.now(UTC) - timedelta(days=days), re.sub("[^a-z0-9]+", "-", params.dataset.name.lower())
-    ours = re.compile(f"(comparison|report|samples|process)-{name}(-|$)")
-    wanted = ArtifactFilter(key=ArtifactFilterKey(like_=f"%-{name}%"))
+    oldest, name = datetime.now(UTC) - timedelta(days=days), params.dataset.name
+    ours = re.compile(f"({'|'.join(artifact_key(kind, name) for kind in ARTIFACTS)})(-|$)")
+    wanted = ArtifactFilter(key=ArtifactFilterKey(like_=f"{artifact_key('%', name)}%"))
     try:
         with get_client(sync_client=True) as client:
             seen, keys = 0, set()
