@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from uuid import UUID
 
@@ -40,6 +40,15 @@ def end_orphans() -> None:
         if len(mark) == 3 and mark[2] == str(Path.cwd()) and (mark[0], mark[1]) not in alive:
             with contextlib.suppress(psutil.Error):
                 process.kill()
+
+
+def end_processes(processes: Sequence[psutil.Process], patience: float) -> None:
+    """Tell processes to end, and kill those that still live after ``patience`` seconds."""
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                end(process)
+        _, processes = psutil.wait_procs(processes, timeout=patience)
 
 
 def _process(process: psutil.Process) -> tuple[str, str]:

@@ -29,7 +29,7 @@ from pipelines.commands.clean import clean
 from pipelines.commands.evaluate import evaluate, registered_model, track
 from pipelines.environment import reach_loopback_directly
 from pipelines.jobs.paths import DataPaths
-from pipelines.left_behind import end_dead_runs, running
+from pipelines.left_behind import end_dead_runs, end_processes, running
 from pipelines.logs import to_flow_run, to_terminal
 from pipelines.tracking.champion import CHAMPION
 from pipelines.tracking.job_runs import model_name
@@ -165,20 +165,10 @@ def _dvc(*arguments: str) -> None:
             logger.info("dvc: %s", line)
         status = process.wait()
     finally:
-        _end(process)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            end_processes([parent, *parent.children(recursive=True)], PATIENCE)
     if status:
         raise UserError(
             f"dvc {' '.join(arguments)}: found exit status {status}, expected 0; it said: {' '.join(last)[-500:]}"
         )
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """SIGTERM, and later SIGKILL for what still lives: to a process and all below it."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(process.pid)
-        processes = [parent, *parent.children(recursive=True)]
-        for end in (psutil.Process.terminate, psutil.Process.kill):
-            for each in processes:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    end(each)
-            _, processes = psutil.wait_procs(processes, timeout=PATIENCE)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -19,7 +16,6 @@ from pipelines import schedules
 from pipelines.schedules import clean_up, refresh
 from pipelines.stages import prepare_data
 from tests.data.support import make_images
-from tests.tracking.support import wait_until
 
 
 @pytest.fixture
@@ -100,21 +96,6 @@ def test_dvc_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         UserError, match=r"^dvc repro: found exit status \d+, expected 0; it said: .*not inside of a DVC"
     ):
         schedules._dvc("repro")
-
-
-CHILD = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True); input()"
-
-
-@pytest.mark.parametrize("stubborn", [False, True])
-def test_what_dvc_started_ends_with_it(stubborn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {CHILD}" if stubborn else CHILD
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", script], text=True, **pipes)  # type: ignore[call-overload]
-    child = psutil.Process(int(process.stdout.readline()))
-    monkeypatch.setattr(schedules, "PATIENCE", 0.5)
-    schedules._end(process)
-    assert not psutil.pid_exists(process.pid)
-    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 5)
 
 
 def test_clean_lists_what_may_go(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,13 +100,16 @@ def test_runs_of_a_dead_flow_run_are_killed_in_mlflow_and_no_others(tmp_path: Pa
     assert client.get_run(again.run_id).data.tags[FLOW_RUN] == "later"
 
 
-def test_runs_of_an_interrupted_flow_run_are_killed_and_do_not_fail_afterwards(tmp_path: Path) -> None:
+def test_runs_of_an_interrupted_flow_run_are_killed_and_do_not_fail_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = empty_store(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
     with of_flow_run("one"):
         runs = {name: open_run(client, "digits", TRAINING_HASH, name, name) for name in ("at work", "ready", "waiting")}
         runs["ready"].set_status("FINISHED")
         client.update_run(runs["waiting"].run_id, status="SCHEDULED")
-        with pytest.raises(KeyboardInterrupt), killed_when_interrupted(lambda: client):
+        with pytest.raises(KeyboardInterrupt), killed_when_interrupted():
             raise KeyboardInterrupt
         # What a thread says of it whose workers are gone.
         runs["at work"].set_status("FAILED")
@@ -115,7 +118,7 @@ def test_runs_of_an_interrupted_flow_run_are_killed_and_do_not_fail_afterwards(t
     assert states == {"at work": "KILLED", "ready": "FINISHED", "waiting": "SCHEDULED"}
     with of_flow_run("two"):
         runs["at work"].set_status("RUNNING")
-        with pytest.raises(ValueError, match="x"), killed_when_interrupted(lambda: client):
+        with pytest.raises(ValueError, match="x"), killed_when_interrupted():
             raise ValueError("x")
     assert client.get_run(runs["at work"].run_id).info.status == "RUNNING"
 
