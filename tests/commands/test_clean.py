@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,7 +21,7 @@ from pipelines.left_behind import RUNNING
 from pipelines.tracking import registry
 from pipelines.tracking.champion import CHAMPIONS
 from pipelines.tracking.runs import COMPARISON_HASH, SETTING, TRAINING_HASH, TrackedRun, open_run
-from tests.tracking.support import empty_store, free_port, kill, small_model, wait_until
+from tests.tracking.support import empty_store, free_port, prefect_server, small_model
 
 PARAMS = parse_params({})
 MODEL = "dvdp-digits"
@@ -159,27 +156,16 @@ def test_servers_that_do_not_answer_keep_what_they_have(monkeypatch: pytest.Monk
 
 
 @pytest.fixture
-def prefect_server(tmp_path: Path) -> Iterator[str]:
-    port = free_port()
-    address = f"http://127.0.0.1:{port}/api"
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_API_URL": address}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (tmp_path / "server.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    try:
-        from pipelines.addresses import healthy
-
-        wait_until(lambda: healthy(f"{address}/health", 2), 120)
+def server(tmp_path: Path) -> Iterator[str]:
+    with prefect_server(tmp_path, free_port()) as address:
         yield address
-    finally:
-        kill(process)
 
 
 @pytest.mark.slow
 def test_old_artifacts_go_but_for_the_newest_of_each_key_and_those_of_others(
-    prefect_server: str, monkeypatch: pytest.MonkeyPatch
+    server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PREFECT_API_URL", prefect_server)
+    monkeypatch.setenv("PREFECT_API_URL", server)
     monkeypatch.setattr("pipelines.commands.clean.PAGE", 3)
     from prefect.artifacts import create_markdown_artifact
     from prefect.client.orchestration import get_client

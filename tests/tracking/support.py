@@ -129,14 +129,35 @@ def free_port() -> int:
 @contextlib.contextmanager
 def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """A real server over the store in ``folder``, in a session of its own; killed at the end."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
-    command += ["--artifacts-destination", (folder / "artifacts").as_uri()]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    store = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    artifacts = ["--artifacts-destination", (folder / "artifacts").as_uri()]
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *store, *artifacts]
+    with _server(folder, command, f"http://127.0.0.1:{port}/health", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false") as one:
+        yield one
+
+
+@contextlib.contextmanager
+def prefect_server(folder: Path, port: int) -> Iterator[str]:
+    """A real server with its data in ``folder``, in a session of its own; yields its API's address."""
+    address = f"http://127.0.0.1:{port}/api"
+    command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    own = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": address}
+    with _server(folder, command, f"{address}/health", **own):
+        yield address
+
+
+@contextlib.contextmanager
+def _server(folder: Path, command: Sequence[str], health: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     with (folder / "server.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
     try:
-        wait_until(lambda: healthy(f"http://127.0.0.1:{port}/health", 2), 120)
+        wait_until(lambda: healthy(health, 2), 120)
         yield process
     finally:
         kill(process)
