@@ -20,7 +20,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -33,11 +33,10 @@ from benchmarks.gpu.steps import MODES, PAPER, arrange
 from benchmarks.machine import machine
 from benchmarks.steps import TOY, draw, make_run, start, step
 from benchmarks.timing import DTYPES, in_turns, peak_tflops, seconds, spreads, warn_of_allocator
-from dvdp.config import Run, TrainingParams
-from dvdp.diffusion.timesteps import share_steps
+from dvdp.config import TrainingParams
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
-from dvdp.models.flops import level_flops, mean_flops
+from dvdp.models.flops import mean_flops, sample_flops
 from dvdp.training.levels import BLOCK, level_counts
 from dvdp.training.loop import Training
 
@@ -126,7 +125,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     # Of an iteration, forward and backward, and of a sample.
     teraflops = [3 * train_batch * mean_flops(run) / 1e12 for run in runs.values()]
-    sample_teraflops = [sample_flops(run, options.steps) / 1e12 for run in runs.values()]
+    sampled = [replace(run, sampling=replace(run.sampling, steps=options.steps)) for run in runs.values()]
+    sample_teraflops = [sample_flops(run) / 1e12 for run in sampled]
     images = torch.from_numpy(pixels)
     for training in trainings:
         warm_up(training, images, turn, sample_batch)
@@ -166,11 +166,6 @@ def times_so_far(
     for times in in_turns([partial(seconds, work, device) for work in works], turns, title, warm_up=0):
         found.append(times)
         yield found
-
-
-def sample_flops(run: Run, steps: int) -> int:
-    """Of one image, lifts left out."""
-    return sum(n * cost for n, cost in zip(share_steps(run.build_schedule(), steps), level_flops(run), strict=True))
 
 
 def table(record: dict[str, Any]) -> str:

@@ -47,6 +47,20 @@ def relative_flops(run: Run) -> float:
     return mean_flops(run) / network_flops(run.reference_model, run.resolution)
 
 
+def sample_flops(run: Run) -> int:
+    """FLOPs of one image that is drawn as the run's sampling says, lifts left out."""
+    # It imports torch, which takes longer than all that is counted here.
+    from dvdp.diffusion.timesteps import share_steps
+
+    calls = share_steps(run.build_schedule(), run.sampling.steps, run.sampling.timestep_spacing, run.sampling.share)
+    return sum(count * flops for count, flops in zip(calls, level_flops(run), strict=True))
+
+
+def training_flops(run: Run) -> float:
+    """Of all passes of training, forward and backward (three times the forward)."""
+    return 3 * training_images(run) * mean_flops(run)
+
+
 def training_images(run: Run) -> int:
     """Images the run is trained on, in whole batches; see ``training.budget``."""
     images = run.training.images / (relative_flops(run) if run.training.budget == "flops" else 1.0)

@@ -14,7 +14,7 @@ from dvdp import hardware
 from dvdp.config import Params, Run
 from dvdp.errors import UserError, did_you_mean
 from dvdp.files import write_atomically
-from dvdp.models.flops import level_flops, mean_flops, relative_flops, training_images
+from dvdp.models.flops import level_flops, relative_flops, sample_flops, training_flops, training_images
 from dvdp.training.memory import checkpoint_bytes, parameter_count, run_bytes, worker_memory
 from pipelines.jobs.paths import DataPaths
 from pipelines.reports.text_tables import as_text
@@ -108,17 +108,9 @@ def _cost(run: Run, trial: Trial | None, params: Params, gpu: str | None) -> Cos
         seconds = (trial.step_seconds * images / run.training.batch, trial.sample_seconds * count)
     elif gpu:
         rate = GPUS[gpu].tflops * 1e12 * UTILISATION * (1 if run.training.precision == "bf16" else 0.5)
-        seconds = (3 * images * mean_flops(run) / rate / ranks, count * sampling_flops(run) / rate)
+        seconds = (training_flops(run) / rate / ranks, count * sample_flops(run) / rate)
     training, sampling = (None if each is None else each / 3600 for each in seconds)
     return Cost(run, training, sampling, memory, run_bytes(run))
-
-
-def sampling_flops(run: Run) -> float:
-    """Of one image."""
-    from dvdp.diffusion.timesteps import share_steps
-
-    calls = share_steps(run.build_schedule(), run.sampling.steps, run.sampling.timestep_spacing, run.sampling.share)
-    return sum(count * flops for count, flops in zip(calls, level_flops(run), strict=True))
 
 
 def _table(costs: Sequence[Cost], params: Params, price: float | None) -> tuple[list[str], list[list[str]]]:
@@ -137,7 +129,7 @@ def _table(costs: Sequence[Cost], params: Params, price: float | None) -> tuple[
         [
             cost.run.setting,
             f"{training_images(cost.run):,}",
-            f"{3 * training_images(cost.run) * mean_flops(cost.run):.2e}",
+            f"{training_flops(cost.run):.2e}",
             f"{relative_flops(cost.run):.2f}x",
             f"{parameter_count(cost.run):,}",
             hours(cost.training_hours),
@@ -157,7 +149,7 @@ def _table(costs: Sequence[Cost], params: Params, price: float | None) -> tuple[
         [
             f"all, {seeds} seed{'s' if seeds > 1 else ''}",
             f"{seeds * sum(training_images(cost.run) for cost in costs):,}",
-            f"{seeds * sum(3 * training_images(cost.run) * mean_flops(cost.run) for cost in costs):.2e}",
+            f"{seeds * sum(training_flops(cost.run) for cost in costs):.2e}",
             "",
             "",
             hours(total([cost.training_hours for cost in costs])),

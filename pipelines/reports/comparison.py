@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dvdp.config import Run
-from dvdp.diffusion.timesteps import share_steps
 from dvdp.evaluation.intervals import CONFIDENCE, Estimate, better, difference, over_seeds
 from dvdp.evaluation.records import ScoreRecord, mean_and_spread, score_differences
 from dvdp.evaluation.reference import Anchor
-from dvdp.models.flops import level_flops, network_flops, relative_flops, training_images
+from dvdp.models.flops import network_flops, relative_flops, sample_flops, training_images
 from pipelines.jobs.job import Job
 from pipelines.jobs.timing import Timing, timing
 
@@ -126,12 +125,6 @@ def reliable(speedup: float, bound: float) -> float | None:
 def sampling_bound(run: Run) -> float:
     """How much faster than DDPM at the same number of steps the FLOPs allow sampling to be."""
     return run.sampling.steps * network_flops(run.reference_model, run.resolution) / sample_flops(run)
-
-
-def sample_flops(run: Run) -> int:
-    """FLOPs of one image that is drawn with the run's steps."""
-    calls = share_steps(run.build_schedule(), run.sampling.steps, run.sampling.timestep_spacing, run.sampling.share)
-    return sum(count * flops for count, flops in zip(calls, level_flops(run), strict=True))
 
 
 def table(rows: Sequence[Row], primary: str) -> tuple[list[str], list[list[str]]]:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from dvdp.config import Run
-from dvdp.models.flops import mean_flops, training_images
+from dvdp.models.flops import mean_flops, sample_flops, training_flops, training_images
 from dvdp.training import ledger
 from dvdp.training.memory import parameter_count
 from pipelines.jobs.device import read_machine
 from pipelines.jobs.sample import seconds_per_sample
-from pipelines.reports.comparison import Result, sample_flops
-from pipelines.reports.text_tables import si
+from pipelines.reports.comparison import Result
+from pipelines.reports.text_tables import magnitude, si
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,6 @@ def cost(result: Result) -> Cost:
         disk=sum(_bytes(place) for place in (job.folder / "checkpoints", job.weights, job.samples)),
         estimated_disk=said.get("disk_bytes", 0),
     )
-
-
-def training_flops(run: Run) -> float:
-    """Of all passes of a run's training."""
-    return 3 * training_images(run) * mean_flops(run)
 
 
 def costs(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
@@ -164,11 +158,7 @@ def _size(most: float) -> tuple[str, int]:
 
 def _number(value: float) -> str:
     """Three digits."""
-    return "-" if not value else f"{value:,.0f}" if value >= 100 else f"{value:.{max(0, 2 - _magnitude(value))}f}"
-
-
-def _magnitude(value: float) -> int:
-    return int(f"{value:.2e}".partition("e")[2])
+    return "-" if not value else f"{value:,.0f}" if value >= 100 else f"{value:.{max(0, 2 - magnitude(value))}f}"
 
 
 def _beside(measured: float, estimated: float) -> str:

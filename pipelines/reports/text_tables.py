@@ -11,9 +11,14 @@ from typing import Any
 from dvdp.text import printable
 
 
+def magnitude(value: float) -> int:
+    """The power of ten of the first digit, once three digits are left."""
+    return int(f"{value:.2e}".partition("e")[2])
+
+
 def si(value: float) -> str:
     """Three digits with the prefix of a power of 1000, e.g. ``41.5 G`` or ``427 k``."""
-    power = max(0, min(6, (int(f"{value:.2e}".partition("e")[2])) // 3))
+    power = max(0, min(6, magnitude(value) // 3))
     digits = f"{value / 1000**power:#.3g}".rstrip(".")
     return f"{digits} {' kMGTPE'[power]}".rstrip() if power else f"{value:.3g}"
 

@@ -14,10 +14,10 @@ from dvdp.config import Params, parse_params
 from dvdp.data.records import Form, encode
 from dvdp.data.writer import StoreWriter
 from dvdp.errors import UserError
-from dvdp.models.flops import mean_flops, training_images
+from dvdp.models.flops import mean_flops, sample_flops, training_images
 from dvdp.training.memory import run_bytes
 from pipelines.commands import check as command
-from pipelines.commands.check import GPUS, UTILISATION, check, image_bytes, sampling_flops
+from pipelines.commands.check import GPUS, UTILISATION, check, image_bytes
 
 
 def params(**sections: Any) -> Params:
@@ -42,7 +42,7 @@ def test_hours_and_price_on_a_gpu_follow_from_flops_peak_and_share() -> None:
     hours = 0.0
     for run in asked.runs()[::2]:
         training = 3 * training_images(run) * mean_flops(run) / rate / 3600
-        sampling = run.sampling.count * sampling_flops(run) / rate / 3600
+        sampling = run.sampling.count * sample_flops(run) / rate / 3600
         cells = found[run.setting]
         assert [float(cells[4]), float(cells[5])] == pytest.approx([training, sampling], rel=0.01)
         assert float(cells[8].replace(",", "")) == pytest.approx(2.5 * (training + sampling), rel=0.01)
