@@ -31,7 +31,7 @@ from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
 from dvdp.models.denoiser import example
 from dvdp.models.export import TrainedModel, load_model, save_model
-from dvdp.models.flops import mean_flops, training_images
+from dvdp.models.flops import mean_flops, training_flops, training_images
 from dvdp.models.pixels import to_float
 from dvdp.models.unet import build_network
 from dvdp.training import checkpoints, ledger
@@ -320,7 +320,7 @@ class Training:
             return
         expected = Estimate(
             self.total,
-            3 * self.total * mean_flops(self.run),
+            training_flops(self.run),
             seconds,
             worker_memory(self.run, self.world_size, self.device.type == "cuda"),
             run_bytes(self.run),
@@ -329,26 +329,27 @@ class Training:
         logger.info("%s: %s", self._name(), expected.sentence())
 
     def time_steps(self, batches: Iterator[Batch]) -> float:
-        """Seconds of a step, the mean over the levels where a step has one.
+        """Seconds of a step, the mean over the levels where a step has one; see :meth:`idle_step`."""
+        return sum(
+            share * median_seconds(partial(self.idle_step, batches, counts), self.device)
+            for share, counts in self.step_kinds()
+        )
 
-        The steps are those of training at a learning rate of 0: weights stay as they are, the optimisers' moments do
-        not.
-        """
+    def step_kinds(self) -> list[tuple[float, list[int]]]:
+        """The kinds of steps: the share of steps that are so, and images at each level."""
         settings, schedule = self.run.training, self.process.schedule
         size = settings.batch // self.world_size
         if settings.levels == "all":
-            kinds = [(1.0, level_counts(schedule, "all", self.run.seed, 0, images=size))]
-        else:
-            levels = range(self.process.levels + 1)
-            kinds = [(share, [size if k == i else 0 for k in levels]) for i, share in enumerate(schedule.shares())]
+            return [(1.0, level_counts(schedule, "all", self.run.seed, 0, images=size))]
+        levels = range(self.process.levels + 1)
+        return [(share, [size if k == i else 0 for k in levels]) for i, share in enumerate(schedule.shares())]
 
-        def step(counts: Sequence[int]) -> None:
-            images, labels = next(batches)
-            self.update(images, counts, labels)
-            self.ema.update(settings.batch, settings.batch)
-
+    def idle_step(self, batches: Iterator[Batch], counts: Sequence[int]) -> None:
+        """A step of training at a learning rate of 0: weights stay as they are, the optimisers' moments do not."""
         self.learning_rate = 0.0
-        return sum(share * median_seconds(partial(step, counts), self.device) for share, counts in kinds)
+        images, labels = next(batches)
+        self.update(images, counts, labels)
+        self.ema.update(self.run.training.batch, self.run.training.batch)
 
     def _log(self, seen: int, rate: float) -> None:
         window = self.window.clone()

@@ -7,16 +7,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from dvdp.config import Params, Run
 from dvdp.errors import UserError
 from dvdp.hardware import device_name
-
-#: NFE of the draw that is timed, at least; and its images on a CPU, at most.
-SAMPLE_STEPS, SAMPLE_IMAGES = 4, 16
 
 
 @dataclass(frozen=True)
@@ -73,55 +69,32 @@ def measure(run: Run, ranks: int, threads: int, gpu: bool, flip: bool, store: Pa
 
     from dvdp.data.loading import ArrayImages, Images, training_batches
     from dvdp.data.store import ImageStore
-    from dvdp.diffusion.timesteps import share_steps
-    from dvdp.models.flops import level_flops
-    from dvdp.training.estimate import clock, peak_memory
-    from dvdp.training.loop import Training
+    from dvdp.training.estimate import peak_memory
     from dvdp.training.memory import CONTEXT_GPU, RAY
     from dvdp.training.transfer import to_device
+    from pipelines.jobs.timing import call_seconds, sample_seconds, untrained
 
     torch.set_num_threads(threads)
     device = torch.device("cuda" if gpu else "cpu")
-    classes = run.model.num_classes
-    # One rank's part of the batch; and no data to lift with.
-    run = replace(
-        run,
-        training=replace(run.training, batch=run.training.batch // ranks),
-        sampling=replace(run.sampling, lift="noise"),
-    )
     random = np.random.default_rng(0)
     images: Images = (
         ImageStore(store)
         if store
         else ArrayImages(
             random.integers(0, 256, (64, 3, run.resolution, run.resolution), dtype=np.uint8),
-            random.integers(0, max(1, classes), 64),
+            random.integers(0, max(1, run.model.num_classes), 64),
         )
     )
-    about = {"label_counts": [1] * classes + [0]}
     with tempfile.TemporaryDirectory() as folder:
-        training = Training(run, images, Path(folder), "trial", flip, device, None, about)
-        workers = run.training.loader_workers
-        batches = training_batches(images, batch=run.training.batch, seed=run.seed, flip=flip, workers=workers)
+        training = untrained(run, images, ranks, device, Path(folder), flip)
+        settings = training.run.training
+        batches = training_batches(
+            images, batch=settings.batch, seed=run.seed, flip=flip, workers=settings.loader_workers
+        )
         step_seconds = training.time_steps(to_device(batches, device))
         training._checkpoint(0)
     memory = peak_memory(device) + (CONTEXT_GPU if gpu else RAY)
-
-    schedule = training.process.schedule
-    short = max(SAMPLE_STEPS, schedule.levels + 1)
-    count = run.sampling.batch if gpu else min(run.sampling.batch, SAMPLE_IMAGES)
-    options = run.sampling.options(short)
-
-    def cost(steps: int, share: Any) -> float:
-        calls = share_steps(schedule, steps, run.sampling.timestep_spacing, share)
-        return sum(n * flops for n, flops in zip(calls, level_flops(run), strict=True))
-
-    training.model.draw(count, options=options)
-    start = clock(device)
-    training.model.draw(count, options=options)
-    seconds = (clock(device) - start) / count
-    longer = cost(run.sampling.steps, run.sampling.share) / cost(short, options["share"])
-    return Trial(device_name(gpu), step_seconds, seconds * longer, memory)
+    return Trial(device_name(gpu), step_seconds, sample_seconds(run, call_seconds(training)), memory)
 
 
 def main() -> None:

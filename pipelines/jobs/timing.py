@@ -11,17 +11,18 @@ import json
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 from pathlib import Path
 
 import torch
 
 from dvdp.config import ClusterParams, Run
-from dvdp.data.loading import ArrayImages
+from dvdp.data.loading import ArrayImages, Batch, Images
 from dvdp.diffusion.sampling import Progress
 from dvdp.diffusion.timesteps import share_steps
 from dvdp.files import write_atomically
+from dvdp.hardware import device_name
 from dvdp.training.estimate import clock
-from dvdp.training.levels import level_counts
 from dvdp.training.loop import Training
 from pipelines.jobs.cluster import on_workers
 from pipelines.jobs.job import Job
@@ -75,68 +76,54 @@ def time_on_worker(runs: Sequence[Run], params: ClusterParams) -> list[Timing]:
     """Timings of some settings, turn by turn; one of them is in memory at a time."""
     torch.set_num_threads(params.threads)
     device = torch.device("cuda" if params.gpu else "cpu")
-    name = torch.cuda.get_device_name() if params.gpu else "cpu"
-    runs = [
-        replace(run, training=replace(run.training, batch=run.training.batch // params.num_workers)) for run in runs
-    ]
     turns: list[list[tuple[list[float], list[float]]]] = [[] for _ in runs]
     begun = clock(device)
     for _ in range(TURNS):
         for run, found in zip(runs, turns, strict=True):
-            training = untrained(run, device)
-            found.append((step_seconds(training, device), call_seconds(training, device)))
+            # How fast a setting is does not depend on what it knows.
+            zeros = torch.zeros((1, 3, run.resolution, run.resolution), dtype=torch.uint8).numpy()
+            training = untrained(run, ArrayImages(zeros), params.num_workers, device)
+            found.append((step_seconds(training), call_seconds(training)))
         if clock(device) - begun > SECONDS * len(runs):
             break
-    return [Timing(name, *_seconds(run, found)) for run, found in zip(runs, turns, strict=True)]
+    return [Timing(device_name(params.gpu), *_seconds(run, found)) for run, found in zip(runs, turns, strict=True)]
 
 
 def _seconds(run: Run, turns: Sequence[tuple[list[float], list[float]]]) -> tuple[float, float]:
     """Of a training step and of a sample, from the least of what each part took."""
     steps, calls = ([min(times) for times in zip(*part, strict=True)] for part in zip(*turns, strict=True))
-    schedule, sampling = run.build_schedule(), run.sampling
-    shares = [1.0] if run.training.levels == "all" else schedule.shares()
-    numbers = share_steps(schedule, sampling.steps, sampling.timestep_spacing, sampling.share)
-    return _product(shares, steps), _product(numbers, calls)
+    shares = [1.0] if run.training.levels == "all" else run.build_schedule().shares()
+    return sum(share * each for share, each in zip(shares, steps, strict=True)), sample_seconds(run, calls)
 
 
-def _product(numbers: Sequence[float], seconds: Sequence[float]) -> float:
-    return sum(number * each for number, each in zip(numbers, seconds, strict=True))
-
-
-def untrained(run: Run, device: torch.device) -> Training:
-    """A setting at its first step, on one image of zeros: how fast it is does not depend on what it knows."""
-    # There is no data to lift with.
-    run = replace(run, sampling=replace(run.sampling, lift="noise"))
-    zeros = torch.zeros((1, 3, run.resolution, run.resolution), dtype=torch.uint8).numpy()
+def untrained(
+    run: Run, images: Images, ranks: int, device: torch.device, folder: Path = Path(), flip: bool = False
+) -> Training:
+    """One rank's part of a setting at its first step."""
+    settings = replace(run.training, batch=run.training.batch // ranks)
+    # No data is known to lift with.
+    run = replace(run, training=settings, sampling=replace(run.sampling, lift="noise"))
     about = {"label_counts": [1] * run.model.num_classes + [0]}
-    return Training(run, ArrayImages(zeros), Path(), "timing", False, device, None, about)
+    return Training(run, images, folder, "timing", flip, device, None, about)
 
 
-def step_seconds(training: Training, device: torch.device) -> list[float]:
+def step_seconds(training: Training) -> list[float]:
     """Of a training step, at each level where a step has one, finest first: the second of two."""
-    settings, schedule = training.run.training, training.process.schedule
-    images = torch.zeros((settings.batch, 3, training.run.resolution, training.run.resolution), dtype=torch.uint8)
-    labels = torch.full((settings.batch,), -1)
-    levels = range(training.process.levels + 1)
-    if settings.levels == "all":
-        kinds = [level_counts(schedule, "all", training.run.seed, 0, images=settings.batch)]
-    else:
-        kinds = [[settings.batch if k == level else 0 for k in levels] for level in levels]
-    training.learning_rate = 0.0
+    batch, side = training.run.training.batch, training.run.resolution
+    images = Batch(torch.zeros((batch, 3, side, side), dtype=torch.uint8), torch.full((batch,), -1))
     found = []
-    for counts in kinds:
+    for _, counts in training.step_kinds():
         for _ in range(2):
-            begun = clock(device)
-            training.update(images, counts, labels)
-            training.ema.update(settings.batch, settings.batch)
-            seconds = clock(device) - begun
+            begun = clock(training.device)
+            training.idle_step(repeat(images), counts)
+            seconds = clock(training.device) - begun
         found.append(seconds)
     return found
 
 
-def call_seconds(training: Training, device: torch.device) -> list[float]:
+def call_seconds(training: Training) -> list[float]:
     """Of a network call in sampling, an image, at each level, finest first: the least of a few."""
-    run, levels = training.run, training.process.levels + 1
+    run, device, levels = training.run, training.device, training.process.levels + 1
     count = run.sampling.batch if device.type == "cuda" else min(run.sampling.batch, SAMPLE_IMAGES)
     spans = map(training.process.schedule.span, range(levels))
     share = tuple(min(CALLS, high - low) for low, high in spans)
@@ -153,3 +140,10 @@ def call_seconds(training: Training, device: torch.device) -> list[float]:
         last = clock(device)
         training.model.draw(count, options=options, callback=seen)
     return [min(times) / count for times in found]
+
+
+def sample_seconds(run: Run, calls: Sequence[float]) -> float:
+    """Of an image, from the seconds of a network call at each level."""
+    sampling = run.sampling
+    numbers = share_steps(run.build_schedule(), sampling.steps, sampling.timestep_spacing, sampling.share)
+    return sum(number * each for number, each in zip(numbers, calls, strict=True))
