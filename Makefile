@@ -63,7 +63,7 @@ services-down: setup
 
 # The local tracking page, without services.
 ui: setup
-	@echo "The runs: http://127.0.0.1:5000/#/experiments/1/runs"
+	@echo "The runs: http://127.0.0.1:5000/#/experiments"
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --port 5000
 
 # Write the pins anew from pyproject.toml: names, versions and hashes, no addresses.

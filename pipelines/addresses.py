@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = ".services"
+#: Where `make ui` shows MLflow.
+LOCAL_PAGE = "http://127.0.0.1:5000"
 #: Paths that answer once a service is healthy, below the address that the variable holds.
 HEALTH = {"MLFLOW_TRACKING_URI": "/health", "PREFECT_API_URL": "/health"}
 
@@ -48,6 +50,15 @@ def healthy(address: str, timeout: float) -> bool:
             return bool(answer.status == 200)
     except (OSError, ValueError):
         return False
+
+
+def mlflow_page(server: str, experiment: str = "", run: str = "") -> str:
+    """The page of a run, of an experiment's runs, or of all experiments; within MLflow where ``server`` is empty.
+
+    MLflow's own start page is about language models.
+    """
+    page = f"{public(server).rstrip('/')}/#/experiments" if server else "#/experiments"
+    return page + (f"/{experiment}/runs" + (f"/{run}" if run else "") if experiment else "")
 
 
 def public(text: str) -> str:

@@ -15,7 +15,7 @@ from dvdp.data.store import ImageStore
 from dvdp.models.flops import training_images
 from dvdp.training import ledger
 from dvdp.training.memory import parameter_count
-from pipelines.addresses import public
+from pipelines.addresses import LOCAL_PAGE, mlflow_page, public
 from pipelines.jobs.device import Machine, read_machine
 from pipelines.jobs.job import Job
 from pipelines.jobs.paths import DataPaths
@@ -95,7 +95,7 @@ def commands(best: Job, name: str, tracking: str = "") -> list[tuple[str, str]]:
     labels = store.metadata.labels if best.run.model.num_classes else ()
     label = f" --label {shlex.quote(labels[0])}" if labels and labels[0].isprintable() else ""
     sampling = best.run.sampling
-    request = {"count": 16, "seed": 0, "solver": sampling.solver, "steps": sampling.steps}
+    request = {"count": 16, "format": "numbers", "solver": sampling.solver, "steps": sampling.steps}
     where = f'mlflow.set_tracking_uri("{public(tracking)}")\n' if tracking.startswith("http") else ""
     return [
         (
@@ -103,10 +103,10 @@ def commands(best: Job, name: str, tracking: str = "") -> list[tuple[str, str]]:
             f"dvdp draw {shlex.quote(str(best.weights))} --count 16{label} --out samples.png",
         ),
         (
-            f"Images as numbers from the champion of {name}, which later runs may replace:",
+            f"Images from the champion of {name}, which later runs may replace; each with its seed and index:",
             f"import mlflow, pandas\n\n{where}"
             f'model = mlflow.pyfunc.load_model("models:/{name}@champion")\n'
-            f"images = model.predict(pandas.DataFrame([{json.dumps(request)}]))",
+            f"drawn = model.predict(pandas.DataFrame([{json.dumps(request)}]))",
         ),
         ("Go back to the champion before:", f"dvdp rollback {name}"),
     ]
@@ -172,13 +172,11 @@ def _shown_by(services: Services) -> dict[str, Link]:
     experiment = next(iter((services.runs or {}).values()), ("", ""))[0]
     prefect = public(services.prefect).removesuffix("/").removesuffix("/api")
     flow_run = f"flow run {services.flow_run}" if services.flow_run else "no flow run"
-    mlflow = public(services.mlflow).removesuffix("/")
-    # MLflow's own start page is another.
-    page = f"/#/experiments/{experiment}/runs" if experiment else ""
+    server = services.mlflow if services.mlflow.startswith("http") else ""
     return {
-        "MLflow": Link(f"{mlflow}, experiment {experiment}", mlflow + page)
-        if mlflow.startswith("http") and page
-        else Link(f"make ui, then open http://127.0.0.1:5000{page}"),
+        "MLflow": Link(f"{public(server)}, experiment {experiment}", mlflow_page(server, experiment))
+        if server and experiment
+        else Link(f"make ui, then open {mlflow_page(LOCAL_PAGE, experiment)}"),
         "Prefect": Link(flow_run, f"{prefect}/runs/flow-run/{services.flow_run}")
         if prefect.startswith("http") and services.flow_run
         else Link(f"{flow_run}; make services, then open http://127.0.0.1:4200"),
@@ -189,8 +187,8 @@ def _run(job: Job, services: Services) -> list[str | Link]:
     about = _json(job.folder / "run.json")
     entries = ledger.read(job.folder / "metrics.jsonl")
     experiment, run_id = (services.runs or {}).get(job.name, ("", ""))
-    mlflow = public(services.mlflow).removesuffix("/")
-    address = f"{mlflow}/#/experiments/{experiment}/runs/{run_id}" if mlflow.startswith("http") and run_id else ""
+    shown = services.mlflow.startswith("http") and run_id
+    address = mlflow_page(services.mlflow, experiment, run_id) if shown else ""
     return [
         job.name,
         job.training_hash,

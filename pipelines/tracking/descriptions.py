@@ -11,6 +11,7 @@ from dvdp.data.store import ImageStore
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.flops import relative_flops, training_images
 from dvdp.text import utf8
+from pipelines.addresses import mlflow_page
 from pipelines.jobs.device import read_machine
 from pipelines.jobs.job import Job
 from pipelines.jobs.paths import DataPaths
@@ -27,6 +28,7 @@ _LICENCES = {
     "ffhq": "CC BY-NC-SA 4.0 for the collection, and that of each photograph",
     "imagenet64": "non-commercial research only, as ImageNet says",
 }
+_NOT_FID = "Not FID: a Fréchet distance in the features of a small network, of use within this data set alone."
 #: What databases of MLflow take as the description of a version.
 _MOST = 5000
 
@@ -80,7 +82,7 @@ def model_card(job: Job, record: ScoreRecord, run: TrackedRun, version: ModelVer
         "training images": f"{training_images(job.run):,}",
         "FLOPs of DDPM": f"{relative_flops(job.run):.2f}",
     }
-    page = f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    page = mlflow_page("", run.experiment_id, run.run_id)
     kept = {
         "git commit": about.get(GIT_COMMIT),
         "training hash": tags.get(TRAINING_HASH),
@@ -88,12 +90,8 @@ def model_card(job: Job, record: ScoreRecord, run: TrackedRun, version: ModelVer
         "trained on": about.get(DEVICE),
         "versions": about.get(VERSIONS),
     }
-    small = record.headline != "fid"
     minds = [
-        *(
-            ["Not FID: a Fréchet distance in the features of a small network, of use within this data set alone."]
-            * small
-        ),
+        *([] if record.headline == "fid" else [_NOT_FID]),
         "The interval is 95 % over draws of the samples; another training seed may differ by more.",
         "Images may resemble training images; nobody has looked whether some are copies.",
         *record.warnings,

@@ -16,7 +16,7 @@ import math
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, compress
 from pathlib import Path
@@ -35,7 +35,7 @@ from PIL import Image
 from dvdp.errors import UserError
 from dvdp.files import locked
 from dvdp.text import utf8
-from pipelines.addresses import public
+from pipelines.addresses import LOCAL_PAGE, mlflow_page, public
 from pipelines.tracking.connection import connect, find_or_create, impatient, lock_of, sqlite_file, tracking_address
 
 logger = logging.getLogger("dvdp.tracking")
@@ -206,11 +206,10 @@ def of_flow_run(flow_run: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def killed_when_interrupted(connect: Callable[[], MlflowClient]) -> Iterator[None]:
+def killed_when_interrupted() -> Iterator[None]:
     """Where Ctrl-C, the system's word to end or Prefect's ends the block, the flow run's runs end as KILLED.
 
-    Args:
-        connect: a client, if MLflow answers; else the next start ends them.
+    If MLflow does not answer, the next start ends them.
     """
     global _interrupted
     try:
@@ -221,13 +220,13 @@ def killed_when_interrupted(connect: Callable[[], MlflowClient]) -> Iterator[Non
         # First of all, as what is at work fails when its cluster goes.
         _interrupted = True
         # In a thread, which a second signal does not disturb: `timeout` sends one to the command and one to its group.
-        ending = threading.Thread(target=_kill_own_runs, args=(connect,), name="killing runs", daemon=True)
+        ending = threading.Thread(target=_kill_own_runs, name="killing runs", daemon=True)
         ending.start()
         ending.join(15)
         raise
 
 
-def _kill_own_runs(connect: Callable[[], MlflowClient]) -> None:
+def _kill_own_runs() -> None:
     with contextlib.suppress(Exception), impatient():
         kill_runs_of(connect(), _flow_run)
 
@@ -251,7 +250,7 @@ def adopt(parent: TrackedRun, children: Mapping[str, TrackedRun], summary: str =
         child.set_tags({mlflow_tags.MLFLOW_PARENT_RUN_ID: parent.run_id})
     runs = json.dumps([child.run_id for child in children.values()], separators=(",", ":"))
     experiments = json.dumps([parent.experiment_id])
-    lines = [f"- [{name}](#/experiments/{child.experiment_id}/runs/{child.run_id})" for name, child in children.items()]
+    lines = [f"- [{name}]({mlflow_page('', child.experiment_id, child.run_id)})" for name, child in children.items()]
     query = f"runs={quote(runs)}&experiments={quote(experiments)}"
     side_by_side = f"[Side by side](#/compare-runs?{query}), or one by one:"
     note = [*([summary, ""] if summary else []), side_by_side, "", *lines]
@@ -270,12 +269,11 @@ def cut(text: str, most: int = _MAX_TAG) -> str:
 def runs_page(experiment: str) -> str:
     """The page of an experiment's runs, at the server in use or that of `make ui`; of all where MLflow is silent."""
     address = tracking_address()
-    server = public(address).rstrip("/") if address.startswith("http") else "http://127.0.0.1:5000"
+    server = address if address.startswith("http") else LOCAL_PAGE
     with contextlib.suppress(Exception), impatient():
         found = connect().get_experiment_by_name(experiment)
-        if found is not None:
-            return f"{server}/#/experiments/{found.experiment_id}/runs"
-    return f"{server}/#/experiments"
+        return mlflow_page(server, found.experiment_id if found else "")
+    return mlflow_page(server)
 
 
 def read_text(client: MlflowClient, run_id: str, path: str) -> str | None:
