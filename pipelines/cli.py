@@ -127,12 +127,9 @@ def _leave(number: int) -> int:
     """End what still runs for this command, and say so; the exit status."""
     import psutil
 
-    children = psutil.Process().children(recursive=True)
-    for end in (psutil.Process.terminate, psutil.Process.kill):
-        for child in children:
-            with contextlib.suppress(psutil.Error):
-                end(child)
-        _, children = psutil.wait_procs(children, timeout=3)
+    from pipelines.left_behind import end_processes
+
+    end_processes(psutil.Process().children(recursive=True), patience=3)
     with contextlib.suppress(OSError):  # The terminal may be closed.
         sys.stdout.flush()
         print(INTERRUPTED, file=sys.stderr, flush=True)
@@ -328,10 +325,8 @@ def serve(
     """Serve a page to draw images from a registered model."""
     params = _read(file, changes, services=True)
     from pipelines.commands.serve import serve
-    from pipelines.tracking.champion import CHAMPION
-    from pipelines.tracking.job_runs import model_name
 
-    serve(model or f"models:/{model_name(params)}@{CHAMPION}", port)
+    serve(params, model, port)
 
 
 @app.command(rich_help_panel=RUNS)

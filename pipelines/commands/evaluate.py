@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from pipelines.jobs.score import check_scorable, extractor_of, score_job
 from pipelines.tracking import registry
 from pipelines.tracking.champion import CHAMPION
 from pipelines.tracking.connection import connect, reaching, reading, there_is_a_store
-from pipelines.tracking.job_runs import tracked
+from pipelines.tracking.job_runs import model_name, tracked
 from pipelines.tracking.runs import DATASET_DIGEST, EVALUATION_HASH, EVALUATION_OF, TrackedRun, open_run, read_text
 
 
@@ -78,17 +79,31 @@ def registered_model(params: Params, address: str) -> RegisteredModel:
     """Look a version up in MLflow and keep a copy of its weights.
 
     Args:
-        address: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
+        address: see :func:`looked_up`.
 
     Raises:
         UserError: there is no such version, it is none of ours, its images have another resolution than the data
             set, MLflow does not answer, or the sampling of the params does not fit it.
     """
+    with looked_up(params, address) as (client, version):
+        return _fetched(client, params, version, address)
+
+
+@contextlib.contextmanager
+def looked_up(params: Params, address: str) -> Iterator[tuple[MlflowClient, ModelVersion]]:
+    """A version of ours in MLflow, and a client to read it with.
+
+    Args:
+        address: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
+
+    Raises:
+        UserError: there is no such version, it is none of ours, or MLflow does not answer.
+    """
     parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", address)
     if parts is None:
         raise UserError(
             f"--model: found '{address}', expected models:/<name>@<alias> or models:/<name>/<version>, such as"
-            f" models:/{params.tracking.model}-{params.dataset.name}@{CHAMPION}."
+            f" models:/{model_name(params)}@{CHAMPION}."
         )
     if not there_is_a_store():
         raise UserError(
@@ -97,7 +112,7 @@ def registered_model(params: Params, address: str) -> RegisteredModel:
         )
     name, alias, number = parts.groups(default="")
     with reading("holds the registered models") as client:
-        return _fetched(client, params, _version(client, name, alias, number), address)
+        yield client, _version(client, name, alias, number)
 
 
 def evaluate(subject: Job | RegisteredModel, statistics: Path | None = None) -> ScoreRecord:

@@ -13,35 +13,31 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel
 
+from dvdp.config import Params
 from dvdp.diffusion.solvers import SOLVERS
-from dvdp.errors import UserError
 from dvdp.models.export import TrainedModel
+from pipelines.commands.evaluate import looked_up
 from pipelines.reports.text_tables import as_page
-from pipelines.tracking.connection import reading
+from pipelines.tracking.champion import CHAMPION
+from pipelines.tracking.job_runs import model_name
 
 HOST = "127.0.0.1"
 
 
-def serve(address: str, port: int) -> None:
+def serve(params: Params, address: str | None, port: int) -> None:
     """Serve the page until Ctrl-C.
 
     Args:
-        address: of a registered model, ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
+        address: of a registered model, see :func:`pipelines.commands.evaluate.looked_up`; None for the champion.
         port: on loopback.
 
     Raises:
         UserError: there is no such model, or MLflow does not answer.
     """
-    with reading("holds the registered models"):
-        try:
-            model = mlflow.pyfunc.load_model(address)
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            raise UserError(
-                f"--model: found no '{address}' in MLflow, expected models:/<name>@<alias> or models:/<name>/<version>"
-                " that `dvdp experiment` has registered; look for it on MLflow's page of models."
-            ) from None
+    address = address or f"models:/{model_name(params)}@{CHAMPION}"
+    with looked_up(params, address) as (client, version):
+        mlflow.set_tracking_uri(client.tracking_uri)
+        model = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
     print(f"Draw from {address}: open http://{HOST}:{port}", flush=True)
     uvicorn.run(pages(model, address), host=HOST, port=port, log_level="warning")
 

@@ -23,6 +23,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from dvdp.config import Params
 from dvdp.errors import UserError
 from dvdp.models.export import load_model
 from pipelines.commands.serve import pages, serve
@@ -101,5 +102,9 @@ def test_a_browser_shows_the_images_that_an_address_asks_for(served: tuple[str, 
 
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", empty_store(tmp_path).tracking_uri)
-    with pytest.raises(UserError, match=r"^--model: found no 'models:/dvdp-digits@champion' in MLflow, expected"):
-        serve("models:/dvdp-digits@champion", 1)
+    with pytest.raises(
+        UserError, match=r"^--model: found no version 'models:/dvdp-digits@champion' in MLflow, expected"
+    ):
+        serve(Params(), None, 1)
+    with pytest.raises(UserError, match=r"^--model: found 'champion', expected models:/<name>@<alias> or"):
+        serve(Params(), "champion", 1)
