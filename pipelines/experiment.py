@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import re
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,6 +34,7 @@ from dvdp.files import locked
 from dvdp.models.flops import relative_flops, training_images
 from dvdp.text import utf8
 from dvdp.training.loop import is_finished
+from pipelines.artifacts import artifact_key
 from pipelines.environment import reach_loopback_directly
 from pipelines.jobs.cluster import Slots, cluster
 from pipelines.jobs.job import Job, jobs
@@ -130,7 +130,7 @@ def _experiment(params: Params, reports: str | None) -> State | None:
     torch.set_num_threads(params.cluster.threads)
     results: list[Result] = []
     failures: dict[str, str] = {}
-    with cluster(params.cluster) as slots, killed_when_interrupted(connect):
+    with cluster(params.cluster) as slots, killed_when_interrupted():
         futures = {}
         # The longest first, so that none runs on alone.
         for job in sorted(listed, key=_length, reverse=True):
@@ -294,26 +294,27 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
     lines = [as_text(headings, cells), *notes, "", *_where_to_look(report, results[0].job.params)]
     get_run_logger().info("%s", "\n".join(["", *lines]))
 
-    key = re.sub("[^a-z0-9]+", "-", results[0].job.params.dataset.name.lower())
-    on = f"of {len(rows)} settings on {results[0].job.params.dataset.name}"
+    data = results[0].job.params.dataset.name
+    on = f"of {len(rows)} settings on {data}"
     create_table_artifact(
         [dict(zip(headings, line, strict=True)) for line in cells],
-        key=f"comparison-{key}",
+        key=artifact_key("comparison", data),
         description=f"Scores and speed-ups {on}.",
     )
     create_markdown_artifact(
         "\n\n".join([report.text, *map(markdown, notes)]),
-        key=f"report-{key}",
+        key=artifact_key("report", data),
         description=f"The report {on}, as in {report.page}.",
     )
     create_image_artifact(
-        data_url(report.contact_sheet), key=f"samples-{key}", description=f"The first samples {on}, one row each."
+        data_url(report.contact_sheet),
+        key=artifact_key("samples", data),
+        description=f"The first samples {on}, one row each.",
     )
     for result in results:
-        name = re.sub("[^a-z0-9]+", "-", result.job.name.lower())
         create_image_artifact(
             data_url(draw_process(result.job)),
-            key=f"process-{key}-{name}",
+            key=artifact_key("process", data, result.job.name),
             description=f"An image on its way to noise, and one that {result.job.name} drew on its way back.",
         )
     try:
@@ -332,14 +333,14 @@ def _compare_in_mlflow(results: list[Result], rows: list[Row], report: Report) -
         leader, primary = best(rows), results[0].record.headline
         name = f"{params.dataset.name}: {leader.setting}, {primary} {leader.estimate.text}"
         parent = open_run(client, params.tracking.experiment, COMPARISON_HASH, _comparison_hash(results), name)
-        headings, cells = table(rows, results[0].record.headline)
+        headings, cells = table(rows, primary)
         parent.log_table("comparison.json", [dict(zip(headings, line, strict=True)) for line in cells])
         parent.set_metrics(_figures(rows), 0)
         parent.log_file(report.contact_sheet)
         parent.log_file(report.page)
         for file in write_tables(params, report.folder / "paper").files:
             parent.log_file(file, "paper")
-        parent.set_tags({"dvdp.best_setting": best(rows).setting, **provenance(store=DataPaths.of(params).store)})
+        parent.set_tags({"dvdp.best_setting": leader.setting, **provenance(store=DataPaths.of(params).store)})
         adopt(parent, {result.job.name: tracked(result.job) for result in results}, report.text, name)
         get_run_logger().info("%s", promote_best(client, model_name(params), params.tracking.max_score).text)
         parent.set_status("FINISHED")
