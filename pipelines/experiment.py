@@ -48,6 +48,7 @@ from pipelines.left_behind import end_dead_runs, running
 from pipelines.logs import to_flow_run, to_terminal
 from pipelines.provenance import GIT_COMMIT, check_data_is_locked, provenance
 from pipelines.reports.comparison import Result, Row, best, compare, legend, table
+from pipelines.reports.nearest import nearest_table
 from pipelines.reports.origin import Services
 from pipelines.reports.page import Report, draw_samples, write_report
 from pipelines.reports.paper_page import write_tables
@@ -254,6 +255,7 @@ def register(job: Job, record: ScoreRecord) -> None:
         measured = {**record.metrics, "seconds_per_sample": seconds_per_sample(job)}
         run.set_metrics(measured, step=training_images(job.run))
         run.log_json("score.json", json.loads(record.to_json()))
+        run.log_text("nearest.csv", nearest_table(job).read_text())
         run.log_file(job.folder / "estimate.json")
         run.log_file(job.folder / "metrics.jsonl")
         run.log_json("params.json", job.params.describe())

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, Subset
 from dvdp import tensors
 from dvdp.diffusion.randomness import generator
 from dvdp.errors import UserError
+from dvdp.evaluation.copies import thumbnails
 from dvdp.evaluation.extractors import Extractor, Images, file_sha256
 from dvdp.evaluation.published import Statistics, write_statistics
 from dvdp.files import write_atomically
@@ -35,7 +36,7 @@ DRAWS = 5
 #: Precision and recall look at the third neighbour beside the image itself.
 FEWEST = 4
 #: Changes whenever the file of features does.
-KIND = "dvdp reference 2"
+KIND = "dvdp reference 3"
 FILE = "features.safetensors"
 AGAIN = "run `dvdp reference` again"
 
@@ -69,6 +70,8 @@ class RealFeatures(NamedTuple):
     """(n, f)"""
     statistics: Statistics
     """Of these rows."""
+    thumbnails: Tensor
+    """(n, 3, s, s), see :func:`dvdp.evaluation.copies.thumbnails`."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class Anchor:
 def make_reference(images: Images, digest: str, extractor: Extractor, out: Path, gpu: bool = False) -> Reference:
     """Write features and statistics of the real images, ``features.safetensors``, and then ``reference.json``.
 
-    Beside them stand the features of some of the images blurred and noised, for :func:`anchors`.
+    Beside them stand thumbnails of all images, to find copies, and the features of some of the images blurred and
+    noised, for :func:`anchors`.
 
     Args:
         digest: of the data set.
@@ -123,7 +127,8 @@ def make_reference(images: Images, digest: str, extractor: Extractor, out: Path,
     )
     found = features_of(real, extractor, gpu, "reference")
     altered = _order(reference)[: min(len(images) // 2, ALTERED_IMAGES)]
-    arrays = {"features": found.pooled, "logits": found.logits, "altered": altered}
+    small = thumbnails(real, "thumbnails")
+    arrays = {"features": found.pooled, "logits": found.logits, "thumbnails": small, "altered": altered}
     for title, change in (("blurred", _blurred), ("noised", _noised)):
         changed = features_of(_Altered(Subset(real, altered.tolist()), change), extractor, gpu, title)
         arrays |= {title: changed.pooled, f"{title} logits": changed.logits}
@@ -167,7 +172,8 @@ def read_features(folder: Path, reference: Reference) -> RealFeatures:
         UserError: they are not those that ``reference`` describes.
     """
     arrays = _arrays(folder, reference)
-    return RealFeatures(arrays["features"], Statistics(arrays["mu"].numpy(), arrays["sigma"].numpy()))
+    own = Statistics(arrays["mu"].numpy(), arrays["sigma"].numpy())
+    return RealFeatures(arrays["features"], own, arrays["thumbnails"])
 
 
 def anchors(folder: Path, samples: int, kid_subset: int) -> dict[str, Anchor]:
@@ -279,7 +285,7 @@ def measure(
     """What :func:`dvdp.evaluation.fidelity.compare` says of the features of these images."""
     from dvdp.evaluation.fidelity import compare, features_of
 
-    return compare(features_of(samples, extractor, gpu, title), *real, extractor.name, kid_subset)
+    return compare(features_of(samples, extractor, gpu, title), real.rows, real.statistics, extractor.name, kid_subset)
 
 
 class _Pictures(Dataset):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from dvdp.errors import UserError
+from dvdp.evaluation.copies import find_copies, thumbnails
 from dvdp.evaluation.extractors import Extractor
 from dvdp.evaluation.extrapolation import counts_for, extrapolate
 from dvdp.evaluation.intervals import frechet_error
@@ -25,6 +26,7 @@ from dvdp.evaluation.published import Published, Statistics
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.evaluation.reference import FEWEST, read_features, read_reference
 from dvdp.evaluation.samples import SampleShards
+from dvdp.files import write_atomically
 
 #: Below this many samples a ``fid`` does not compare with published ones.
 INCEPTION_SAMPLES = 10_000
@@ -38,11 +40,13 @@ def score(
     kid_subset: int = 100,
     sampling: Mapping[str, Any] | None = None,
     gpu: bool = False,
+    nearest: Path | None = None,
 ) -> ScoreRecord:
     """Score the first ``count`` generated images against a reference. It repeats to the bit.
 
     The Frechet distance has its standard error beside it (:mod:`dvdp.evaluation.intervals`). With samples enough, the
-    record also has the distance of infinitely many, see :mod:`dvdp.evaluation.extrapolation`.
+    record also has the distance of infinitely many, see :mod:`dvdp.evaluation.extrapolation`. ``copies`` is the share
+    of samples that are taken for copies of training images (:mod:`dvdp.evaluation.copies`).
 
     Args:
         samples: as :class:`SampleShards` takes them.
@@ -50,6 +54,7 @@ def score(
         extractor: the one the reference was made with.
         count: all of them by default.
         sampling: EMA profile, solver, steps, seed, ...: kept in the record.
+        nearest: CSV file to write with the nearest training images of every sample.
 
     Raises:
         UserError: fewer images than asked for, a KID subset larger than either set, images of another resolution than
@@ -72,8 +77,12 @@ def score(
             f" of {len(images)} samples and {real.count} references; take smaller subsets or more images."
         )
     known, features = read_features(reference, real), features_of(images, extractor, gpu)
+    copies = find_copies(thumbnails(images, "nearest images"), features.pooled, known.thumbnails, known.rows)
+    if nearest is not None:
+        write_atomically(nearest, copies.table())
+    metrics = compare(features, known.rows, known.statistics, extractor.name, kid_subset)
     record = ScoreRecord(
-        metrics=compare(features, *known, extractor.name, kid_subset),
+        metrics={**metrics, "copies": float(copies.found.double().mean())},
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
         samples=len(images),

@@ -70,10 +70,16 @@ def score_job(job: Sampled, statistics: Path | None = None, remarks: Sequence[st
     if published:
         record = score_published(job.samples, published, extractor, evaluation.samples, how, gpu)
     else:
-        record = score(job.samples, places.reference, extractor, evaluation.samples, evaluation.kid_subset, how, gpu)
+        asked = evaluation.samples, evaluation.kid_subset
+        record = score(job.samples, places.reference, extractor, *asked, how, gpu, nearest_path(path))
     record = dataclasses.replace(record, warnings=[*record.warnings, *remarks])
     write_atomically(path, record.to_json())
     return record
+
+
+def nearest_path(score: Path) -> Path:
+    """Of the nearest training images of every sample, beside the score record."""
+    return score.with_name(f"{score.stem}.nearest.csv")
 
 
 def anchors_of(params: Params) -> dict[str, Anchor]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from dvdp.diffusion.spans import level_spans
 from dvdp.evaluation import figures
+from dvdp.evaluation.copies import copies_sentence, surely_copies
 from dvdp.evaluation.reference import Anchor
 from dvdp.evaluation.samples import SampleShards
 from dvdp.files import write_atomically
@@ -21,6 +22,7 @@ from pipelines.jobs.sample import draw_process
 from pipelines.jobs.score import anchors_of
 from pipelines.reports.comparison import Result, Row, best, legend, table, tied
 from pipelines.reports.costs import budget, costs, total
+from pipelines.reports.nearest import draw_nearest
 from pipelines.reports.origin import Services, commands, facts, run_table
 from pipelines.reports.sweeps import draw_sweeps, known_settings
 from pipelines.reports.text_tables import as_csv, as_markdown, as_page
@@ -91,10 +93,12 @@ def write_report(
     curves = _draw_curves(plots, report.pictures, results)
     leader = best(rows).setting
     sweeps = draw_sweeps(report.pictures, known_settings(results), results[0].job.run, rows)
-    grids, processes = [], []
+    grids, processes, nearest = [], [], []
     for r in results:
         path = draw_samples(r.job, report.pictures / f"samples_{r.job.name}.png")
         grids.append((path, _caption(r)))
+        path = draw_nearest(r.job, report.pictures / f"nearest_{r.job.name}.png")
+        nearest.append((path, f"{r.job.name}. {copies_sentence(r.record)}"))
         if r.job.run.seed == params.seeds[0]:
             path = report.pictures / f"process_{r.job.name}.png"
             write_atomically(path, draw_process(r.job).read_bytes())
@@ -106,7 +110,7 @@ def write_report(
         subtitle=f"{_count(len(rows), 'setting')}, {_count(len(params.seeds), 'seed')},"
         f" {params.dataset.resolution} px images"
         + (f", class-conditional with {params.model.num_classes} classes" if params.model.num_classes else ""),
-        result=verdict(rows, record.headline),
+        result=verdict(rows, record.headline) + _copying(results),
         headings=headings,
         cells=cells,
         legend=legend(rows, record, anchors["real"]),
@@ -118,6 +122,7 @@ def write_report(
         sweeps=_inline(sweeps),
         grids=_inline(grids),
         processes=_inline(processes),
+        nearest=_inline(nearest),
         spent=[budget(results), total(results)],
         costs=costs(results),
         commands=commands(next(r.job for r in results if r.job.run.setting == leader), model, services.mlflow),
@@ -146,6 +151,11 @@ def verdict(rows: Sequence[Row], primary: str) -> list[str]:
         ]
     apart = [row.setting for row in rows if not row.same_terms]
     return lines + ([f"Scored on other terms, and not compared: {', '.join(apart)}."] if apart else [])
+
+
+def _copying(results: Sequence[Result]) -> list[str]:
+    names = [result.job.name for result in results if surely_copies(result.record)]
+    return [f"Some images are copies of training images: {', '.join(names)}, see there."] if names else []
 
 
 def _samples(job: Job, count: int) -> np.ndarray:

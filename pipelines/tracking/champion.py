@@ -23,7 +23,7 @@ from dvdp.evaluation.intervals import CONFIDENCE, better, difference
 from dvdp.evaluation.records import ScoreRecord, score_differences
 from dvdp.files import locked
 from pipelines.tracking.connection import lock_of
-from pipelines.tracking.gate import draws_images
+from pipelines.tracking.gate import flaw_of
 from pipelines.tracking.registry import ready_versions, score_of
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
@@ -97,15 +97,13 @@ class _State:
         return replace(standing, past=tuple(past[-_MOST:]), candidate=standing.candidate if fit else None)
 
 
-def promote_best(
-    client: MlflowClient, name: str, max_score: float | None = None, check: Check = draws_images
-) -> Promotion:
+def promote_best(client: MlflowClient, name: str, max_score: float | None = None, check: Check = flaw_of) -> Promotion:
     """Give the alias ``champion`` to the version with the best (lowest) score, unless a person has set it.
 
     It moves only between versions whose score records agree in what matters: with a champion, only to versions that
     compare with it; without one, to the best of those that compare with the newest scored version. What is promoted
     passes a gate: it is better than the champion by more than the uncertainty of both scores, its score is at most
-    ``max_score``, and ``check`` finds nothing wrong. The best that passes but is not promoted becomes ``candidate``.
+    ``max_score``, and ``check`` finds no flaw. The best that passes but is not promoted becomes ``candidate``.
 
     Args:
         max_score: of a champion; None for any.

@@ -8,6 +8,7 @@ from urllib.parse import quote
 from mlflow.entities.model_registry import ModelVersion
 
 from dvdp.data.store import ImageStore
+from dvdp.evaluation.copies import copies_sentence
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.flops import relative_flops, training_images
 from dvdp.text import utf8
@@ -93,7 +94,7 @@ def model_card(job: Job, record: ScoreRecord, run: TrackedRun, version: ModelVer
     minds = [
         *([] if record.headline == "fid" else [_NOT_FID]),
         "The interval is 95 % over draws of the samples; another training seed may differ by more.",
-        "Images may resemble training images; nobody has looked whether some are copies.",
+        copies_sentence(record),
         *record.warnings,
     ]
     source = job.params.dataset.source

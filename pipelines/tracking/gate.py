@@ -1,4 +1,4 @@
-"""Whether a registered version can be used: it loads in a process of its own, offline, and draws images."""
+"""Whether a registered version can be used: it loads in a process of its own, offline, and draws images of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tempfile
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
+from dvdp.evaluation.copies import copies_sentence, surely_copies
 from dvdp.evaluation.records import ScoreRecord
 from pipelines.addresses import public
 from pipelines.tracking.runs import TURNING_POINTS
@@ -29,6 +30,17 @@ images = numpy.stack(list(drawn["image"])) if isinstance(drawn, pandas.DataFrame
 flat = [bool((image == image.flat[0]).all()) for image in images]
 print(json.dumps({"dtype": str(images.dtype), "shape": images.shape, "flat": flat}))
 """
+
+
+def flaw_of(client: MlflowClient, version: ModelVersion, record: ScoreRecord) -> str:
+    """Why a version must not be champion, or the empty string.
+
+    Args:
+        record: its scores.
+    """
+    if surely_copies(record):
+        return f"it copies training images ({copies_sentence(record).rstrip('.')})"
+    return draws_images(client, version, record)
 
 
 def draws_images(client: MlflowClient, version: ModelVersion, record: ScoreRecord) -> str:

@@ -17,6 +17,7 @@ from dvdp.data.prepare import prepare
 from dvdp.data.store import ImageStore
 from dvdp.diffusion.process import Process
 from dvdp.evaluation import figures
+from dvdp.evaluation.copies import HEADINGS
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.evaluation.reference import FILE, Anchor, Reference
 from dvdp.files import write_atomically
@@ -29,6 +30,7 @@ from pipelines.jobs.job import Job
 from pipelines.jobs.paths import DataPaths
 from pipelines.provenance import GIT_COMMIT
 from pipelines.reports.comparison import Result
+from pipelines.reports.nearest import nearest_table
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOGS = 9
@@ -91,6 +93,9 @@ def _result(job: Job, store: ImageStore) -> Result:
     score = SCORES.get(run.setting, 3.0) + 0.1 * run.seed
     sampling = {**run.sampling.options(), "lift": run.sampling.lift}
     metrics = {"fd_labels": score, "fd_labels_error": 0.05, "precision_labels": 0.6, "recall_labels": 0.8}
+    metrics["copies"] = 0.25 if (run.setting, run.seed) == ("dvdp-600", 1) else 0.0
+    lines = [f"{i},{run.seed + i},0,{len(store) - 1 - i},0.5,1" for i in range(count)]
+    write_atomically(nearest_table(job), "\n".join([HEADINGS, *lines]) + "\n")
     record = ScoreRecord(
         metrics, "labels", "e", count, len(store), store.metadata.digest, "none", run.resolution, 100,
         "torch-fidelity", sampling,

@@ -57,6 +57,9 @@ def test_the_page_answers_what_a_person_asks(results: list[Result], markup: str)
     best, job = next(r for r in results if r.job.run.setting == "dvdp-300-600"), results[0].job
     # Which is best; what did it cost; from which data and commit.
     assert "No setting is certainly best. dvdp-300-600 has the lowest score, fd_labels 2.05 ± 0.64, but chance" in shown
+    assert "Some images are copies of training images: dvdp-600-seed1, see there." in shown
+    assert "dvdp-600-seed1. 64 of 256 samples are taken for copies of training images" in shown
+    assert "ddpm-seed1. No sign of copies: 0 of 256 samples" in shown
     assert "All settings were trained on equal FLOPs, 11.5 TFLOPs each" in shown
     assert "6 runs took " in shown
     assert "core-minutes of training" in shown

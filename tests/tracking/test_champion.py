@@ -224,6 +224,16 @@ def test_a_version_must_draw_images_in_a_process_of_its_own(
     assert draws_images(client, flat, record(1.0)) == "it drew no image within 0 s"
 
 
+def test_a_version_that_copies_training_images_is_never_promoted(client: MlflowClient) -> None:
+    copying = dataclasses.replace(record(0.5), metrics={**record(0.5).metrics, "copies": 0.2})
+    number = add(client, copying)
+    promotion = promote_best(client, NAME)
+    assert promotion.champion is None
+    assert promotion.text.startswith(
+        f"There is no champion of {NAME}. Version {number} cannot be champion: it copies training images ("
+    )
+
+
 # --- people
 
 
