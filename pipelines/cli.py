@@ -312,7 +312,8 @@ def sample(
     subjects = _subjects(params := _read(file, changes, services=True), setting, seed, model)
     from pipelines.commands.runs import sample
 
-    sample(params, subjects, None if out is None else Path(out))
+    for subject, folder in zip(subjects, sample(params, subjects, None if out is None else Path(out)), strict=True):
+        print(f"{subject.name}: {folder}")
 
 
 @app.command(rich_help_panel=RUNS)

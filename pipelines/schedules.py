@@ -1,4 +1,4 @@
-"""Small flows beside the experiment, which ``prefect.yaml`` schedules: new data, the champion's score, clean-up."""
+"""Small flows beside the experiment, of ``prefect.yaml``: new data, the champion's score, its images, clean-up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import psutil
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed, State
 
@@ -23,14 +23,17 @@ from dvdp.config import Params, read_params
 from dvdp.data.sources.files import fingerprint
 from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
+from dvdp.evaluation.figures import data_url
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.files import write_atomically
 from pipelines.commands.clean import clean
 from pipelines.commands.evaluate import evaluate, registered_model, track
+from pipelines.commands.runs import sample
 from pipelines.environment import reach_loopback_directly
 from pipelines.jobs.paths import DataPaths
 from pipelines.left_behind import end_dead_runs, end_processes, running
 from pipelines.logs import to_flow_run, to_terminal
+from pipelines.reports.page import draw_samples
 from pipelines.tracking.champion import CHAMPION
 from pipelines.tracking.job_runs import model_name
 from pipelines.webhook import HOOKS
@@ -108,6 +111,33 @@ def re_evaluate(
         )
         track(model, record)
         return _said(f"{model.name} ({alias}): {_scores(record)}")
+
+
+@flow(name="generate", **HOOKS)
+def generate(
+    out: str = "images",
+    model: str | None = None,
+    params_file: str = "params.yaml",
+    overrides: dict[str, Any] | None = None,
+) -> State[None]:
+    """``dvdp sample --model --out``: draw images from a registered model; a run that was cut short is gone on with.
+
+    Args:
+        out: folder of PNG files, one an image.
+        model: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``; by default the champion.
+        overrides: of the params, such as ``{"sampling.count": 50000}``.
+
+    Raises:
+        UserError: there is no such version, the params do not fit it, or ``out`` holds something else.
+        TrackingUnavailable: MLflow does not answer.
+    """
+    with _at_work(), running(flow_run.id or uuid4().hex):
+        params = read_params(params_file, overrides)
+        chosen = registered_model(params, model or f"models:/{model_name(params)}@{CHAMPION}")
+        (folder,) = sample(params, [chosen], Path(out))
+        picture = draw_samples(chosen, params.cluster.storage / "pictures" / f"generated-{chosen.sampling_hash}.png")
+        create_image_artifact(data_url(picture), key="generated", description=f"The first images of {chosen.name}.")
+        return _said(f"{params.sampling.count:,} images of {chosen.name} in {folder}.")
 
 
 @flow(name="clean", **HOOKS)

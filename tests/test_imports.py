@@ -63,7 +63,7 @@ MAY_IMPORT = {
     },
     "pipelines.schedules": {
         "dvdp", "pipelines.commands", "pipelines.environment", "pipelines.jobs", "pipelines.left_behind",
-        "pipelines.logs", "pipelines.tracking", "pipelines.webhook",
+        "pipelines.logs", "pipelines.reports", "pipelines.tracking", "pipelines.webhook",
     },
     "pipelines.cli": {"dvdp", "pipelines"},
     "infra": {"dvdp", "pipelines"},

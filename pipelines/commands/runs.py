@@ -56,12 +56,15 @@ def train(params: Params, chosen: list[Job], resume: bool) -> None:
             print(f"{job.name}: {train_job(job, {'dataset': params.dataset.name})}")
 
 
-def sample(params: Params, chosen: Sequence[Sampled], out: Path | None) -> None:
+def sample(params: Params, chosen: Sequence[Sampled], out: Path | None) -> list[Path]:
     """Draw ``sampling.count`` images each, on the cluster; what is there already is kept.
 
     Args:
         chosen: finished runs, or registered models.
         out: folder of PNG files, one an image, in a folder for each of several that are chosen.
+
+    Returns:
+        The folder of each.
     """
     for subject in chosen:
         if isinstance(subject, Job) and not is_finished(subject.folder):
@@ -73,12 +76,14 @@ def sample(params: Params, chosen: Sequence[Sampled], out: Path | None) -> None:
     for subject, folder in zip(chosen, folders, strict=True):
         if folder:
             check_same(folder, subject)
+    found = []
     with cluster(params.cluster) as slots, slots:
         for subject, folder in zip(chosen, folders, strict=True):
             samples = sample_job(subject, slots)
             if folder:
                 write_images(samples, folder, subject)
-            print(f"{subject.name}: {folder or samples}")
+            found.append(folder or samples)
+    return found
 
 
 #: In a folder of images: which ones.

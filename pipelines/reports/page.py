@@ -17,7 +17,7 @@ from dvdp.evaluation.reference import Anchor
 from dvdp.evaluation.samples import SampleShards
 from dvdp.files import write_atomically
 from dvdp.training import ledger
-from pipelines.jobs.job import Job
+from pipelines.jobs.job import Sampled
 from pipelines.jobs.sample import draw_process
 from pipelines.jobs.score import anchors_of
 from pipelines.reports.comparison import Result, Row, best, legend, table, tied
@@ -54,7 +54,7 @@ class Report:
         return self.pictures / "contact_sheet.png"
 
 
-def draw_samples(job: Job, picture: Path, count: int = 64) -> Path:
+def draw_samples(job: Sampled, picture: Path, count: int = 64) -> Path:
     """The first samples of a job as one grid."""
     return figures.save_png(figures.grid(_samples(job, count)), picture)
 
@@ -158,7 +158,7 @@ def _copying(results: Sequence[Result]) -> list[str]:
     return [f"Some images are copies of training images: {', '.join(names)}, see there."] if names else []
 
 
-def _samples(job: Job, count: int) -> np.ndarray:
+def _samples(job: Sampled, count: int) -> np.ndarray:
     shards = SampleShards(job.samples)
     return np.stack([shards[i].numpy() for i in range(min(count, len(shards)))])
 

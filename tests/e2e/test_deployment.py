@@ -99,7 +99,20 @@ def test_the_scheduled_deployment_can_be_cancelled_and_runs_to_its_end_and_write
     address = services["MLFLOW_TRACKING_URI"]
     for setting in ("ddpm", "dvdp-600"):
         tracked_once(here, setting, address)
-    assert MlflowClient(address).get_model_version_by_alias("dvdp-digits", "champion").version
+    champion = MlflowClient(address).get_model_version_by_alias("dvdp-digits", "champion")
+
+    # The champion's images, and its score as the params of this run say.
+    fewer = """--param 'overrides={"sampling.steps": 4, "sampling.count": 64, "evaluation.samples": 64}'"""
+    shell(here, f"prefect deployment run generate/generate {fewer} --param out=drawn --watch --watch-timeout 200")
+    assert sorted(path.name for path in (here.folder / "drawn").glob("*.png")) == [f"{i:08d}.png" for i in range(64)]
+    shell(here, f"prefect deployment run re-evaluate/re-evaluate {fewer} --watch --watch-timeout 200")
+    client = MlflowClient(address)
+    query = f"attributes.run_name = 'evaluation' and tags.`mlflow.parentRunId` = '{champion.run_id}'"
+    (scored,) = client.search_runs([client.get_run(champion.run_id).info.experiment_id], query)
+    assert scored.data.params["samples"] == "64"
+    messages = {each["state"]["message"] for each in asked(api, "flow_runs")}
+    assert f"64 images of dvdp-digits version {champion.version} in drawn." in messages
+    assert {"generated", "re-evaluation"} <= {artifact["key"] for artifact in asked(api, "artifacts")}
 
 
 def shell(project: Project, command: str) -> str:
