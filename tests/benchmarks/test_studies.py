@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dvdp.config import read_params
 from tests.benchmarks.support import run_module
+
+PROJECT = Path(__file__).parents[2]
 
 PARAMS = {
     "dataset": {"name": "digits", "source": "digits", "resolution": 16, "encoding": "raw"},
@@ -30,6 +33,13 @@ PARAMS = {
     "sampling": {"count": 64, "steps": 8, "batch": 32},
     "evaluation": {"extractor": "labels", "samples": 64, "kid_subset": 20, "extractor_epochs": 1},
 }
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "benchmarks").glob("study_*.yaml")), ids=lambda path: path.stem)
+def test_every_committed_study_is_params_of_unconditional_networks(path: Path) -> None:
+    """As docs/study.md says of all but the last, whose figures are those of the pipeline."""
+    params = read_params(path)
+    assert {run.model.num_classes for run in params.runs()} == {0}
 
 
 @pytest.fixture(scope="module")
