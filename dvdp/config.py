@@ -278,7 +278,7 @@ class ModelParams(Section):
 class TrainingParams(Section):
     """How a network is trained. Progress is counted in images."""
 
-    images: Images = 18_000
+    images: Images = 9_000
     """Images that DDPM is trained on."""
     budget: Literal["flops", "images"] = "flops"
     """What settings have in common: training FLOPs (a cheaper setting sees more images), or images."""
@@ -294,7 +294,7 @@ class TrainingParams(Section):
     """Of a step: all of them, each with its share of the batch, or one, with the whole batch."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """AdamW, or Muon for the matrices of the network and AdamW for the rest."""
-    learning_rate: Annotated[Real, Field(gt=0, le=100)] = 2e-3
+    learning_rate: Annotated[Real, Field(gt=0, le=100)] = 8e-3
     weight_decay: Annotated[Real, Field(ge=0, le=100)] = 0.0
     warmup_images: ImagesOrNone = 1_000
     cooldown: Fraction = 0.7
@@ -341,7 +341,7 @@ class SamplingParams(Section):
     """How images are drawn for scores and pictures; see :func:`dvdp.diffusion.sampling.sample`."""
 
     count: Annotated[Whole, Field(ge=1, le=10**7)] = 256
-    steps: Timesteps = 100
+    steps: Timesteps = 50
     solver: SolverName = "ddpm"
     eta: Fraction = 0.0
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
