@@ -15,6 +15,9 @@ MIB = 2**20
 LIBRARIES = 428 * MIB
 #: Of Ray in a worker, beside that, and of what draws previews, without pages of files too.
 RAY = 100 * MIB
+#: Of oneDNN on a CPU, for every number of images that a level goes through the network with: it compiles kernels for
+#: each. Measured on a CPU with AMX; the first in fp32 is in LIBRARIES.
+KERNELS, KERNELS_BF16 = 4 * MIB, 15 * MIB
 #: Bytes that glibc's allocator takes for a byte of activations, because of the holes between them; the second where
 #: activations are computed again. Measured on glibc 2.36 in a worker's environment.
 HOLES, HOLES_CHECKPOINTING = 1.45, 3.4
@@ -76,9 +79,12 @@ def worker_memory(run: Run, ranks: int, gpu: bool) -> int:
     images = math.ceil(settings.batch / ranks)
     at_once = math.ceil(images / settings.accumulation)
     activations: float = 0
+    batches = 0
     for level, (low, high) in enumerate(level_spans(run.turning_points, run.schedule.timesteps)):
         # The most that a step has of this level, and how many of them go through the network at once.
-        most = -(-images * (high - low) // run.schedule.timesteps) if settings.levels == "all" else images
+        share = images * (high - low) if settings.levels == "all" else images * run.schedule.timesteps
+        most = -(-share // run.schedule.timesteps)
+        batches += 2 if share % run.schedule.timesteps else 1
         part = math.ceil(most / math.ceil(most / (at_once * 4**level)))
         activations = max(activations, part * activation_bytes(run, level, gpu))
     if settings.precision == "bf16":
@@ -88,7 +94,9 @@ def worker_memory(run: Run, ranks: int, gpu: bool) -> int:
     if gpu:
         return round(CONTEXT_GPU + state + HOLES_GPU * activations)
     holes = HOLES_CHECKPOINTING if settings.activation_checkpointing else HOLES
-    return round(LIBRARIES + RAY + state + holes * activations + CHECKPOINT_COPIES * checkpoint_bytes(run))
+    kernels = KERNELS_BF16 * batches if settings.precision == "bf16" else KERNELS * (batches - 1)
+    libraries = LIBRARIES + RAY + kernels
+    return round(libraries + state + holes * activations + CHECKPOINT_COPIES * checkpoint_bytes(run))
 
 
 def activation_bytes(run: Run, level: int, gpu: bool) -> int:
