@@ -180,8 +180,9 @@ def _assumptions(
         )
     elif gpu:
         lines.append(
-            f"Hours and GiB: not measured. Hours are at {UTILISATION:.0%} of the peak of {gpu}, {GPUS[gpu].tflops:g}"
-            " TFLOP/s in bf16 and half of that in fp32, a share that NVlabs/edm measured on A100, of a network of 208"
+            f"Hours and GiB: not measured. Hours are at {100 * UTILISATION:.0f} % of the peak of {gpu},"
+            f" {GPUS[gpu].tflops:g} TFLOP/s in bf16 and half of that in fp32, a share that NVlabs/edm measured on A100,"
+            f" of a network of 208"
             f" GFLOPs an image; one of {min(level_flops(costs[0].run)) / 1e9:.2g} to"
             f" {max(level_flops(costs[0].run)) / 1e9:.2g}, as here, takes longer if it is far smaller."
             " `dvdp check --trial` on that machine measures them."

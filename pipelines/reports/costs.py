@@ -128,7 +128,7 @@ def budget(results: Sequence[Result]) -> str:
     if runs[0].training.budget == "flops":
         return (
             f"All settings were trained on equal FLOPs, {si(statistics.mean(flops))}FLOPs each (training.budget:"
-            f" flops); as batches are whole, the most is {more - 1:.2%} more than the least."
+            f" flops); as batches are whole, the most is {100 * (more - 1):.2f} % more than the least."
         )
     return (
         f"All settings were trained on equal images, {images[0]:,} each (training.budget: images); the most is"

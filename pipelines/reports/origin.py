@@ -141,7 +141,7 @@ def _optimiser(run: Run) -> str:
         names[training.optimizer],
         f"learning rate {training.learning_rate:g}",
         f"warm-up over {training.warmup_images:,} images" if training.warmup_images else "no warm-up",
-        f"linear to 0 over the last {training.cooldown:.0%}" if training.cooldown else "constant",
+        f"linear to 0 over the last {100 * training.cooldown:.0f} %" if training.cooldown else "constant",
         f"weight decay {training.weight_decay:g}",
         f"gradients clipped at {training.clip_norm:g}",
     ]

@@ -238,7 +238,7 @@ def _choose(
         notes.insert(0, f"Version {best} is the candidate ({_shown(scored[best])}).")
     if best is not None and own is not None and unsure:
         low, high = difference(scored[best].estimate, own.estimate)
-        notes.insert(1, f"That is no significant difference: {low:z.2f} to {high:z.2f} at {CONFIDENCE:.0%}.")
+        notes.insert(1, f"That is no significant difference: {low:z.2f} to {high:z.2f} at {100 * CONFIDENCE:.0f} %.")
     return replace(before, champion=holder, candidate=best), " ".join([first, *notes])
 
 

@@ -44,7 +44,8 @@ def study(folder: Path, **changes: Any) -> list[Result]:
     Args:
         changes: of params.yaml, by section.
     """
-    params = parse_params({"seeds": [0, 1], "cluster": {"storage": "runs"}, **changes})
+    training = {"images": 18_000, "learning_rate": 0.002, **changes.pop("training", {})}
+    params = parse_params({"seeds": [0, 1], "cluster": {"storage": "runs"}, "training": training, **changes})
     places = DataPaths.of(params)
     prepare(params.dataset, places.store)
     store = ImageStore(places.store)

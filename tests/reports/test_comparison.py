@@ -21,6 +21,8 @@ from pipelines.reports.comparison import Result, best, compare, legend, table
 PARAMS: dict[str, Any] = {
     "settings": {"ddpm": {"process": "ddpm"}, "dvdp": {"process": "dvdp", "turning_points": [300]}},
     "seeds": [0, 1],
+    "training": {"images": 18_000},
+    "sampling": {"steps": 100},
     "evaluation": {"samples": 256},
 }
 RECORD = ScoreRecord(

@@ -84,7 +84,7 @@ def test_a_setting_costs_the_mean_of_its_seeds_and_hours_of_gpus_are_called_so(t
             {},
             {},
             "All settings were trained on equal FLOPs, 11.5 TFLOPs each (training.budget: flops); as batches are whole,"
-            " the most is 0.12% more than the least.",
+            " the most is 0.12 % more than the least.",
         ),
         (
             {"budget": "images"},
@@ -104,7 +104,7 @@ def test_a_sentence_says_what_settings_had_in_common(
     training: dict[str, Any], override: dict[str, Any], sentence: str
 ) -> None:
     settings = {**PARAMS["settings"], "dvdp": {**PARAMS["settings"]["dvdp"], "overrides": override}}
-    params = parse_params({**PARAMS, "settings": settings, "training": training})
+    params = parse_params({**PARAMS, "settings": settings, "training": {**PARAMS["training"], **training}})
     assert budget([Result(Job(params, run, "digest"), RECORD) for run in params.runs()]) == sentence
 
 

@@ -162,7 +162,7 @@ def test_a_lead_that_chance_explains_makes_a_candidate(client: MlflowClient) -> 
         1,
         False,
         f"Version 1 of {NAME} stays champion (fd_labels 2.00 ± 0.29). Version 2 is the candidate"
-        " (fd_labels 1.70 ± 0.39). That is no significant difference: -0.79 to 0.19 at 95%.",
+        " (fd_labels 1.70 ± 0.39). That is no significant difference: -0.79 to 0.19 at 95 %.",
     )
     assert aliases(client) == {CHAMPION: 1, CANDIDATE: 2}
     add(client, uncertain(1.4, 0.2))
