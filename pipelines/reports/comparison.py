@@ -169,25 +169,29 @@ def legend(rows: Sequence[Row], record: ScoreRecord, real: Anchor | None = None)
         f" ({record.sampling.get('solver')}, {record.sampling.get('steps')} steps) against {record.references:,} real"
         f" images, features of the extractor '{record.extractor}'.",
         *_certainty(rows),
-        "Times and speed-ups: of one worker, all settings in turns after all other work; speed-ups over DDPM beside the"
-        " bound that the FLOPs set. There is none where nothing was measured, or where it came out more than"
-        f" {100 * (ERROR - 1):.0f} % above its bound and is not reliable.",
+        "Times: of one worker, measured when all other work was done. A speed-up is DDPM's time of a training step, or"
+        " of a sample, over the setting's, beside the bound that their FLOPs set; settings of equal training FLOPs take"
+        " more steps the cheaper these are. A speed-up that was not measured, or came out more than"
+        f" {100 * (ERROR - 1):.0f} % above its bound, is not given.",
     ]
     if real:
         fewer = "" if real.samples == record.samples else ", half of the data set and fewer than are scored here"
         lines.append(
-            f"Real images score {real.metrics[record.headline]:.2f} ± {real.spreads[record.headline]:.2f}:"
-            f" {real.samples:,} of them held out{fewer}, against the other {real.references:,} (mean and standard"
-            f" deviation of {real.draws} draws); generated ones cannot be expected to score lower."
+            f"Real images score {real.metrics[record.headline]:.2f}, with a standard deviation of"
+            f" {real.spreads[record.headline]:.2f} over {real.draws} draws: {real.samples:,} of them held out{fewer},"
+            f" against the other {real.references:,}. Generated ones cannot be expected to score lower."
         )
     name = f"{record.headline}_infinity"
     ends = [
-        f"{row.setting} {row.metrics[name]:.2f} ± {row.metrics[f'{name}_error']:.2f}"
+        f"{row.setting} {row.metrics[name]:.2f} ({row.metrics[f'{name}_error']:.2f})"
         for row in rows
         if name in row.metrics
     ]
     if ends:
-        lines.append(f"Extrapolated to infinitely many samples, with the standard error of the fit: {', '.join(ends)}.")
+        lines.append(
+            f"Extrapolated to infinitely many samples, with the standard error of the fit: {', '.join(ends)}."
+            " No score of finitely many samples compares with these."
+        )
     if not all(row.same_terms for row in rows):
         lines.append("† The score was made on other terms than the first setting's and does not compare with it.")
     return lines + [f"Note: {remark}" for remark in record.warnings]

@@ -93,13 +93,14 @@ def commands(best: Job, name: str, tracking: str = "") -> list[tuple[str, str]]:
     """
     store = ImageStore(DataPaths.of(best.params).store)
     labels = store.metadata.labels if best.run.model.num_classes else ()
-    label = f" --label {shlex.quote(labels[0])}" if labels and labels[0].isprintable() else ""
+    labelled = bool(labels) and labels[0].isprintable()
+    label, of_class = (f" --label {shlex.quote(labels[0])}", f" of class {labels[0]}") if labelled else ("", "")
     sampling = best.run.sampling
     request = {"count": 16, "format": "numbers", "solver": sampling.solver, "steps": sampling.steps}
     where = f'mlflow.set_tracking_uri("{public(tracking)}")\n' if tracking.startswith("http") else ""
     return [
         (
-            f"A picture of 16 images from {best.name}, in the project's folder:",
+            f"A picture of 16 images{of_class} from {best.name}, in the project's folder:",
             f"dvdp draw {shlex.quote(str(best.weights))} --count 16{label} --out samples.png",
         ),
         (

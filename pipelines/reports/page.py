@@ -116,8 +116,9 @@ def write_report(
         legend=legend(rows, record, anchors["real"]),
         failures=failures,
         contact_sheet=figures.data_url(report.contact_sheet),
-        smoothing=f"A point is the mean since the one before, over {params.training.log_images:,} images; nothing else"
-        " is smoothed." + (" Lines of one colour are seeds." if len(params.seeds) > 1 else ""),
+        smoothing=f"A point is the mean since the one before, over {params.training.log_images:,} images (the last, of"
+        " what is left); nothing else is smoothed."
+        + (" Lines of one colour are seeds." if len(params.seeds) > 1 else ""),
         curves=[*map(figures.data_url, curves)],
         sweeps=_inline(sweeps),
         grids=_inline(grids),
@@ -149,6 +150,8 @@ def verdict(rows: Sequence[Row], primary: str) -> list[str]:
             f"No setting is certainly best. {leader.setting} has the lowest score, {score}, but chance may explain its"
             f" lead over {names}."
         ]
+        if beaten := " and ".join(row.setting for row in compared if row is not leader and row not in others):
+            lines.append(f"Its score is lower than that of {beaten} by more than chance explains.")
     apart = [row.setting for row in rows if not row.same_terms]
     return lines + ([f"Scored on other terms, and not compared: {', '.join(apart)}."] if apart else [])
 

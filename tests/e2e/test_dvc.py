@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from pipelines.provenance import DVC_EXPERIMENT
 from pipelines.tracking.runs import SAMPLING_HASH, TRAINING_HASH
 from tests.e2e.support import Project
+from tests.tracking.support import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +76,23 @@ def test_an_experiment_in_a_copy_trains_one_setting_into_the_project_and_dvc_sho
     names = {name for file in changed.values() for name in file}
     assert any(name.startswith("dvdp-600.fd_labels") for name in names), names
     assert not any(name.startswith("ddpm.fd_labels") for name in names), names
+
+
+@pytest.mark.timeout(900)
+def test_a_queued_experiment_samples_what_is_trained_and_leaves_its_scores_in_the_project(here: Project) -> None:
+    before, client = weights(here), MlflowClient(f"sqlite:///{here.folder / 'mlflow.db'}")
+    here.run("dvc", "exp", "run", "--queue", "--name", "queued", "-S", "sampling.steps=4")
+    here.run("dvc", "queue", "start")
+    try:
+        wait_until(lambda: not {"Queued", "Running"} & set(here.run("dvc", "queue", "status").stdout.split()), 400)
+    finally:
+        here.run("dvc", "queue", "stop", "--kill")
+    assert "Success" in here.run("dvc", "queue", "status").stdout
+    assert weights(here) == before, "nothing is trained again"
+    runs = client.search_runs(["1"], f"tags.`{DVC_EXPERIMENT}` = 'queued'")
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    changed = json.loads(here.run("dvc", "exp", "diff", "HEAD", "queued", "--json").stdout)["metrics"]
+    assert "reports/metrics.json" in changed
 
 
 @pytest.mark.timeout(900)

@@ -116,7 +116,7 @@ def test_the_extrapolation_is_named_below_the_table(tmp_path: Path) -> None:
     rows = compare(found)
     assert all(row.same_terms for row in rows)
     (line,) = (line for line in legend(rows, found[0].record) if "infinitely many" in line)
-    assert line.endswith("ddpm 2.50 ± 0.25, dvdp 2.50 ± 0.25.")
+    assert "of the fit: ddpm 2.50 (0.25), dvdp 2.50 (0.25). No score" in line
     assert not any(
         "infinitely" in line for line in legend(compare(results(tmp_path, {"ddpm": (1, 1), "dvdp": (1, 1)})), RECORD)
     )
@@ -126,7 +126,10 @@ def test_real_images_of_the_same_number_are_named_below_the_table(tmp_path: Path
     rows = compare(results(tmp_path, {"ddpm": (4.0, 6.0), "dvdp": (3.0, 3.0)}))
     real = Anchor(256, 1541, 5, {"fd_labels": 1.694}, {"fd_labels": 0.262})
     (line,) = (line for line in legend(rows, RECORD, real) if line.startswith("Real images"))
-    assert "score 1.69 ± 0.26: 256 of them held out, against the other 1,541" in line
+    assert (
+        "score 1.69, with a standard deviation of 0.26 over 5 draws: 256 of them held out, against the other 1,541"
+        in line
+    )
     (line,) = (line for line in legend(rows, RECORD, dataclasses.replace(real, samples=200)) if "Real" in line)
     assert "200 of them held out, half of the data set and fewer than are scored here" in line
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dvdp.evaluation.intervals import Estimate
 from pipelines.reports.comparison import Result, compare
 from pipelines.reports.origin import Services
 from pipelines.reports.page import verdict, write_report
@@ -82,6 +83,11 @@ def test_the_verdict_says_how_certain_it_is(results: list[Result]) -> None:
     assert line.startswith("dvdp-300-600 is best: its fd_labels 2.000 ± 0.098 is lower than every other's by more than")
     ties = verdict(compare(results), "fd_labels")
     assert ties[0].endswith("over ddpm (2.25 ± 0.64) and dvdp-600 (2.35 ± 0.64).")
+    far = [
+        dataclasses.replace(row, score=9.0, estimate=Estimate(9.0, 0.1)) if row.process == "ddpm" else row
+        for row in compare(results)
+    ]
+    assert verdict(far, "fd_labels")[1] == "Its score is lower than that of ddpm by more than chance explains."
     other = [dataclasses.replace(row, same_terms=row.setting == "ddpm") for row in certain]
     assert verdict(other, "fd_labels") == [
         "ddpm has fd_labels 2.200 ± 0.098; there is no other setting to compare it with.",
