@@ -27,7 +27,7 @@ from dvdp.config import DatasetParams
 from dvdp.data.loading import ArrayImages
 from dvdp.data.prepare import prepare
 from dvdp.data.store import ImageStore
-from dvdp.evaluation.copies import find_copies, thumbnails
+from dvdp.evaluation.copies import Seen, find_copies
 from dvdp.evaluation.extractors import Extractor, load_extractor, train_extractor
 from dvdp.evaluation.fidelity import features_of
 from dvdp.evaluation.samples import SampleShards, write_shard
@@ -80,8 +80,9 @@ def measured(params: DatasetParams) -> dict[str, Any]:
 def seen(pixels: np.ndarray, extractor: Extractor, folder: Path) -> tuple[Tensor, Tensor]:
     """Thumbnails and features."""
     write_shard(folder / "00000000.npy", torch.from_numpy(np.ascontiguousarray(pixels)))
-    images = SampleShards(folder)
-    return thumbnails(images, "thumbnails"), features_of(images, extractor).pooled
+    images = Seen(SampleShards(folder))
+    features = features_of(images, extractor).pooled
+    return images.thumbnails, features
 
 
 def noised(deviation: float) -> Callable[[np.ndarray], np.ndarray]:

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from scipy.stats import binom
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from dvdp.diffusion.randomness import generator
 from dvdp.evaluation.records import ScoreRecord
@@ -107,19 +106,24 @@ def read_pairs(table: Path, count: int) -> list[Pair]:
     return [Pair(int(a), int(b), float(c), int(d), float(e), f == "1") for a, b, c, d, e, f in rows]
 
 
-def thumbnails(images: Dataset, title: str) -> Tensor:
-    """Area means of images, uint8 (n, 3, s, s) with s up to :data:`SIDE`.
+class Seen(Dataset):
+    """Images, uint8 (3, h, h), whose thumbnails, area means of up to :data:`SIDE` pixels, are kept when read."""
 
-    Args:
-        images: uint8 (3, h, h) tensors.
-        title: of the progress bar.
-    """
-    count = len(images)  # type: ignore[arg-type]
-    side = min(SIDE, images[0].shape[-1])
-    found = torch.empty(count, 3, side, side, dtype=torch.uint8)
-    for index in tqdm(range(count), desc=title, unit="image", disable=None):
-        found[index] = F.adaptive_avg_pool2d(images[index].float(), side).round().to(torch.uint8)
-    return found
+    def __init__(self, images: Dataset) -> None:
+        self.images = images
+        #: uint8 (n, 3, s, s), whole once all images were read.
+        self.thumbnails = torch.empty(0, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Tensor:
+        image: Tensor = self.images[index]
+        side = min(SIDE, image.shape[-1])
+        if not len(self.thumbnails):
+            self.thumbnails = torch.empty(len(self), 3, side, side, dtype=torch.uint8)
+        self.thumbnails[index] = F.adaptive_avg_pool2d(image.float(), side).round().to(torch.uint8)
+        return image
 
 
 def find_copies(small: Tensor, features: Tensor, real_small: Tensor, real_features: Tensor) -> Copies:
@@ -128,7 +132,7 @@ def find_copies(small: Tensor, features: Tensor, real_small: Tensor, real_featur
     Training images count mirrored too where pixels are compared, as most are trained on both ways.
 
     Args:
-        small: :func:`thumbnails` of the generated images, (n, 3, s, s).
+        small: thumbnails of the generated images, (n, 3, s, s); see :class:`Seen`.
         features: theirs, (n, f).
         real_small: thumbnails of the training images, (m, 3, s, s), m >= 3.
         real_features: theirs, (m, f).

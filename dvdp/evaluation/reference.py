@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Subset
 from dvdp import tensors
 from dvdp.diffusion.randomness import generator
 from dvdp.errors import UserError
-from dvdp.evaluation.copies import thumbnails
+from dvdp.evaluation.copies import Seen
 from dvdp.evaluation.extractors import Extractor, Images, file_sha256
 from dvdp.evaluation.published import Statistics, write_statistics
 from dvdp.files import write_atomically
@@ -71,7 +71,7 @@ class RealFeatures(NamedTuple):
     statistics: Statistics
     """Of these rows."""
     thumbnails: Tensor
-    """(n, 3, s, s), see :func:`dvdp.evaluation.copies.thumbnails`."""
+    """(n, 3, s, s), see :class:`dvdp.evaluation.copies.Seen`."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def make_reference(images: Images, digest: str, extractor: Extractor, out: Path,
         raise UserError(
             f"dataset: found {len(images)} images, expected at least {2 * FEWEST} for a reference; add images."
         )
-    out, real = Path(out), _Pictures(images)
+    out, real = Path(out), Seen(_Pictures(images))
     resolution = real[0].shape[-1]
     if extractor.resolution not in (None, resolution):
         raise UserError(
@@ -127,8 +127,7 @@ def make_reference(images: Images, digest: str, extractor: Extractor, out: Path,
     )
     found = features_of(real, extractor, gpu, "reference")
     altered = _order(reference)[: min(len(images) // 2, ALTERED_IMAGES)]
-    small = thumbnails(real, "thumbnails")
-    arrays = {"features": found.pooled, "logits": found.logits, "thumbnails": small, "altered": altered}
+    arrays = {"features": found.pooled, "logits": found.logits, "thumbnails": real.thumbnails, "altered": altered}
     for title, change in (("blurred", _blurred), ("noised", _noised)):
         changed = features_of(_Altered(Subset(real, altered.tolist()), change), extractor, gpu, title)
         arrays |= {title: changed.pooled, f"{title} logits": changed.logits}

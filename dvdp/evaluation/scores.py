@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from dvdp.errors import UserError
-from dvdp.evaluation.copies import find_copies, thumbnails
+from dvdp.evaluation.copies import Seen, find_copies
 from dvdp.evaluation.extractors import Extractor
 from dvdp.evaluation.extrapolation import counts_for, extrapolate
 from dvdp.evaluation.intervals import frechet_error
@@ -76,8 +76,9 @@ def score(
             f"evaluation.kid_subset: found {kid_subset}, expected at most {min(len(images), real.count)}, the smaller"
             f" of {len(images)} samples and {real.count} references; take smaller subsets or more images."
         )
-    known, features = read_features(reference, real), features_of(images, extractor, gpu)
-    copies = find_copies(thumbnails(images, "nearest images"), features.pooled, known.thumbnails, known.rows)
+    seen = Seen(images)
+    known, features = read_features(reference, real), features_of(seen, extractor, gpu)
+    copies = find_copies(seen.thumbnails, features.pooled, known.thumbnails, known.rows)
     if nearest is not None:
         write_atomically(nearest, copies.table())
     metrics = compare(features, known.rows, known.statistics, extractor.name, kid_subset)

@@ -17,12 +17,12 @@ from dvdp.evaluation.copies import (
     FALSE_ALARMS,
     NEIGHBOURS,
     Copies,
+    Seen,
     copies_sentence,
     false_alarms,
     find_copies,
     read_pairs,
     surely_copies,
-    thumbnails,
 )
 from dvdp.evaluation.fidelity import features_of
 from dvdp.evaluation.records import ScoreRecord
@@ -35,11 +35,17 @@ COUNT = 400
 
 
 def looked_for(pixels: np.ndarray, scoring: Scoring, folder: Path) -> Copies:
-    images = SampleShards(write_shards(folder, np.ascontiguousarray(pixels)))
+    images = Seen(SampleShards(write_shards(folder, np.ascontiguousarray(pixels))))
+    features = features_of(images, scoring.extractor).pooled
     known = read_features(scoring.reference, read_reference(scoring.reference))
-    return find_copies(
-        thumbnails(images, "t"), features_of(images, scoring.extractor).pooled, known.thumbnails, known.rows
-    )
+    return find_copies(images.thumbnails, features, known.thumbnails, known.rows)
+
+
+def thumbnails(pixels: np.ndarray) -> torch.Tensor:
+    images = Seen([torch.from_numpy(image) for image in pixels])  # type: ignore[arg-type]
+    for index in range(len(images)):
+        images[index]
+    return images.thumbnails
 
 
 def each(pixels: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
@@ -109,12 +115,10 @@ def test_closeness_is_the_ratio_of_distances() -> None:
     assert found.threshold == pytest.approx(known[0], rel=1e-4), "a 400th of 301 is none, so the closest counts"
 
 
-def test_where_images_are_there_twice_only_equal_ones_are_copies(
-    scoring: Scoring, digits: Arrays, tmp_path: Path
-) -> None:
-    small = thumbnails(SampleShards(write_shards(tmp_path / "real", np.tile(scoring.images.pixels, (2, 1, 1, 1)))), "t")
-    images = SampleShards(write_shards(tmp_path / "new", np.stack([scoring.images.pixels[7], digits.pixels[1]])))
-    found = find_copies(thumbnails(images, "t"), torch.rand(2, 4), small, torch.rand(len(small), 4))
+def test_where_images_are_there_twice_only_equal_ones_are_copies(scoring: Scoring, digits: Arrays) -> None:
+    small = thumbnails(np.tile(scoring.images.pixels, (2, 1, 1, 1)))
+    new = thumbnails(np.stack([scoring.images.pixels[7], digits.pixels[1]]))
+    found = find_copies(new, torch.rand(2, 4), small, torch.rand(len(small), 4))
     assert found.pixels.threshold == 0
     assert found.pixels.copies.tolist() == [True, False]
 
