@@ -110,7 +110,7 @@ def test_clean_lists_what_may_go(project: Path, monkeypatch: pytest.MonkeyPatch)
 def test_every_deployment_gives_its_flow_parameters_that_it_has() -> None:
     # As Prefect reads it: YAML 1.1, where a key such as "yes" is no text.
     deployments = yaml.safe_load((Path(__file__).parents[1] / "prefect.yaml").read_text())["deployments"]
-    assert {each["name"] for each in deployments} == {"experiment", "refresh", "re-evaluate", "clean"}
+    assert {each["name"] for each in deployments} == {"experiment", "refresh", "re-evaluate", "generate", "clean"}
     for each in deployments:
         module, name = each["entrypoint"].removesuffix(".py").replace("/", ".").replace(".py:", ":").split(":")
         flow = getattr(importlib.import_module(module), name)
