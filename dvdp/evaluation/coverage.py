@@ -27,7 +27,12 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
         generated: features (n, f), n > :data:`NEIGHBOURS`.
         real: features (m, f), m > :data:`NEIGHBOURS`.
     """
-    return _covered(generated, real), _covered(real, generated)
+    return _covered(generated, real), recall(generated, real)
+
+
+def recall(generated: Tensor, real: Tensor) -> float:
+    """The second of :func:`precision_recall`."""
+    return _covered(real, generated)
 
 
 def _covered(points: Tensor, centres: Tensor) -> float:

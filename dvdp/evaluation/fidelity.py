@@ -16,8 +16,9 @@ from torch_fidelity.utils import create_feature_extractor
 from tqdm import tqdm
 
 from dvdp.diffusion.randomness import generator
-from dvdp.evaluation.coverage import precision_recall
+from dvdp.evaluation.coverage import NEIGHBOURS, precision_recall, recall
 from dvdp.evaluation.extractors import Extractor, load_network
+from dvdp.evaluation.intervals import PARTS, parts_error, share_error
 from dvdp.evaluation.published import Statistics
 
 LIBRARY = f"torch-fidelity {torch_fidelity.__version__}"
@@ -130,6 +131,27 @@ def compare(
     if len(generated.logits) >= SPLITS:
         found |= isc_features_to_metric(generated.logits, SPLITS)
     return {ours: float(found[theirs]) for theirs, ours in metric_names(extractor).items() if theirs in found}
+
+
+def errors(generated: Tensor, real: Tensor, extractor: str, kid_subset: int, precision: float) -> dict[str, float]:
+    """Standard errors over draws of the samples, as ``.._error``: of precision, and of enough samples recall and KID.
+
+    Args:
+        generated: features (n, f).
+        real: features (m, f).
+        precision: as :func:`compare` has it.
+    """
+    names = metric_names(extractor)
+    found = {torch_fidelity.KEY_METRIC_PRECISION: share_error(precision, len(generated))}
+    parts = generated.tensor_split(PARTS)
+    if len(parts[-1]) > NEIGHBOURS:
+        size = min(kid_subset, len(parts[-1]))
+        kids = [kid_features_to_metric(part, real, kid_subset_size=size, verbose=False) for part in parts]
+        found[torch_fidelity.KEY_METRIC_RECALL] = parts_error([recall(part, real) for part in parts])
+        found[torch_fidelity.KEY_METRIC_KID_MEAN] = parts_error(
+            [kid[torch_fidelity.KEY_METRIC_KID_MEAN] for kid in kids]
+        )
+    return {f"{names[theirs]}_error": value for theirs, value in found.items()}
 
 
 def statistics_of(features: Tensor) -> Statistics:

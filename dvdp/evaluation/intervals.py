@@ -21,6 +21,8 @@ from dvdp.evaluation.published import Statistics
 
 #: Of all intervals.
 CONFIDENCE = 0.95
+#: Of the samples: where no formula says how uncertain a score is, those of the parts do.
+PARTS = 4
 #: Rows of features in float64 at a time.
 _ROWS = 4096
 
@@ -95,6 +97,20 @@ def frechet_error(features: Tensor, real: Statistics) -> float:
     # A distance that is all quadratic has half the variance that its derivative says, and none has less.
     variance = max(1.5 * whole - 0.5 * statistics.mean(halves), 0.5 * whole)
     return math.sqrt(variance / len(features))
+
+
+def share_error(share: float, count: int) -> float:
+    """The standard error of a share of so many samples; never 0, as one sample more of either kind may be the next."""
+    expected = (share * count + 1) / (count + 2)
+    return math.sqrt(expected * (1 - expected) / count)
+
+
+def parts_error(scores: Sequence[float]) -> float:
+    """The standard error of a score of all samples, from those of :data:`PARTS` parts, with one degree of freedom less.
+
+    Close where the variance of a score shrinks as one over the number of samples.
+    """
+    return statistics.stdev(scores) / math.sqrt(len(scores))
 
 
 def _influence_variance(features: Tensor, real: Statistics, root: NDArray[np.float64]) -> float:

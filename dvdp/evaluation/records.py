@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dvdp.errors import UserError
-from dvdp.evaluation.intervals import Estimate
+from dvdp.evaluation.intervals import PARTS, Estimate
 
 #: What a sampling mapping says that two comparable scores may differ in.
 _INCIDENTAL = ("seed", "batch", "count", "first")
@@ -23,7 +23,7 @@ class ScoreRecord:
 
     metrics: dict[str, float]
     """E.g. ``fd_labels``, ``fd_labels_error``, ``kd_labels``, ``kd_labels_std``, ``precision_labels``,
-    ``recall_labels``, ``is_labels``, ``fd_labels_infinity``."""
+    ``recall_labels``, ``is_labels``, ``copies``, ``fd_labels_infinity``; ``.._error`` is a standard error."""
     extractor: str
     extractor_sha256: str
     samples: int
@@ -52,8 +52,12 @@ class ScoreRecord:
     @property
     def estimate(self) -> Estimate:
         """The headline's value with its error over draws of the samples; records of early releases have none."""
-        name = self.headline
-        return Estimate(self.metrics[name], self.metrics.get(f"{name}_error", math.inf))
+        return self.estimate_of(self.headline)
+
+    def estimate_of(self, name: str) -> Estimate:
+        """A metric's value with its error, as far as that is known."""
+        freedom = PARTS - 1 if name.startswith(("recall", "kid", "kd")) else math.inf
+        return Estimate(self.metrics[name], self.metrics.get(f"{name}_error", math.inf), freedom)
 
     def to_json(self) -> str:
         """The record as text; :meth:`from_json` gives back an equal one."""

@@ -44,9 +44,9 @@ def score(
 ) -> ScoreRecord:
     """Score the first ``count`` generated images against a reference. It repeats to the bit.
 
-    The Frechet distance has its standard error beside it (:mod:`dvdp.evaluation.intervals`). With samples enough, the
-    record also has the distance of infinitely many, see :mod:`dvdp.evaluation.extrapolation`. ``copies`` is the share
-    of samples that are taken for copies of training images (:mod:`dvdp.evaluation.copies`).
+    Distances, precision and recall have their standard errors beside them (:mod:`dvdp.evaluation.intervals`). With
+    samples enough, the record also has the distance of infinitely many, see :mod:`dvdp.evaluation.extrapolation`.
+    ``copies`` is the share of samples that are taken for copies of training images (:mod:`dvdp.evaluation.copies`).
 
     Args:
         samples: as :class:`SampleShards` takes them.
@@ -60,7 +60,7 @@ def score(
         UserError: fewer images than asked for, a KID subset larger than either set, images of another resolution than
             the reference's, a reference that is missing, damaged or made with another extractor.
     """
-    from dvdp.evaluation.fidelity import LIBRARY, compare, features_of
+    from dvdp.evaluation.fidelity import LIBRARY, compare, errors, features_of
 
     real = read_reference(reference)
     made_with = (real.extractor, real.extractor_sha256, real.library)
@@ -82,6 +82,8 @@ def score(
     if nearest is not None:
         write_atomically(nearest, copies.table())
     metrics = compare(features, known.rows, known.statistics, extractor.name, kid_subset)
+    precision = next(value for name, value in metrics.items() if name.startswith("precision"))
+    metrics |= errors(features.pooled, known.rows, extractor.name, kid_subset, precision)
     record = ScoreRecord(
         metrics={**metrics, "copies": float(copies.found.double().mean())},
         extractor=extractor.name,

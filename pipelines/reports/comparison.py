@@ -47,6 +47,8 @@ class Row:
     """The score with its interval."""
     metrics: dict[str, float]
     """Means of all metrics."""
+    estimates: dict[str, Estimate]
+    """The same with their intervals, without the errors that these are made of."""
     timing: Timing | None
     """Of one worker with nothing beside it; None where nothing was measured."""
     training_speedup: float | None
@@ -96,6 +98,11 @@ def _row(group: Sequence[Result], ddpm: Sequence[Result] | None, terms: ScoreRec
         spread=spread,
         estimate=over_seeds([result.record.estimate for result in group]),
         metrics={name: statistics.mean(r.record.metrics[name] for r in group) for name in names},
+        estimates={
+            name: over_seeds([r.record.estimate_of(name) for r in group])
+            for name in names
+            if not name.endswith("_error")
+        },
         timing=own,
         training_speedup=training,
         training_bound=bounds[0],
@@ -145,8 +152,8 @@ def table(rows: Sequence[Row], primary: str) -> tuple[list[str], list[list[str]]
             row.setting + (" ★" if leaders == [row] else ""),
             ", ".join(map(str, row.turning_points)) or "none",
             row.estimate.text + ("" if row.same_terms else " †"),
-            f"{row.metrics[precision]:.3f}" if precision in row.metrics else "-",
-            f"{row.metrics[recall]:.3f}" if recall in row.metrics else "-",
+            row.estimates[precision].text if precision in row.metrics else "-",
+            row.estimates[recall].text if recall in row.metrics else "-",
             f"{row.images:,}",
             f"{row.timing.seconds_per_step:.3g}" if row.timing else "-",
             f"{row.timing.seconds_per_sample:.3g}" if row.timing else "-",

@@ -74,7 +74,7 @@ def model_card(job: Job, record: ScoreRecord, run: TrackedRun, version: ModelVer
     cells = {
         f"{record.headline} ↓": record.estimate.text,
         **{
-            name: f"{record.metrics[found]:.3f}"
+            name: record.estimate_of(found).text
             for name in ("precision", "recall")
             if (found := next((key for key in record.metrics if key.startswith(name)), None))
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvdp.evaluation.fidelity import distance
-from dvdp.evaluation.intervals import Estimate, better, difference, frechet_error, over_seeds
+from dvdp.evaluation.fidelity import Features, compare, distance, errors, statistics_of
+from dvdp.evaluation.intervals import Estimate, better, difference, frechet_error, over_seeds, share_error
 from dvdp.evaluation.published import Statistics
+from dvdp.evaluation.records import ScoreRecord
 
 FEATURES, DRAWS = 16, 200
 #: Three standard errors of a share of 95 % of the draws.
@@ -93,3 +95,40 @@ def test_a_difference_is_the_opposite_of_its_opposite_and_wider_than_either_erro
     assert (low, high) == pytest.approx(tuple(-end for end in reversed(difference(b, a))))
     assert high - low >= 2 * 1.95 * math.hypot(a.error, b.error)
     assert not (better(a, b) and better(b, a))
+
+
+@pytest.mark.parametrize("name", ["precision_labels", "recall_labels", "kd_labels"])
+@pytest.mark.parametrize(("features", "scale"), [(16, 0.8), (64, 0.9), (8, 1.1)])
+def test_the_interval_of_precision_recall_and_kid_holds_the_expected_value(
+    name: str, features: int, scale: float, secondary: Callable[[int, float], list[ScoreRecord]]
+) -> None:
+    found = [record.estimate_of(name) for record in secondary(features, scale)]
+    expected = np.mean([each.value for each in found])
+    inside = np.mean([abs(each.value - expected) < each.margin for each in found])
+    # Parts of the samples say it roughly; too wide is on the safe side.
+    assert inside > 0.95 - 3 * math.sqrt(0.95 * 0.05 / len(found)) - 0.03
+
+
+@pytest.fixture(scope="module")
+def secondary() -> Callable[[int, float], list[ScoreRecord]]:
+    """Scores of forty draws of 256 samples."""
+
+    @cache
+    def drawn(features: int, scale: float) -> list[ScoreRecord]:
+        random = torch.Generator().manual_seed(features)
+        real = torch.randn(800, features, generator=random, dtype=torch.float64)
+        statistics = statistics_of(real)
+        found = []
+        for _ in range(40):
+            rows = scale * torch.randn(256, features, generator=random, dtype=torch.float64) + 0.1
+            metrics = compare(Features(rows, rows), real, statistics, "labels", 50)
+            metrics |= errors(rows, real, "labels", 50, metrics["precision_labels"])
+            found.append(ScoreRecord(metrics, "labels", "e", 256, 800, "d", "none", 32, 50, "torch-fidelity"))
+        return found
+
+    return drawn
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_a_share_is_never_certain(some: int, more: int) -> None:
+    assert 0 < share_error(some / (some + more), some + more) <= 0.5
