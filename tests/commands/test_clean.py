@@ -157,7 +157,7 @@ def test_servers_that_do_not_answer_keep_what_they_have(monkeypatch: pytest.Monk
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    with prefect_server(tmp_path, free_port()) as address:
+    with prefect_server(tmp_path, free_port()) as address, temporary_settings({PREFECT_API_URL: address}):
         yield address
 
 
