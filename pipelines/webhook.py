@@ -20,7 +20,8 @@ LIMIT = 5.0
 
 def hook(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """For Prefect to call when a flow run ends."""
-    tell(flow.name, flow_run, state)
+    if not (state.is_crashed() and _cancelled(flow_run)):
+        tell(flow.name, flow_run, state)
 
 
 #: Of every flow of ours.
@@ -56,6 +57,18 @@ def tell(flow: str, flow_run: FlowRun, state: State[Any]) -> None:
         problems = [f"no answer within {LIMIT:g} s"]
     if problems:
         logger.warning("DVDP_WEBHOOK: found %s, expected an address that takes JSON; nobody was told", problems[0])
+
+
+def _cancelled(flow_run: FlowRun) -> bool:
+    """Whether somebody has cancelled a run: its end is no crash, and they are told of it already."""
+    from prefect.client.orchestration import get_client
+
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(flow_run.id).state
+    except Exception:  # Whatever the server says, a crash is told.
+        return False
+    return state is not None and (state.is_cancelling() or state.is_cancelled())
 
 
 def _post(address: str, word: dict[str, Any], problems: list[str]) -> None:

@@ -71,12 +71,15 @@ def test_the_scheduled_deployment_can_be_cancelled_and_runs_to_its_end_and_write
     assert deployment["work_pool_name"] == "dvdp"
     assert deployment["parameters"] == {"params_file": "params.yaml", "reports": None}
 
+    # The server plans the next runs, Mondays at three.
+    wait_until(lambda: len(planned(services["PREFECT_API_URL"], deployment["id"])) >= 3, 120)
+
     longer = """--param 'overrides={"training.images": 960000}'"""
     shell(here, f"prefect deployment run {NAME} {longer}")
     api = services["PREFECT_API_URL"]
     wait_until(lambda: ray_processes(here), 200)
-    wait_until(lambda: [line for line in logs(api) if line["task_run_id"] and "images/s" in line["message"]], 120)
     (run,) = [each for each in asked(api, "flow_runs") if each["state_type"] == "RUNNING"]
+    wait_until(lambda: [line for line in logs(api, run) if line["task_run_id"] and "images/s" in line["message"]], 120)
     commit = here.run("git", "rev-parse", "HEAD").stdout[:9]
     assert run["name"] == f"digits at {commit}"
     shell(here, f"prefect flow-run cancel {run['id']}")
@@ -132,9 +135,18 @@ def asked(api: str, what: str) -> list[dict[str, Any]]:
     return [each for each in found if each.get("state_type") != "SCHEDULED"]
 
 
-def logs(api: str) -> list[dict[str, Any]]:
-    """All lines of the newest."""
-    return asked(api, "logs")
+def planned(api: str, deployment: str) -> list[str]:
+    """When the runs of a deployment's schedule will begin."""
+    body = {"deployments": {"id": {"any_": [deployment]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    found = httpx.post(f"{api}/flow_runs/filter", json=body, timeout=30).json()
+    return sorted(each["expected_start_time"] for each in found if each["auto_scheduled"])
+
+
+def logs(api: str, run: dict[str, Any]) -> list[dict[str, Any]]:
+    """All lines of a flow run."""
+    body = {"logs": {"flow_run_id": {"any_": [run["id"]]}}}
+    found: list[dict[str, Any]] = httpx.post(f"{api}/logs/filter", json=body, timeout=30).json()
+    return found
 
 
 def ray_processes(project: Project) -> list[psutil.Process]:
