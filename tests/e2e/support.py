@@ -205,8 +205,10 @@ class Project:
             end(process)
 
     def runs(self, storage: str = "runs") -> dict[str, Path]:
-        """The run folders, by the name of their setting."""
-        files = (self.folder / storage).glob("*/run.json")
+        """The run folders, by the name of their setting; of several of a setting, one that is finished."""
+        files = sorted(
+            (self.folder / storage).glob("*/run.json"), key=lambda file: (file.parent / "weights.safetensors").exists()
+        )
         return {json.loads(file.read_text())["run"]["setting"]: file.parent for file in files}
 
     def checkpoints(self, storage: str = "runs") -> set[Path]:
