@@ -30,8 +30,16 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "malloc": os.environ.get("MALLOC_MMAP_THRESHOLD_", "default"),
         "commit": os.environ.get("DVDP_COMMIT") or _commit(),
-        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module(), *map(_anywhere, sys.argv[1:])]),
     }
+
+
+def _anywhere(argument: str) -> str:
+    """An argument without folders of this machine."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
 def _lines(path: str) -> list[str]:

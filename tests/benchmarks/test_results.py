@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,28 @@ def test_flops_bounds_and_parameters_are_what_they_were(name: str) -> None:
             # Diffusers' are only counted where it is installed.
             then = {each: case[key][each] for each in now} if key in ("forward_flops", "parameters") else case[key]
             assert now == then, f"{case['resolution']} px: {key}"
+
+
+def test_no_result_names_a_folder_of_the_machine_that_made_it() -> None:
+    commands = [
+        found["machine"]["command"]
+        for path in RESULTS.glob("*.json")
+        if "command" in (found := json.loads(path.read_text())).get("machine", {})
+    ]
+    assert commands
+    # Before, results of studies were made in /tmp.
+    assert not [command for command in commands if re.search(r"(?<![\w.:])/(?!tmp/study)\w", command)]
+
+
+def test_estimates_and_copies_are_as_near_as_the_docs_say() -> None:
+    worst = read("estimates.json")["worst"]
+    assert max(worst["seconds_per_step_error"], worst["seconds_per_sample_error"]) < 0.195
+    assert worst["mib_error"] < 0.075
+    assert worst["mib_counted_error"] < 0.035
+    for found in read("copies.json")["data_sets"].values():
+        shares = {title: each["either"] for title, each in found["taken_for_copies"].items()}
+        assert shares["new"] <= 0.01
+        assert all(shares[title] >= 0.95 for title in ("equal", "mirrored", "noise of 10", "JPEG of quality 75"))
 
 
 def test_ratios_follow_from_what_was_measured() -> None:
