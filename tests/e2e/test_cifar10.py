@@ -30,7 +30,7 @@ SHORT = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.skipif("DVDP_TEST_DATA" not in os.environ, reason=f"DVDP_TEST_DATA names no folder with {ARCHIVE}")
 def test_cifar10_as_an_image_folder_runs_through_the_whole_pipeline(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def tiny_run(*, compiled: bool) -> Run:
     return parse_params(tree).runs()[0]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 def test_a_compiled_network_trains_as_the_other_does_and_resumes_to_the_bit(tmp_path: Path) -> None:
     run = tiny_run(compiled=True)
