@@ -19,7 +19,8 @@ TRAINING_SOURCES = (
     "diffusion/spans.py", "diffusion/bands.py", "diffusion/schedule.py", "diffusion/process.py",
     "diffusion/randomness.py",
     "models/pixels.py", "models/ops.py", "models/unet.py", "models/denoiser.py",
-    "training/levels.py", "training/optimizer.py", "training/compilation.py", "training/ema.py", "training/loop.py",
+    "models/compute.py", "models/compilation.py",
+    "training/levels.py", "training/optimizer.py", "training/ema.py", "training/loop.py",
     "data/transforms.py", "data/loading.py",
 )  # fmt: skip
 SAMPLING_SOURCES = (

@@ -57,10 +57,10 @@ from dvdp.evaluation.extractors import (
 )
 from dvdp.evaluation.figures import grid, save_png
 from dvdp.files import write_atomically
+from dvdp.models.compilation import explained
 from dvdp.models.denoiser import NetworkDenoiser
 from dvdp.models.flops import mean_flops
 from dvdp.models.pixels import to_uint8
-from dvdp.training.compilation import explained
 from dvdp.training.levels import level_counts
 from dvdp.training.loop import Training
 

@@ -37,8 +37,8 @@ from dvdp.config import ModelParams, TrainingParams
 from dvdp.diffusion.timesteps import share_steps
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
+from dvdp.models.compilation import compile_network, explained
 from dvdp.models.flops import level_flops
-from dvdp.training.compilation import compile_network, explained
 from dvdp.training.levels import level_counts
 from dvdp.training.loop import Training
 

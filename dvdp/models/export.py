@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from dvdp.diffusion.sampling import Progress, sample
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.models.classes import Classes
+from dvdp.models.compilation import compile_network, explained
+from dvdp.models.compute import Computing, arrange, precision_of
 from dvdp.models.denoiser import NetworkDenoiser
 from dvdp.models.pixels import to_uint8
 from dvdp.models.unet import build_network
@@ -35,12 +38,18 @@ class TrainedModel:
     classes: Classes | None
     """None for an unconditional model."""
     device: torch.device
+    refresh: Callable[[], None]
+    """Draw with what the network's weights have become."""
 
     @staticmethod
     def of(run: Run, description: Mapping[str, Any], network: nn.Module, device: torch.device) -> TrainedModel:
         """From a network and what is known of the data it was trained on.
 
+        It draws in the precision that it was trained in (see :func:`dvdp.models.compute.precision_of`), and compiled if
+        it was trained so.
+
         Args:
+            network: on the device, in evaluation mode; it keeps the weights.
             description: has ``band_std`` where ``sampling.lift`` is "data" and ``label_counts`` where the network is
                 class-conditional; see :meth:`dvdp.data.store.StoreMetadata.model_metadata`.
 
@@ -53,8 +62,12 @@ class TrainedModel:
                 " measures; prepare the data set and train with them, or use 'noise'."
             )
         process = Process(run.build_schedule(), description["band_std"] if run.sampling.lift == "data" else None)
-        denoiser = NetworkDenoiser(network, process, run.resolution, run.model.prediction_type)
-        return TrainedModel(run, description, denoiser, Classes.of(run.model.num_classes, description), device)
+        classes = Classes.of(run.model.num_classes, description)
+        computing = Computing(network, precision_of(run.training.precision, device))
+        if run.training.compile:
+            compile_network(computing.network)
+        denoiser = NetworkDenoiser(computing.network, process, run.resolution, run.model.prediction_type)
+        return TrainedModel(run, description, denoiser, classes, device, computing.refresh)
 
     @property
     def process(self) -> Process:
@@ -128,16 +141,17 @@ class TrainedModel:
         options = self.run.sampling.options() if options is None else options
         labels = self.labels(options["seed"], first, count) if label is None else torch.full((count,), label)
         shape = (count, 3, self.resolution, self.resolution)
-        images = sample(
-            self.process,
-            self.denoiser,
-            shape,
-            first=first,
-            device=self.device,
-            callback=callback,
-            labels=labels,
-            **options,
-        )
+        with explained() if self.run.training.compile else contextlib.nullcontext():
+            images = sample(
+                self.process,
+                self.denoiser,
+                shape,
+                first=first,
+                device=self.device,
+                callback=callback,
+                labels=labels,
+                **options,
+            )
         return to_uint8(images)
 
     def labels(self, seed: int, first: int, count: int) -> Tensor | None:
@@ -170,4 +184,5 @@ def load_model(
         run = replace(run, sampling=sampling)
     network = build_network(run.model, len(run.turning_points))
     network.load_state_dict(weights)
-    return TrainedModel.of(run, description, network.to(device).eval(), torch.device(device))
+    device = torch.device(device)
+    return TrainedModel.of(run, description, arrange(network, device).eval().requires_grad_(False), device)

@@ -19,12 +19,30 @@ def convolve_doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.conv_transpose2d(x, weight.transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
+def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """``norm(x)`` of (B, C, h, w), in the type of x; the norm's weights are in fp32."""
+    return norm(x)
+
+
+def group_norm_silu(x: Tensor, norm: nn.GroupNorm, modulation: Tensor | None = None) -> Tensor:
+    """``silu(norm(x) * (1 + scale) + shift)`` of (B, C, h, w), in the type of x.
+
+    Args:
+        modulation: (B, 2 C), scale and shift; None for none.
+    """
+    h = norm(x)
+    if modulation is not None:
+        scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
+        h = h * (1 + scale) + shift
+    return F.silu(h)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dot-product attention of (B, heads, channels, pixels) each -> the same shape."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] <= FEW_PIXELS:
         # In this precision the CPU's fused kernel takes two to three times as long, most of it backward.
         weights = ((q * q.shape[-2] ** -0.5).mT @ k).softmax(dim=-1)
         return v @ weights.mT
-    # Fused kernels want the channels of a head side by side.
-    q, k, v = (part.mT.contiguous() for part in (q, k, v))
+    # Fused kernels want the channels of a head side by side, as they are in channels last.
+    q, k, v = (part.mT if part.stride(-2) == 1 else part.mT.contiguous() for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).mT

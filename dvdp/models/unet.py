@@ -8,6 +8,7 @@ of t cannot say. In a class-conditional network, so does one of the class.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from dvdp.config import ModelParams
 from dvdp.diffusion.bands import pool
 from dvdp.errors import UserError
 from dvdp.models import layout
-from dvdp.models.ops import attend, convolve_doubled
+from dvdp.models.ops import attend, convolve_doubled, group_norm, group_norm_silu
 
 
 class UNet(nn.Module):
@@ -72,7 +73,8 @@ class UNet(nn.Module):
         Raises:
             UserError: no labels, and the network is class-conditional.
         """
-        embedding = self.time(sinusoids(t, self.width)) + self.level.weight[level]
+        dtype = self.stem.weight.dtype
+        embedding = self.time(sinusoids(t, self.width).to(dtype)) + self.level.weight[level]
         if self.classes is not None:
             if labels is None:
                 raise UserError(
@@ -81,8 +83,8 @@ class UNet(nn.Module):
                 )
             # Not by indexing the weights, whose gradient threads of a CPU add in any order.
             embedding = embedding + self.classes(torch.where(labels < 0, self.classes.num_embeddings - 1, labels))
-        embedding = F.silu(embedding)
-        h = self.stem(x)
+        embedding = F.silu(embedding).to(dtype)
+        h = self.stem(x.to(dtype))
         skips = [h]
         for layers in self.encoder:
             h = self._stage(layers, embedding, h)
@@ -90,7 +92,7 @@ class UNet(nn.Module):
         h = self._stage(self.middle, embedding, h)
         for layers in self.decoder:
             h = self._stage(layers, embedding, h, skips.pop())
-        return self.head(h)
+        return self.head[2](group_norm_silu(h, cast(nn.GroupNorm, self.head[0])))
 
     def _stage(self, layers: nn.Module, embedding: Tensor, *parts: Tensor) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -135,16 +137,15 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = F.silu(self.norm1(x))
+        h = group_norm_silu(x, self.norm1)
         if self.resample == "up":
             h, x = convolve_doubled(h, self.conv1), F.interpolate(x, scale_factor=2.0)
         else:
             if self.resample == "down":
                 h, x = pool(h, 4), pool(x, 4)
             h = self.conv1(h)
-        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = self.norm2(h) * (1 + scale) + shift
-        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+        h = group_norm_silu(h, self.norm2, self.modulation(embedding))
+        return self.skip(x) + self.conv2(self.dropout(h))
 
 
 class Attention(nn.Module):
@@ -159,7 +160,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
+        q, k, v = self.qkv(group_norm(x, self.norm)).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
         return x + self.out(attend(q, k, v).reshape(b, c, h, w))
 
 

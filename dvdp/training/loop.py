@@ -29,13 +29,14 @@ from dvdp.data.loading import Batch, Images, training_batches
 from dvdp.diffusion.randomness import derive_seed
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
+from dvdp.models.compilation import compile_network, explained
+from dvdp.models.compute import Computing, arrange
 from dvdp.models.denoiser import example
 from dvdp.models.export import TrainedModel, load_model, save_model
 from dvdp.models.flops import mean_flops, training_flops, training_images
 from dvdp.models.pixels import to_float
 from dvdp.models.unet import build_network
 from dvdp.training import checkpoints, ledger
-from dvdp.training.compilation import compile_network, explained
 from dvdp.training.ema import EMA
 from dvdp.training.estimate import Estimate, median_seconds, peak_memory
 from dvdp.training.levels import level_counts, parts
@@ -156,18 +157,19 @@ class Training:
         }
         torch.manual_seed(derive_seed(run.seed, "weights"))
         network = build_network(run.model, len(run.turning_points), run.training.activation_checkpointing)
-        self.network = network.to(device)
+        self.network = arrange(network, device)
+        self.computing = Computing(self.network, run.training.precision)
         self.ema = EMA(self.network, run.training.ema_halflife_images, run.training.ema_ramp)
         self.model = TrainedModel.of(run, self.description, self.ema.network, device)
         self.process = self.model.process
         self.optimizers = build_optimizers(self.network, run.training)
         self.learning_rate = run.training.learning_rate
         if run.training.compile:
-            compile_network(self.network)
-        self.live: nn.Module = self.network
+            compile_network(self.computing.network)
+        self.live: nn.Module = self.computing.network
         if self.world_size > 1:
             self.live = DistributedDataParallel(
-                self.network,
+                self.live,
                 device_ids=[device] if device.type == "cuda" else None,
                 # Otherwise it regroups the gradients after its first step, and a resumed run adds in another order.
                 find_unused_parameters=True,
@@ -268,6 +270,7 @@ class Training:
                 f" model.num_classes is {classes}; change one of them."
             )
         self.network.zero_grad()
+        self.computing.refresh()
         self._backward(self.live, images, counts, labels)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.run.training.clip_norm)
         for optimizer in self.optimizers:
@@ -292,6 +295,9 @@ class Training:
             with quiet:
                 loss = self._loss(network, level, part, None if labels is None else labels[places])
                 (loss * (len(part) / len(images))).backward()
+            if i == len(taken) - 1 or not isinstance(network, DistributedDataParallel):
+                # In fp32, in which many parts add up.
+                self.computing.collect()
             self.window[0, level] += loss.detach() * len(part)
             self.window[1, level] += len(part)
 
@@ -305,9 +311,7 @@ class Training:
         resolution = self.run.resolution >> level
         noise = torch.randn((*x0.shape[:2], resolution, resolution), device=self.device)
         x, wanted = example(self.process, self.run.model.prediction_type, level, t, x0, noise)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.training.precision == "bf16"):
-            output = network(x, t, level, labels)
-        return F.mse_loss(output.float(), wanted)
+        return F.mse_loss(network(x, t, level, labels).float(), wanted)
 
     def _estimate(self) -> None:
         size, side = self.run.training.batch // self.world_size, self.run.resolution
@@ -414,6 +418,7 @@ class Training:
 
     def _preview(self, seen: int, show: Preview) -> None:
         options = self.run.sampling.options(self.run.training.preview_steps)
+        self.model.refresh()
         samples = self.model.draw(self.run.training.preview_count, options=options)
         show(seen, samples.cpu(), self.folder / "previews" / f"{seen:09d}.png")
 

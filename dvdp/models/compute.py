@@ -1,0 +1,77 @@
+"""How a network computes: its number format and its layout, for each device; no other module decides it.
+
+The weights that are trained and averaged are in fp32. With the precision ``bf16`` another network does the forward and
+the backward pass: its convolutions and linear layers are copies in bf16, made once a step and not once a call as
+autocast makes them, and it shares everything else with the network of the fp32 weights.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from dvdp.config import Precision
+from dvdp.precision import BF16_INSTRUCTIONS, cpu_instructions
+
+
+def arrange(network: nn.Module, device: torch.device) -> nn.Module:
+    """Bring a network to a device, in the layout that its convolutions are fastest in.
+
+    On a GPU that is channels last: cuDNN would transpose activations before and after its kernels otherwise. On a CPU
+    torch's own layout is faster in training, see docs/performance.md.
+    """
+    network = network.to(device)
+    return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network
+
+
+def precision_of(trained: Precision, device: torch.device) -> Precision:
+    """In which a trained network draws: as it was trained, or more exactly on a CPU that is slow in bf16."""
+    slow = device.type == "cpu" and not cpu_instructions() & BF16_INSTRUCTIONS
+    return "fp32" if slow else trained
+
+
+class Computing:
+    """Forward and backward passes in a precision of a network with fp32 weights.
+
+    Args:
+        weights: the network that has them, on its device.
+    """
+
+    def __init__(self, weights: nn.Module, precision: Precision) -> None:
+        self._weights = lowered(weights) if precision == "bf16" else []
+        self._copies = [nn.Parameter(w.detach().bfloat16(), requires_grad=w.requires_grad) for w in self._weights]
+        # A deep copy takes what its memo names instead of copying it.
+        memo: dict[int, Tensor] = {id(parameter): parameter for parameter in weights.parameters()}
+        memo |= {id(weight): made for weight, made in zip(self._weights, self._copies, strict=True)}
+        self.network: nn.Module = copy.deepcopy(weights, memo) if self._weights else weights
+        """The one to call; with ``fp32``, the network of the weights itself."""
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over what the fp32 weights have become."""
+        if self._weights:
+            torch._foreach_copy_([*self._copies], self._weights)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Add the gradients of the copies to those of the fp32 weights, and drop them."""
+        pairs = zip(self._weights, self._copies, strict=True)
+        found = [(weight, made, made.grad) for weight, made in pairs if made.grad is not None]
+        if not found:
+            return
+        in_fp32 = [torch.empty_like(grad, dtype=torch.float32) for _, _, grad in found]
+        torch._foreach_copy_(in_fp32, [grad for _, _, grad in found])
+        sums = [(w.grad, new) for (w, _, _), new in zip(found, in_fp32, strict=True) if w.grad is not None]
+        if sums:
+            torch._foreach_add_([total for total, _ in sums], [new for _, new in sums])
+        for (weight, made, _), new in zip(found, in_fp32, strict=True):
+            made.grad = None
+            weight.grad = new if weight.grad is None else weight.grad
+
+
+def lowered(network: nn.Module) -> list[Tensor]:
+    """The weights that bf16 is for: those of convolutions and linear layers."""
+    layers = (module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
