@@ -18,8 +18,8 @@ from dvdp.models.flops import training_images
 TRAINING_SOURCES = (
     "diffusion/spans.py", "diffusion/bands.py", "diffusion/schedule.py", "diffusion/process.py",
     "diffusion/randomness.py",
-    "models/pixels.py", "models/ops.py", "models/unet.py", "models/denoiser.py",
-    "models/compute.py", "models/compilation.py",
+    "models/pixels.py", "models/ops.py", "models/norms.py", "models/norm_kernels.py",
+    "models/unet.py", "models/denoiser.py", "models/compute.py", "models/compilation.py",
     "training/levels.py", "training/optimizer.py", "training/ema.py", "training/loop.py",
     "data/transforms.py", "data/loading.py",
 )  # fmt: skip

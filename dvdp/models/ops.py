@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dvdp.models import norms
 from dvdp.models.layout import FEW_PIXELS
 
 
@@ -21,7 +22,7 @@ def convolve_doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """``norm(x)`` of (B, C, h, w), in the type of x; the norm's weights are in fp32."""
-    return norm(x)
+    return _on_gpu(x, norm, None, silu=False) if x.is_cuda else norm(x)
 
 
 def group_norm_silu(x: Tensor, norm: nn.GroupNorm, modulation: Tensor | None = None) -> Tensor:
@@ -30,11 +31,17 @@ def group_norm_silu(x: Tensor, norm: nn.GroupNorm, modulation: Tensor | None = N
     Args:
         modulation: (B, 2 C), scale and shift; None for none.
     """
+    if x.is_cuda:
+        return _on_gpu(x, norm, modulation, silu=True)
     h = norm(x)
     if modulation is not None:
         scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
         h = h * (1 + scale) + shift
     return F.silu(h)
+
+
+def _on_gpu(x: Tensor, norm: nn.GroupNorm, modulation: Tensor | None, silu: bool) -> Tensor:
+    return norms.group_norm_silu(x, norm.weight, norm.bias, modulation, norm.num_groups, norm.eps, silu)[0]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
