@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -103,17 +104,15 @@ def total_bytes(tensors: Sequence[Tensor]) -> int:
 
 def kernels(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: object) -> list[Kernel]:
     """What an operator launches, in order."""
-    schema = func._schema
-    name = schema.name.removeprefix("aten::")
+    name, names, mutated = _schema(func)
     if func.is_view or name in NOTHING or name.startswith(("prim::", "sym_")):
         return []
     made = [leaf for leaf in leaves(out) if isinstance(leaf, Tensor) and leaf.device.type == "cuda"]
-    arguments = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | dict(kwargs)
-    mutated = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    arguments = dict(zip(names, args, strict=False)) | dict(kwargs)
     flops = 0
     if (count := flop_registry.get(func._overloadpacket)) is not None:
         flops = count(*args, **kwargs, out_val=out)
-    call = Call(name, arguments, frozenset(mutated), made, flops)
+    call = Call(name, arguments, mutated, made, flops)
     if not any(t.numel() for t in (*made, *call.tensors())):
         return []
     if name in PASSES:
@@ -124,6 +123,14 @@ def kernels(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[st
     ignored = {"self"} if name in OVERWRITING else {"out"}
     read = call.tensors(*(key for key in arguments if key not in ignored)) if arguments.keys() - ignored else []
     return [call.kernel(name, read, [*written, *made], flops)]
+
+
+@cache
+def _schema(func: torch._ops.OpOverload) -> tuple[str, list[str], frozenset[str]]:
+    """Name, arguments, and which of these it writes."""
+    arguments = func._schema.arguments
+    mutated = (a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return func._schema.name.removeprefix("aten::"), [a.name for a in arguments], frozenset(mutated)
 
 
 #: What an operator launches, by its name.
