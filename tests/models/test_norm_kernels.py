@@ -1,4 +1,4 @@
-"""The kernels of a GPU, without one: what they compute by Triton's interpreter, and that they compile for real cards."""
+"""Kernels of a GPU, without one: what they compute, by Triton's interpreter, and that they compile for real cards."""
 
 import os
 import subprocess
