@@ -21,7 +21,7 @@ PART = 64
 
 @triton.jit
 def forward_kernel(
-    x_ptr, y_ptr, weight_ptr, bias_ptr, modulation_ptr, mean_ptr, rstd_ptr, pixels, channels, eps,
+    x_ptr, y_ptr, weight_ptr, bias_ptr, modulation_ptr, mean_ptr, rstd_ptr, pixels, channels, stride, eps,
     SIZE: tl.constexpr, TAKEN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     MODULATED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def forward_kernel(
     rstd = 1.0 / tl.sqrt(variance + eps)
     tl.store(mean_ptr + image * channels + channel, mean, mask=inside)
     tl.store(rstd_ptr + image * channels + channel, rstd, mask=inside)
-    gain, offset = _affine(weight_ptr, bias_ptr, modulation_ptr, image, channel, channels, inside, MODULATED)
+    gain, offset = _affine(weight_ptr, bias_ptr, modulation_ptr, image, channel, channels, stride, inside, MODULATED)
     for start in range(0, pixels, ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < pixels)[:, None] & inside[None, :]
@@ -64,7 +64,7 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     dy_ptr, x_ptr, dx_ptr, weight_ptr, bias_ptr, modulation_ptr, mean_ptr, rstd_ptr, sum_ptr, product_ptr,
-    pixels, channels,
+    pixels, channels, stride,
     SIZE: tl.constexpr, TAKEN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     MODULATED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def backward_kernel(
     inside = (lane < TAKEN) & (channel < channels)
     mean = tl.load(mean_ptr + image * channels + channel, mask=inside, other=0.0)
     rstd = tl.load(rstd_ptr + image * channels + channel, mask=inside, other=0.0)
-    gain, offset = _affine(weight_ptr, bias_ptr, modulation_ptr, image, channel, channels, inside, MODULATED)
+    gain, offset = _affine(weight_ptr, bias_ptr, modulation_ptr, image, channel, channels, stride, inside, MODULATED)
     sums, products = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, pixels, ROWS):
         row = start + tl.arange(0, ROWS)
@@ -101,7 +101,7 @@ def backward_kernel(
 @triton.jit
 def weights_kernel(
     sum_ptr, product_ptr, weight_ptr, bias_ptr, modulation_ptr, dweight_ptr, dbias_ptr, dmodulation_ptr,
-    images, channels, PART: tl.constexpr, MODULATED: tl.constexpr,
+    images, channels, stride, PART: tl.constexpr, MODULATED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of weight, bias, scale and shift, from the sums over pixels of each image."""
     channel = tl.program_id(0) * PART + tl.arange(0, PART)
@@ -115,7 +115,7 @@ def weights_kernel(
         if MODULATED:
             place = image * 2 * channels + channel
             kind = dmodulation_ptr.dtype.element_ty
-            scale = tl.load(modulation_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            scale = tl.load(modulation_ptr + image * stride + channel, mask=inside, other=0.0).to(tl.float32)
             tl.store(dmodulation_ptr + place, (weight * product + bias * total).to(kind), mask=inside)
             tl.store(dmodulation_ptr + place + channels, total.to(kind), mask=inside)
             dweight += (1 + scale) * product
@@ -129,13 +129,13 @@ def weights_kernel(
 
 @triton.jit
 def _affine(
-    weight_ptr, bias_ptr, modulation_ptr, image, channel, channels, inside, MODULATED: tl.constexpr
+    weight_ptr, bias_ptr, modulation_ptr, image, channel, channels, stride, inside, MODULATED: tl.constexpr
 ):  # fmt: skip
     """What the normalised channels are multiplied by, and what is added."""
     gain = tl.load(weight_ptr + channel, mask=inside, other=0.0)
     offset = tl.load(bias_ptr + channel, mask=inside, other=0.0)
     if MODULATED:
-        place = image * 2 * channels + channel
+        place = image * stride + channel
         scale = 1 + tl.load(modulation_ptr + place, mask=inside, other=0.0).to(tl.float32)
         shift = tl.load(modulation_ptr + place + channels, mask=inside, other=0.0).to(tl.float32)
         return gain * scale, offset * scale + shift
@@ -166,7 +166,7 @@ def forward(
     mean, rstd = (torch.empty((b, channels), device=x.device) for _ in range(2))
     grid, sizes = _launch(b, channels, groups, modulation, silu)
     pointers = x, y, weight, bias, modulation if modulation is not None else weight, mean, rstd
-    forward_kernel[grid](*pointers, h * w, channels, eps, **sizes)
+    forward_kernel[grid](*pointers, h * w, channels, _rows_apart(modulation), eps, **sizes)
     return y, mean, rstd
 
 
@@ -180,14 +180,18 @@ def backward(
     grid, sizes = _launch(b, channels, groups, modulation, silu)
     modulating = modulation if modulation is not None else weight
     pointers = dy, x, dx, weight, bias, modulating, mean, rstd, sums, products
-    backward_kernel[grid](*pointers, h * w, channels, **sizes)
+    backward_kernel[grid](*pointers, h * w, channels, _rows_apart(modulation), **sizes)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    dmodulation = x.new_empty(0) if modulation is None else torch.empty_like(modulation)
+    dmodulation = x.new_empty((0,) if modulation is None else modulation.shape)
     weights_kernel[(triton.cdiv(channels, PART),)](
-        sums, products, weight, bias, modulating, dweight, dbias, dmodulation, b, channels,
+        sums, products, weight, bias, modulating, dweight, dbias, dmodulation, b, channels, _rows_apart(modulation),
         PART=PART, MODULATED=modulation is not None,
     )  # fmt: skip
     return dx, dweight, dbias, dmodulation
+
+
+def _rows_apart(modulation: Tensor | None) -> int:
+    return 0 if modulation is None else modulation.stride(0)
 
 
 def _launch(

@@ -30,7 +30,7 @@ def group_norm_silu(
 
     Args:
         weight, bias: (C,) of the norm, in fp32.
-        modulation: (B, 2 C), scale and shift.
+        modulation: (B, 2 C), scale and shift; rows may lie apart.
         silu: or without it.
     """
     return _kernels().forward(_channels_last(x), weight, bias, modulation, groups, eps, silu)
@@ -73,12 +73,14 @@ def _(x: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 @group_norm_silu_backward.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor | None, *_rest: Any) -> Any:
     dx = torch.empty_like(x, memory_format=torch.channels_last)
-    dmodulation = x.new_empty(0) if modulation is None else torch.empty_like(modulation)
+    dmodulation = x.new_empty((0,) if modulation is None else modulation.shape)
     return dx, torch.empty_like(weight), torch.empty_like(bias), dmodulation
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, bias, modulation, ctx.groups, _, ctx.silu = inputs
+    # Mean and deviation have no gradients, which would be made of zeros.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, modulation, *output[1:])
 
 

@@ -42,7 +42,8 @@ def check_all() -> None:
         x = (torch.randn(b, channels, h, w) + far).to(dtype).contiguous(memory_format=torch.channels_last)
         dy = torch.randn(b, channels, h, w).to(dtype).contiguous(memory_format=torch.channels_last)
         weight, bias = torch.randn(channels), torch.randn(channels)
-        modulation = torch.randn(b, 2 * channels).to(dtype) if modulated else None
+        # Of a wider product, as the network makes it.
+        modulation = torch.randn(b, 3 * channels).to(dtype)[:, channels:] if modulated else None
         y, mean, rstd = norm_kernels.forward(x, weight, bias, modulation, groups, 1e-5, silu)
         found = norm_kernels.backward(dy, x, weight, bias, modulation, mean, rstd, groups, silu)
         inputs = [t.double().requires_grad_() for t in (x, weight, bias, modulation) if t is not None]
@@ -97,7 +98,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(
         (norm_kernels.backward_kernel, sizes),
         (norm_kernels.weights_kernel, only),
     ):
-        types = {"eps": "fp32", "pixels": "i32", "channels": "i32", "images": "i32"}
+        types = {"eps": "fp32", "pixels": "i32", "channels": "i32", "images": "i32", "stride": "i32"}
         in_fp32 = {
             "weight_ptr",
             "bias_ptr",
