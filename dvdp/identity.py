@@ -24,8 +24,8 @@ TRAINING_SOURCES = (
     "data/transforms.py", "data/loading.py",
 )  # fmt: skip
 SAMPLING_SOURCES = (
-    "diffusion/timesteps.py", "diffusion/solvers.py", "diffusion/sampling.py", "models/classes.py",
-    "models/export.py",
+    "diffusion/philox.py", "diffusion/philox_cuda.py", "diffusion/timesteps.py", "diffusion/solvers.py",
+    "diffusion/sampling.py", "models/classes.py", "models/export.py",
 )  # fmt: skip
 EVALUATION_SOURCES = (
     "evaluation/scores.py", "evaluation/reference.py", "evaluation/fidelity.py", "evaluation/coverage.py",

@@ -96,7 +96,7 @@ def true_states(subject: Subject, k: int, lifted: bool, first: int, count: int) 
     """
     clean = to_float(real_images(subject, first, count)).to(subject.device)
     resolution = subject.resolution >> (k - 1)
-    source = ImageNoise(derive_seed(subject.seed, "audit", k), first, count, subject.device, ahead=0)
+    source = ImageNoise(derive_seed(subject.seed, "audit", k), first, count, subject.device)
     noise = source.normal((3, resolution, resolution))
     t = subject.process.schedule.turning_points[k - 1]
     return subject.process.diffuse(clean, t, noise if lifted else bands.down(noise))

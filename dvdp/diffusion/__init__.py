@@ -1,1 +1,1 @@
-"""The method: bands, schedule, process, timesteps, solvers, sampling, randomness, to be read in that order."""
+"""The method: bands, schedule, process, timesteps, solvers, sampling, randomness, philox, to be read in that order."""

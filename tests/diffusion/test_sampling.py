@@ -198,7 +198,8 @@ def test_detail_that_the_coarse_image_does_not_settle_survives_dvdp_alone(point:
     assert chi_square(by_dvdp) < 4
     assert by_dvdp[:25].sum().item() == pytest.approx(count / 2, abs=4 * math.sqrt(count) / 2)
     by_subspace = chosen(Process(Schedule.subspace([point])), images, count, steps=200, **solver)
-    assert by_subspace[:25].sum() == 0
+    # Of 500 draws about one in ten times a single one.
+    assert by_subspace[:25].sum() <= 2
     assert chi_square(by_subspace) > 30
 
 
