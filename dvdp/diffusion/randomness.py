@@ -6,6 +6,7 @@ rank, the image). So nothing depends on batching, on the number of workers or on
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -38,12 +39,23 @@ class ImageNoise:
 
     def __init__(self, seed: int, first: int, count: int, device: torch.device | str = "cpu") -> None:
         keys = [derive_seed(seed, "image", first + i) for i in range(count)]
-        self._keys = torch.tensor(keys, dtype=torch.int64).to(device)
-        self._draw = 0
+        # A GPU that is at work need not be waited for.
+        self._keys = torch.tensor(keys, dtype=torch.int64).to(device, non_blocking=True)
+        #: Number of the next draw.
+        self.draw = 0
+
+    def split(self, size: int) -> list[ImageNoise]:
+        """The noise of at most ``size`` of these images each, from the next draw on."""
+        parts = []
+        for keys in self._keys.split(size):
+            part = copy.copy(self)
+            part._keys = keys
+            parts.append(part)
+        return parts
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """(count, *shape): the next draw of every image."""
         size = math.prod(shape)
-        numbers = philox.normal(self._keys, self._draw, math.ceil(size / philox.MULTIPLE) * philox.MULTIPLE)
-        self._draw += 1
+        numbers = philox.normal(self._keys, self.draw, math.ceil(size / philox.MULTIPLE) * philox.MULTIPLE)
+        self.draw += 1
         return numbers[:, :size].reshape(len(numbers), *shape).to(dtype)

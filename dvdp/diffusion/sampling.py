@@ -25,13 +25,17 @@ from dvdp.errors import UserError
 Denoiser = Callable[..., Tensor]
 
 
+#: Batches of level 0, at most, whose states are worth keeping to fill a batch of a coarser level.
+TOGETHER = 16
+
+
 class Progress(NamedTuple):
-    """What a callback sees after each function evaluation of the network."""
+    """What a callback sees after each function evaluation of the network, of all images or of a part of them."""
 
     nfe: int
-    """Function evaluations so far, from 1."""
+    """Function evaluations of these images so far, from 1."""
     total_nfe: int
-    """Function evaluations in all."""
+    """Function evaluations of an image in all."""
     level: int
     t: int
     """The timestep the network was called at."""
@@ -59,6 +63,7 @@ def sample(
     start: tuple[Tensor, int] | None = None,
     seed: int = 0,
     first: int = 0,
+    batch: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     callback: Callable[[Progress], None] | None = None,
@@ -66,7 +71,7 @@ def sample(
     """Draw images.
 
     Args:
-        shape: (n, C, H, W) of the result; n is the batch the denoiser is called with.
+        shape: (n, C, H, W) of the result.
         steps: the exact NFE (number of function evaluations of the network), at least one a level.
         solver: ``"ddpm"`` (ancestral), ``"ddim"`` (deterministic at every level unless ``eta`` is above 0), or another
             of :data:`dvdp.diffusion.solvers.SOLVERS`.
@@ -80,7 +85,9 @@ def sample(
             the NFE from T; those of the levels that are left out are not made.
         clip: keep the predicted clean image in the pixel range of its level, [-2^k, 2^k].
         seed: with ``first``, names the images: image i draws all its noise from (seed, first + i).
-        callback: called after each evaluation.
+        batch: images of level 0 that the denoiser is called with at once, and 4^k times as many of level k, which are
+            as many pixels; all by default. Images do not depend on it but by rounding.
+        callback: called after each evaluation; level by level, and at each for one part after another.
 
     Returns:
         Images (n, C, H, W), in [-1, 1] if clipped.
@@ -93,44 +100,57 @@ def sample(
     process.check_resolution(width)
     if labels is not None and labels.shape != (n,):
         raise UserError(f"labels: found {tuple(labels.shape)}, expected one for each of {n} images; give ({n},).")
-    conditions = () if labels is None else (labels.to(device),)
     solve = make_solver(solver, eta, variance)
     grid = step_grid(process.schedule, steps, timestep_spacing, share)
     source = ImageNoise(seed, first, n, device)
 
-    def normal(level: int) -> Tensor:
-        return source.normal((channels, height >> level, width >> level), dtype)
+    def normal(noise: ImageNoise, level: int) -> Tensor:
+        return noise.normal((channels, height >> level, width >> level), dtype)
 
     if start is None:
         # The coarsest level has one band.
-        x = process.schedule.noise[-1, -1].item() * normal(process.levels)
+        x = process.schedule.noise[-1, -1].item() * normal(source, process.levels)
     else:
         x = start[0].to(device, dtype)
         grid = [part for part in grid if part[0] <= _level_to_enter(process, (height, width), x, start[1])]
+    labels = None if labels is None else labels.to(device)
     total_nfe, nfe = sum(len(times) - 1 for _, times in grid), 0
     for level, times in grid:
-        if x.shape[-1] < width >> level:
-            x = process.lift(x, level + 1, normal(level))
         table = solve(process, times, level)
         stochastic = table.z.any(dim=1).tolist()
         of_x, history, of_z = (factors.to(device, dtype) for factors in (table.x, table.history, table.z))
-        predictions: list[Tensor] = []  # The newest first.
-        for i, (t, s) in enumerate(pairwise(times)):
-            eps = denoiser(x, torch.full((n,), t, device=x.device), *conditions).to(dtype)
-            x0 = process.predict_clean(x, t, eps, level)
-            if clip:
-                x0 = x0.clamp(-(2.0**level), 2.0**level)
-            prediction = x0 if table.prediction_type == "sample" else process.predict_noise(x, t, x0, level)
-            predictions = [prediction, *predictions[: len(history) - 1]]
-            x = bands.scale(x, of_x[i])
-            for weights, prediction in zip(history[:, i], predictions, strict=False):
-                x = x + bands.scale(prediction, weights)
-            if stochastic[i]:
-                x = x + bands.scale(normal(level), of_z[i])
-            nfe += 1
-            if callback:
-                callback(Progress(nfe, total_nfe, level, t, s, x, x0))
+        # As many pixels at once as at level 0.
+        size = (batch or n) * 4**level
+        states = list(x.split(size))
+        conditions = [()] * len(states) if labels is None else [(part,) for part in labels.split(size)]
+        for part, (x, noise) in enumerate(zip(states, source.split(size), strict=True)):
+            if x.shape[-1] < width >> level:
+                x = process.lift(x, level + 1, normal(noise, level))
+            predictions: list[Tensor] = []  # The newest first.
+            for i, (t, s) in enumerate(pairwise(times)):
+                eps = denoiser(x, torch.full((len(x),), t, device=x.device), *conditions[part]).to(dtype)
+                x0 = process.predict_clean(x, t, eps, level)
+                if clip:
+                    x0 = x0.clamp(-(2.0**level), 2.0**level)
+                prediction = x0 if table.prediction_type == "sample" else process.predict_noise(x, t, x0, level)
+                predictions = [prediction, *predictions[: len(history) - 1]]
+                x = bands.scale(x, of_x[i])
+                for weights, prediction in zip(history[:, i], predictions, strict=False):
+                    x = x + bands.scale(prediction, weights)
+                if stochastic[i]:
+                    x = x + bands.scale(normal(noise, level), of_z[i])
+                if callback:
+                    callback(Progress(nfe + i + 1, total_nfe, level, t, s, x, x0))
+            states[part] = x
+        x, nfe = torch.cat(states), nfe + len(times) - 1
+        # Each part has drawn as often.
+        source.draw = noise.draw
     return x
+
+
+def images_together(process: Process, batch: int) -> int:
+    """Images to ask :func:`sample` for, so that levels 0 to 2 have full batches, and coarser ones as many images."""
+    return batch * min(4**process.levels, TOGETHER)
 
 
 def _level_to_enter(process: Process, size: tuple[int, int], x: Tensor, t: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dvdp import tensors
 from dvdp.config import MOST_BATCH_PIXELS, Run, SamplingParams
 from dvdp.diffusion.process import Process
-from dvdp.diffusion.sampling import Progress, sample
+from dvdp.diffusion.sampling import Progress, images_together, sample
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.models.classes import Classes
@@ -116,7 +116,8 @@ class TrainedModel:
         given = {"seed": seed, "solver": solver, "eta": eta, "variance": variance, "clip": clip}
         chosen = {name: value for name, value in given.items() if value is not None}
         options = {**self.run.sampling.options(steps), **chosen}
-        size = batch or self.run.sampling.batch
+        options["batch"] = batch or self.run.sampling.batch
+        size = images_together(self.process, options["batch"])
         parts = [
             self.draw(min(size, count - start), first + start, options, asked, callback).cpu()
             for start in range(0, count, size)
@@ -131,7 +132,9 @@ class TrainedModel:
         label: int | None = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> Tensor:
-        """Draw one batch, as uint8 (count, 3, H, W) on the model's device, which may still be at work on it.
+        """Draw images, as uint8 (count, 3, H, W) on the model's device, which may still be at work on them.
+
+        At level 0 ``sampling.batch`` of them go through the network at once, and 4^k times as many at level k.
 
         Args:
             first: number of the first image.
@@ -150,7 +153,7 @@ class TrainedModel:
                 device=self.device,
                 callback=callback,
                 labels=labels,
-                **options,
+                **{"batch": self.run.sampling.batch, **options},
             )
         return to_uint8(images)
 

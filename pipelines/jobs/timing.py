@@ -41,7 +41,7 @@ class Timing:
     seconds_per_step: float
     """Of training, for the worker's part of the batch; reading of images and exchange of gradients are left out."""
     seconds_per_sample: float
-    """Of an image, in batches as they are drawn, but at most 16 images on a CPU."""
+    """Of an image, in batches of ``sampling.batch`` at every level, but at most 16 images on a CPU."""
 
 
 def time_settings(jobs: Sequence[Job]) -> None:

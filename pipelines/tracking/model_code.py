@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import secrets
 from typing import Any
 
@@ -99,13 +98,13 @@ class ImageModel(PythonModel):
         label: str | None = None,
         format: str = "png",
     ) -> pd.DataFrame:
-        model, defaults = self.model, self.model.run.sampling
+        model = self.model
         seed = secrets.randbelow(2**31) if seed is None else seed
-        calls = (steps or defaults.steps) * math.ceil(count / defaults.batch)
-        with tqdm(total=calls, desc=f"{count} images", unit="call", disable=None, leave=False) as bar:
+        evaluations = (steps or model.run.sampling.steps) * count
+        with tqdm(total=evaluations, desc=f"{count} images", unit="evaluation", disable=None, leave=False) as bar:
 
             def advance(progress: Progress) -> None:
-                bar.update()
+                bar.update(len(progress.state))
 
             options: dict[str, Any] = {"seed": seed, "first": first, "solver": solver, "steps": steps, "label": label}
             images = model.sample(count, **options, callback=advance).permute(0, 2, 3, 1).contiguous().numpy()

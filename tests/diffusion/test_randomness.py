@@ -94,6 +94,37 @@ def test_images_do_not_depend_on_the_batch(sizes: list[int], first: int, solver:
     assert torch.equal(in_parts(elementwise, sizes, first, **solver), whole)
     whole = sample(PROCESS, convolution, SHAPE, 20, first=first, **solver)
     torch.testing.assert_close(in_parts(convolution, sizes, first, **solver), whole, rtol=0, atol=1 / 255)
+    at_once = sample(PROCESS, convolution, SHAPE, 20, first=first, batch=sizes[0], **solver)
+    torch.testing.assert_close(at_once, whole, rtol=0, atol=1 / 255)
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 100])
+def test_a_coarse_level_has_as_many_pixels_at_once_as_level_0(batch: int, solver: dict[str, Any]) -> None:
+    shape, calls = (23, 3, 16, 16), []
+
+    def spy(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        assert len(x) == len(t) == len(labels)
+        calls.append((x.shape[-1], labels.tolist()))
+        return elementwise(x, t) + 0.01 * labels[:, None, None, None]
+
+    labels = torch.arange(23)
+    how: dict[str, Any] = {"steps": 20, "first": 4, "labels": labels, **solver}
+    whole = sample(PROCESS, spy, shape, **how)
+    calls.clear()
+    seen: list[Progress] = []
+    assert torch.equal(sample(PROCESS, spy, shape, batch=batch, callback=seen.append, **how), whole)
+    expected, nfe = [], 0
+    for level, times in step_grid(PROCESS.schedule, 20):
+        parts = [part.tolist() for part in labels.split(batch * 4**level)]
+        expected += [(16 >> level, part, nfe + i) for part in parts for i in range(1, len(times))]
+        nfe += len(times) - 1
+    assert calls == [(side, part) for side, part, _ in expected]
+    assert [(p.state.shape[-1], len(p.state), p.nfe) for p in seen] == [(s, len(part), n) for s, part, n in expected]
+    assert {p.total_nfe for p in seen} == {20}
+    start = (torch.randn(23, 3, 8, 8, generator=torch.Generator().manual_seed(0)), 300)
+    whole = sample(PROCESS, spy, shape, start=start, **how)
+    assert torch.equal(sample(PROCESS, spy, shape, start=start, batch=batch, **how), whole)
 
 
 def test_seed_and_first_name_the_images() -> None:
