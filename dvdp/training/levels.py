@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dvdp.config import LevelDraw
 from dvdp.diffusion.randomness import derive_seed, generator
@@ -52,6 +54,41 @@ def parts(counts: Sequence[int], at_once: int) -> list[tuple[int, slice]]:
     return found
 
 
+class Draws(NamedTuple):
+    """What is drawn for the images of a step, in their order: finest level first."""
+
+    t: Tensor
+    """(b,) timesteps."""
+    noise: list[Tensor]
+    """By level, (its images, 3, h, w) of its resolution."""
+
+    def of(self, level: int, places: slice) -> tuple[Tensor, Tensor]:
+        """Timesteps and noise of a part that :func:`parts` cut."""
+        before = sum(map(len, self.noise[:level]))
+        return self.t[places], self.noise[level][places.start - before : places.stop - before]
+
+
+def draw(schedule: Schedule, counts: Sequence[int], resolution: int, device: torch.device) -> Draws:
+    """Timesteps and noise of a step from the global generator, before anything is cut: parts do not shape them.
+
+    Of each level one timestep from each of as many equal strata as it has images: less noise in the loss (Kingma et al.
+    2021, app. I.1).
+
+    Args:
+        counts: images of each level, finest first.
+        resolution: of full-size images, in pixels.
+    """
+    t, noise = [], []
+    for level, count in enumerate(counts):
+        low, high = schedule.span(level)
+        side = resolution >> level
+        if count:
+            strata = torch.arange(count, device=device) + torch.rand((), dtype=torch.float64, device=device)
+            t.append((low + 1 + strata / count * (high - low)).long().clamp(max=high))
+        noise.append(torch.randn((count, 3, side, side), device=device))
+    return Draws(torch.cat(t), noise)
+
+
 @lru_cache(maxsize=2)
 def _block(schedule: Schedule, seed: int, block: int) -> list[int]:
     # The offset differs from block to block, so that shares which are no hundredths are met in the long run.
@@ -60,7 +97,7 @@ def _block(schedule: Schedule, seed: int, block: int) -> list[int]:
     return _at(schedule, order.double() + offset, BLOCK).tolist()
 
 
-def _at(schedule: Schedule, places: torch.Tensor, end: int) -> torch.Tensor:
+def _at(schedule: Schedule, places: Tensor, end: int) -> Tensor:
     """Levels at places between 0 and ``end``, which stand for 0 and T."""
     bounds = torch.tensor(schedule.turning_points, dtype=torch.float64) * end / schedule.timesteps
     return torch.bucketize(places, bounds, right=True)

@@ -39,7 +39,7 @@ from dvdp.models.unet import build_network
 from dvdp.training import checkpoints, ledger
 from dvdp.training.ema import EMA
 from dvdp.training.estimate import Estimate, median_seconds, peak_memory
-from dvdp.training.levels import level_counts, parts
+from dvdp.training.levels import draw, level_counts, parts
 from dvdp.training.memory import run_bytes, worker_memory
 from dvdp.training.optimizer import build_optimizers, pack_optimizers, unpack_optimizers
 from dvdp.training.transfer import to_device
@@ -285,6 +285,7 @@ class Training:
         images = images.to(self.device, non_blocking=True)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         settings = self.run.training
+        drawn = draw(self.process.schedule, counts, self.run.resolution, self.device)
         taken = parts(counts, math.ceil(settings.batch // self.world_size / settings.accumulation))
         for i, (level, places) in enumerate(taken):
             part = images[places]
@@ -293,7 +294,9 @@ class Training:
             if isinstance(network, DistributedDataParallel) and i < len(taken) - 1:
                 quiet = network.no_sync()
             with quiet:
-                loss = self._loss(network, level, part, None if labels is None else labels[places])
+                loss = self._loss(
+                    network, level, part, *drawn.of(level, places), None if labels is None else labels[places]
+                )
                 (loss * (len(part) / len(images))).backward()
             if i == len(taken) - 1 or not isinstance(network, DistributedDataParallel):
                 # In fp32, in which many parts add up.
@@ -301,16 +304,17 @@ class Training:
             self.window[0, level] += loss.detach() * len(part)
             self.window[1, level] += len(part)
 
-    def _loss(self, network: nn.Module, level: int, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Mean loss of images, uint8 (b, 3, H, W), at timesteps drawn from a level."""
-        x0 = to_float(images)
-        low, high = self.process.schedule.span(level)
-        # One timestep from each of equal strata of the level: less noise in the loss (Kingma et al. 2021, app. I.1).
-        strata = torch.arange(len(x0), device=self.device) + torch.rand((), dtype=torch.float64, device=self.device)
-        t = (low + 1 + strata / len(x0) * (high - low)).long().clamp(max=high)
-        resolution = self.run.resolution >> level
-        noise = torch.randn((*x0.shape[:2], resolution, resolution), device=self.device)
-        x, wanted = example(self.process, self.run.model.prediction_type, level, t, x0, noise)
+    def _loss(
+        self,
+        network: nn.Module,
+        level: int,
+        images: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Mean loss of images, uint8 (b, 3, H, W), at timesteps (b,) of a level, with noise of its resolution."""
+        x, wanted = example(self.process, self.run.model.prediction_type, level, t, to_float(images), noise)
         return F.mse_loss(network(x, t, level, labels).float(), wanted)
 
     def _estimate(self) -> None:

@@ -137,7 +137,7 @@ def test_a_step_tells_the_network_the_class_of_each_of_its_images(images: ArrayI
     training = Training(run, images, tmp_path, "abc", False, torch.device("cpu"), None, ABOUT)
     seen: list[tuple[int, int]] = []
 
-    def loss(network: torch.nn.Module, level: int, part: Tensor, labels: Tensor) -> Tensor:
+    def loss(network: torch.nn.Module, level: int, part: Tensor, t: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
         seen.extend(zip(part[:, 0, 0, 0].tolist(), labels.tolist(), strict=True))
         return next(network.parameters()).sum() * 0
 

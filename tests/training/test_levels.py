@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvdp import Schedule
-from dvdp.training.levels import BLOCK, level_counts, parts
+from dvdp.training.levels import BLOCK, draw, level_counts, parts
 
 
 def level_of_step(schedule: Schedule, seed: int, step: int) -> int:
@@ -85,3 +85,28 @@ def test_no_part_of_a_step_has_too_many_pixels_and_none_could_be_spared(counts: 
 
 def test_levels_of_fewer_pixels_are_cut_into_fewer_parts() -> None:
     assert [len(parts(counts, 20)) for counts in ([320], [0, 320], [0, 0, 320], [96, 96, 128])] == [16, 4, 1, 5 + 2 + 1]
+
+
+def test_timesteps_of_a_level_are_one_from_each_of_equal_strata_and_noise_has_the_resolution_of_its_level() -> None:
+    schedule, seen = Schedule.dvdp([300, 600]), []
+    for step in range(200):
+        torch.manual_seed(step)
+        drawn = draw(schedule, [0, 4, 2], 16, torch.device("cpu"))
+        assert [tuple(noise.shape) for noise in drawn.noise] == [(0, 3, 16, 16), (4, 3, 8, 8), (2, 3, 4, 4)]
+        assert 600 < drawn.t[4:].min() <= 800 < drawn.t[5:].min() <= 1000
+        seen.append(drawn.t[:4])
+    t = torch.stack(seen)  # (200, 4), of 301 .. 600
+    assert [(part.min(), part.max()) for part in t.T] == [(301 + 75 * i, 375 + 75 * i) for i in range(4)]
+    assert t.float().mean().item() == pytest.approx(450.5, abs=5)
+    torch.testing.assert_close(t[:, 1:] - t[:, :-1], torch.full((200, 3), 75))
+
+
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_what_is_drawn_for_an_image_does_not_depend_on_the_parts_of_its_step(most: int) -> None:
+    counts = [5, 0, 17]
+    drawn = draw(Schedule.dvdp([300, 600]), counts, 16, torch.device("cpu"))
+    cut = [(level, *drawn.of(level, places)) for level, places in parts(counts, most)]
+    assert torch.equal(torch.cat([t for _, t, _ in cut]), drawn.t)
+    for level in range(3):
+        noise = [part for at, _, part in cut if at == level]
+        assert torch.equal(torch.cat([drawn.noise[level][:0], *noise]), drawn.noise[level])
