@@ -286,6 +286,8 @@ class TrainingParams(Section):
     """Images a step, over all ranks and accumulated parts."""
     accumulation: Batch = 1
     """At most the pixels of 1/accumulation of the batch, at full size, go through the network at once."""
+    batch_fit: Flag = False
+    """Where memory runs out, the parts of the batch are made smaller, and the step is done again."""
     activation_checkpointing: Flag = False
     """Activations are computed again in the backward pass: less memory, more time, the same weights."""
     compile: Flag = False

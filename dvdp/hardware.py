@@ -38,6 +38,23 @@ def memory(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) 
     return min([*limits, int(share) * 2**20] if share.isdigit() and int(share) else limits)
 
 
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that can be had now: the least of the machine's and of what the limits of cgroups leave; ``root`` as above.
+
+    Pages of files count as free: the system takes them back when it needs them.
+    """
+    lines = (line.split() for line in _lines(root / "proc/meminfo"))
+    known = {words[0]: int(words[1]) * 1024 for words in lines if len(words) > 1}
+    left = [known.get("MemAvailable:", os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
+    for folder in _groups("memory", root):
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            most, taken = ([int(word) for word in _words(folder / name) if word.isdigit()] for name in (limit, used))
+            if most and taken:
+                pages = dict(line.split() for line in _lines(folder / "memory.stat"))
+                left.append(most[0] - taken[0] + int(pages.get("inactive_file", 0)))
+    return max(0, min(left))
+
+
 def device_name(gpu: bool) -> str:
     """Of this machine's GPU, or of its processor."""
     if gpu:
@@ -63,6 +80,10 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _words(file: Path) -> list[str]:
+    return " ".join(_lines(file)).split()
+
+
+def _lines(file: Path) -> list[str]:
     with contextlib.suppress(OSError):
-        return file.read_text().split()
+        return file.read_text().splitlines()
     return []

@@ -20,7 +20,8 @@ TRAINING_SOURCES = (
     "diffusion/randomness.py",
     "models/pixels.py", "models/ops.py", "models/norms.py", "models/norm_kernels.py",
     "models/unet.py", "models/denoiser.py", "models/compute.py", "models/compilation.py",
-    "training/levels.py", "training/optimizer.py", "training/ema.py", "training/loop.py",
+    "training/levels.py", "training/optimizer.py", "training/ema.py", "training/fit.py",
+    "training/loop.py",
     "data/transforms.py", "data/loading.py",
 )  # fmt: skip
 SAMPLING_SOURCES = (
@@ -37,6 +38,8 @@ AUDIT_SOURCES = ("audit/result.py", "audit/states.py", "audit/run.py")
 OPERATIONAL = {
     "images", "budget", "checkpoint_images", "keep_checkpoints", "log_images", "preview_images", "preview_count",
     "preview_steps", "loader_workers", "activation_checkpointing",
+    # Its smaller parts round otherwise, no more than another device does.
+    "batch_fit",
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dvdp.hardware import cpus, memory
+from dvdp.hardware import cpus, free_memory, memory
 
 PROJECT = Path(__file__).parents[1]
 GIB = 2**30
@@ -86,6 +86,36 @@ def test_slurm_has_a_say(tmp_path: Path) -> None:
     assert cpus(root, {"SLURM_CPUS_ON_NODE": "10000"}) == MANY
     assert memory(root, {"SLURM_MEM_PER_NODE": "2048"}) == 2 * GIB
     assert memory(root, {"SLURM_MEM_PER_NODE": "0"}) == 64 * GIB
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 20),
+        # Of 8 GiB 6 are taken, 3 of them by pages of files that the system takes back.
+        (
+            {
+                **V2,
+                "sys/fs/cgroup/job/task/memory.max": str(8 * GIB),
+                "sys/fs/cgroup/job/task/memory.current": str(6 * GIB),
+                "sys/fs/cgroup/job/task/memory.stat": f"anon 5\ninactive_file {3 * GIB}\n",
+            },
+            5,
+        ),
+        (
+            {
+                **V1,
+                "sys/fs/cgroup/memory/job/memory.limit_in_bytes": str(3 * GIB),
+                "sys/fs/cgroup/memory/job/memory.usage_in_bytes": str(2 * GIB),
+            },
+            1,
+        ),
+        ({**V2, "sys/fs/cgroup/job/memory.max": "max", "sys/fs/cgroup/job/memory.current": str(6 * GIB)}, 20),
+    ],
+)
+def test_free_memory_is_what_the_machine_and_the_limits_leave(tmp_path: Path, files: dict[str, str], free: int) -> None:
+    said = {"proc/meminfo": f"MemTotal: {64 * 2**20} kB\nMemAvailable: {20 * 2**20} kB\n"}
+    assert free_memory(machine(tmp_path, {**files, **said})) == free * GIB
 
 
 def test_affinity_counts() -> None:

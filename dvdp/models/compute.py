@@ -43,10 +43,16 @@ class Computing:
         self._weights = lowered(weights) if precision == "bf16" else []
         self._copies = [nn.Parameter(w.detach().bfloat16(), requires_grad=w.requires_grad) for w in self._weights]
         # A deep copy takes what its memo names instead of copying it.
+        self._network = weights
         memo: dict[int, Tensor] = {id(parameter): parameter for parameter in weights.parameters()}
         memo |= {id(weight): made for weight, made in zip(self._weights, self._copies, strict=True)}
         self.network: nn.Module = copy.deepcopy(weights, memo) if self._weights else weights
         """The one to call; with ``fp32``, the network of the weights itself."""
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of the weights and of their copies."""
+        self._network.zero_grad()
+        self.network.zero_grad()
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -36,12 +35,16 @@ from dvdp.models.export import TrainedModel, load_model, save_model
 from dvdp.models.flops import mean_flops, training_flops, training_images
 from dvdp.models.pixels import to_float
 from dvdp.models.unet import build_network
+from dvdp.out_of_memory import in_batches, release
 from dvdp.training import checkpoints, ledger
 from dvdp.training.ema import EMA
 from dvdp.training.estimate import Estimate, median_seconds, peak_memory
+from dvdp.training.fit import PartSize, average_gradients
 from dvdp.training.levels import draw, level_counts, parts
 from dvdp.training.memory import run_bytes, worker_memory
 from dvdp.training.optimizer import build_optimizers, pack_optimizers, unpack_optimizers
+from dvdp.training.shortage import cut_to, part_of
+from dvdp.training.shortage import explained as explained_shortage
 from dvdp.training.transfer import to_device
 
 logger = logging.getLogger("dvdp.training")
@@ -71,7 +74,8 @@ def train(
 ) -> None:
     """Train a run to its end, going on from its newest checkpoint.
 
-    Leaves in ``folder``: ``checkpoints/``, ``metrics.jsonl``, ``previews/``, ``estimate.json`` and, last,
+    Leaves in ``folder``: ``checkpoints/``, ``metrics.jsonl``, ``previews/``, ``estimate.json``, with
+    ``training.batch_fit`` ``parts.json`` once memory ran out, and, last,
     ``weights.safetensors`` (:func:`dvdp.models.export.load_model`). A finished run returns at once. Whoever comes
     second waits for the first, for :data:`PATIENCE` seconds.
 
@@ -85,7 +89,8 @@ def train(
     Raises:
         UserError: a checkpoint is damaged or of another configuration, the batch does not divide over ranks, the
             loss is no longer finite, ``training.compile`` finds no compiler, or another process goes on training this
-            run. All ranks raise it alike.
+            run, or with ``training.batch_fit`` not even one image fits into memory. All ranks raise it alike.
+        OutOfMemory: memory ran out; a rank raises it alone.
     """
     device, folder = torch.device(device), Path(folder)
     with _alone(folder) as free:
@@ -98,7 +103,11 @@ def train(
             if trained != training_hash:
                 raise UserError(f"'{folder}' holds the finished run {trained}, expected {training_hash}.")
             return
-        with explained() if run.training.compile else contextlib.nullcontext():
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        with (
+            explained() if run.training.compile else contextlib.nullcontext(),
+            explained_shortage(run, ranks, device),
+        ):
             training = Training(run, images, folder, training_hash, flip, device, preview, description)
             training.run_to_end(seen)
 
@@ -167,7 +176,8 @@ class Training:
         if run.training.compile:
             compile_network(self.computing.network)
         self.live: nn.Module = self.computing.network
-        if self.world_size > 1:
+        self.part_size = PartSize(run, device, self.world_size)
+        if self.world_size > 1 and not run.training.batch_fit:
             self.live = DistributedDataParallel(
                 self.live,
                 device_ids=[device] if device.type == "cuda" else None,
@@ -184,6 +194,7 @@ class Training:
             seen: images of the checkpoint to go on from; 0 to start.
         """
         settings, folder = self.run.training, self.folder
+        self.part_size.keep_in(folder)
         if seen:
             self._resume(seen)
         else:
@@ -240,6 +251,7 @@ class Training:
             images, labels: as in :meth:`update`.
         """
         self.learning_rate = self._learning_rate(step)
+        self.part_size.seen = step * self.run.training.batch
         torch.manual_seed(derive_seed(self.run.seed, "step", step, self.rank))
         counts = level_counts(self.process.schedule, self.run.training.levels, self.run.seed, step, images=len(images))
         self.update(images, counts, labels)
@@ -269,14 +281,29 @@ class Training:
                 f"labels: found {int(labels.min())} to {int(labels.max())}, expected -1 (none) to {classes - 1}, as"
                 f" model.num_classes is {classes}; change one of them."
             )
-        self.network.zero_grad()
+        self.computing.zero_grad()
         self.computing.refresh()
-        self._backward(self.live, images, counts, labels)
+        self._gradients(images, counts, labels)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.run.training.clip_norm)
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = self.learning_rate
             optimizer.step()
         self.window[:, -1] += torch.stack([norm.detach(), torch.ones_like(norm)])
+
+    def _gradients(self, images: Tensor, counts: Sequence[int], labels: Tensor | None) -> None:
+        """Gradients of a step, the mean over ranks; with ``batch_fit`` in parts that fit into the memory of all."""
+        passes = partial(self._backward, self.live, images, counts, labels)
+        if not self.run.training.batch_fit:
+            passes()
+            return
+        window = self.window.clone()
+        while not self.part_size.fits(passes):
+            self.computing.zero_grad()
+            self.window.copy_(window)
+            release()
+            torch.manual_seed(torch.initial_seed())  # What the step has drawn it draws again.
+        if self.world_size > 1:
+            average_gradients(self.network)
 
     def _backward(
         self, network: nn.Module, images: Tensor, counts: Sequence[int], labels: Tensor | None = None
@@ -284,16 +311,15 @@ class Training:
         """Gradients of the mean loss of a batch."""
         images = images.to(self.device, non_blocking=True)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
-        settings = self.run.training
         drawn = draw(self.process.schedule, counts, self.run.resolution, self.device)
-        taken = parts(counts, math.ceil(settings.batch // self.world_size / settings.accumulation))
+        taken = parts(counts, self.part_size.now)
         for i, (level, places) in enumerate(taken):
             part = images[places]
             # Ranks exchange gradients once a step, after the last part.
             quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if isinstance(network, DistributedDataParallel) and i < len(taken) - 1:
                 quiet = network.no_sync()
-            with quiet:
+            with quiet, part_of(level, len(part)):
                 loss = self._loss(
                     network, level, part, *drawn.of(level, places), None if labels is None else labels[places]
                 )
@@ -330,7 +356,9 @@ class Training:
             self.total,
             training_flops(self.run),
             seconds,
-            worker_memory(self.run, self.world_size, self.device.type == "cuda"),
+            worker_memory(
+                cut_to(self.run, self.world_size, self.part_size.now), self.world_size, self.device.type == "cuda"
+            ),
             run_bytes(self.run),
         )
         write_atomically(self.folder / "estimate.json", json.dumps(asdict(expected), indent=2) + "\n")
@@ -421,10 +449,14 @@ class Training:
             logger.info("%s: going on after %s of %s images", self._name(), f"{seen:,}", f"{self.total:,}")
 
     def _preview(self, seen: int, show: Preview) -> None:
-        options = self.run.sampling.options(self.run.training.preview_steps)
+        count, options = self.run.training.preview_count, self.run.sampling.options(self.run.training.preview_steps)
         self.model.refresh()
-        samples = self.model.draw(self.run.training.preview_count, options=options)
-        show(seen, samples.cpu(), self.folder / "previews" / f"{seen:09d}.png")
+
+        def draw_some(first: int, size: int) -> Tensor:
+            return self.model.draw(size, first, options).cpu()
+
+        parts = in_batches(draw_some, 0, count, count, self.device, "training.preview_count")
+        show(seen, torch.cat([samples for _, samples in parts]), self.folder / "previews" / f"{seen:09d}.png")
 
     def _name(self) -> str:
         return f"{self.run.setting} seed {self.run.seed}"

@@ -79,18 +79,20 @@ def worker_memory(run: Run, ranks: int, gpu: bool) -> int:
     images = math.ceil(settings.batch / ranks)
     at_once = math.ceil(images / settings.accumulation)
     activations: float = 0
-    batches = 0
+    batches, drawn = 0, 0.0
     for level, (low, high) in enumerate(level_spans(run.turning_points, run.schedule.timesteps)):
         # The most that a step has of this level, and how many of them go through the network at once.
         share = images * (high - low) if settings.levels == "all" else images * run.schedule.timesteps
         most = -(-share // run.schedule.timesteps)
         batches += 2 if share % run.schedule.timesteps else 1
         part = math.ceil(most / math.ceil(most / (at_once * 4**level)))
+        full = most / 4**level
+        drawn = drawn + full if settings.levels == "all" else max(drawn, full)
         activations = max(activations, part * activation_bytes(run, level, gpu))
     if settings.precision == "bf16":
         activations += weights / 2
-    # Network, average, gradients, optimiser.
-    state = 3 * weights + optimizer_bytes(run)
+    # Network, average, gradients, optimiser; the noise of the images that wait for their part.
+    state = 3 * weights + optimizer_bytes(run) + round(12 * run.resolution**2 * max(0, drawn - at_once))
     if gpu:
         return round(CONTEXT_GPU + state + HOLES_GPU * activations)
     holes = HOLES_CHECKPOINTING if settings.activation_checkpointing else HOLES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import re
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
+from dvdp.out_of_memory import OutOfMemory, ran_out
 from pipelines.logs import MOST_BYTES
 
 #: File with the tracebacks of workers, in the folder of what they worked on.
@@ -33,14 +33,18 @@ class Raised:
     memory: bool
     """There was none left."""
     traceback: str
+    gpu: bool = False
+    """The memory of a GPU."""
+    told: bool = False
+    """The cause is a sentence of ours."""
 
     @classmethod
     def of(cls, error: Exception) -> Raised:
         """An exception that is being handled."""
-        mistake = isinstance(error, UserError)
-        memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        memory = memory or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        return cls(str(error) if mistake else one_line(error), mistake, memory, traceback.format_exc())
+        told, memory = isinstance(error, UserError), ran_out(error)
+        gpu = isinstance(error, OutOfMemory) and error.gpu
+        cause = str(error) if told else one_line(error)
+        return cls(cause, told and not memory, memory, traceback.format_exc(), gpu, told)
 
     def write(self, path: Path) -> None:
         """For :func:`take`."""
@@ -83,7 +87,9 @@ class Failure:
     text: str
     """What happened, as a clause."""
     memory: bool = False
-    """For want of memory: fewer at a time may help."""
+    """For want of memory."""
+    gpu: bool = False
+    """Of a GPU's memory, which runs do not share; of any other, fewer runs at a time may help."""
     again: bool = True
     """Another try may help."""
 
@@ -109,7 +115,9 @@ def explain(error: BaseException, raised: Sequence[Raised] = (), killed_for_memo
         which = "a worker" if worker else "Ray's controller of the workers"
         return Failure(f"{which} was killed by a signal or crashed, and raised nothing")
     if raised:
-        return Failure(f"a worker raised {raised[0].cause}", memory=raised[0].memory)
+        told = raised[0].cause.removeprefix("training: ").rstrip(".")
+        text = told if raised[0].told else f"a worker raised {raised[0].cause}"
+        return Failure(text, raised[0].memory, raised[0].gpu)
     if isinstance(error, train.WorkerGroupError):
         return Failure(f"a worker raised {one_line(next(iter(error.worker_failures.values())))}")
     if isinstance(error, exceptions.RayTaskError):

@@ -77,8 +77,8 @@ def train_on_workers(
 ) -> None:
     """Train a run with Ray Train: ``cluster.num_workers`` ranks, started again up to ``max_failures`` times.
 
-    Resuming is the training loop's own affair: its checkpoints lie in ``folder``. When memory runs out there are fewer
-    ``slots`` from then on, as long as there is another.
+    Resuming is the training loop's own affair: its checkpoints lie in ``folder``. When the machine's memory runs out
+    there are fewer ``slots`` from then on, as long as there is another; a GPU is no run's but its own.
 
     Raises:
         UserError: the training loop's, or why training does not come to its end.
@@ -113,7 +113,7 @@ def train_on_workers(
             if not raised:
                 keep(str(error), folder)
         what = f"{failure.text} (more in {folder / ERRORS})"
-        if failure.memory and slots is not None and slots.fewer():
+        if failure.memory and not failure.gpu and slots is not None and slots.fewer():
             logger.warning("%s: %s; it goes on with one run fewer at a time", run.setting, what)
             continue
         failures += 1

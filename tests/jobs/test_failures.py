@@ -16,6 +16,7 @@ import torch
 
 from dvdp.config import ClusterParams, Params
 from dvdp.errors import UserError
+from dvdp.out_of_memory import OutOfMemory
 from pipelines.jobs import train
 from pipelines.jobs.cluster import Slots, cluster, on_workers
 from pipelines.jobs.failures import ERRORS, Raised, explain, one_line, take
@@ -78,13 +79,31 @@ def test_the_first_that_was_raised_stands_first_and_tracebacks_are_kept(tmp_path
         (MemoryError(), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
         (OSError(12, "Cannot allocate memory"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a convolution"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`"), False),
+        (RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 232448"), False),
+        (OutOfMemory("training: memory ran out at level 0."), True),
         (OSError(28, "No space left on device"), False),
         (UserError("training.batch: found 3."), False),
     ],
 )
 def test_want_of_memory_is_told_from_the_rest(error: Exception, memory: bool) -> None:
     assert Raised.of(error).memory == memory
-    assert Raised.of(error).mistake == isinstance(error, UserError)
+    assert Raised.of(error).mistake == (isinstance(error, UserError) and not memory)
+
+
+def test_a_sentence_on_memory_is_told_as_it_is_and_tried_again() -> None:
+    for gpu in (False, True):
+        raised = Raised.of(OutOfMemory("training: memory ran out at level 0; raise training.accumulation.", gpu))
+        failure = explain(raised_by(lambda: torch.zeros(1)[2]), [raised])
+        assert failure.text == "memory ran out at level 0; raise training.accumulation"
+        assert (failure.memory, failure.gpu, failure.again) == (True, gpu, True)
 
 
 def test_what_ray_raises_is_told_apart() -> None:
