@@ -20,10 +20,11 @@ from dvdp.evaluation.coverage import NEIGHBOURS, precision_recall, recall
 from dvdp.evaluation.extractors import Extractor, load_network
 from dvdp.evaluation.intervals import PARTS, parts_error, share_error
 from dvdp.evaluation.published import Statistics
+from dvdp.out_of_memory import in_batches
 
 LIBRARY = f"torch-fidelity {torch_fidelity.__version__}"
 
-#: Fixed: convolutions of other batches differ in bits.
+#: Fixed, as long as there is memory for it: convolutions of other batches differ in bits.
 BATCH = 64
 #: Parts of the samples that an inception score is the mean of (Salimans et al. 2016).
 SPLITS = 10
@@ -66,7 +67,7 @@ def frechet_name(extractor: str) -> str:
 
 
 def features_of(images: Dataset, extractor: Extractor, gpu: bool = False, title: str = "score") -> Features:
-    """The features that all metrics need; images are read once.
+    """The features that all metrics need; images are read once, or again where memory runs out and batches are halved.
 
     Args:
         images: uint8 (3, h, h) tensors.
@@ -77,11 +78,16 @@ def features_of(images: Dataset, extractor: Extractor, gpu: bool = False, title:
     found = []
     # Deterministic, and no TF32: a score repeats, and hardly depends on the device.
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+    def features(first: int, size: int) -> list[Tensor]:
+        batch = torch.stack([images[i] for i in range(first, first + size)])
+        return [layer.cpu() for layer in network(batch.cuda() if gpu else batch)]
+
+    device = torch.device("cuda" if gpu else "cpu")
     with tqdm(total=count, desc=title, unit="image", disable=None) as bar, exact, torch.no_grad():
-        for first in range(0, count, BATCH):
-            batch = torch.stack([images[i] for i in range(first, min(first + BATCH, count))])
-            found.append([layer.cpu() for layer in network(batch.cuda() if gpu else batch)])
-            bar.update(len(batch))
+        for _, layers in in_batches(features, 0, count, BATCH, device, f"{title}, features by {extractor.name}"):
+            found.append(layers)
+            bar.update(len(layers[0]))
     pooled, logits = map(torch.cat, zip(*found, strict=True))
     return Features(pooled, logits)
 

@@ -23,6 +23,7 @@ from dvdp.models.compute import Computing, arrange, precision_of
 from dvdp.models.denoiser import NetworkDenoiser
 from dvdp.models.pixels import to_uint8
 from dvdp.models.unet import build_network
+from dvdp.out_of_memory import in_batches
 
 KIND = "dvdp model 1"
 
@@ -96,7 +97,8 @@ class TrainedModel:
     ) -> Tensor:
         """Draw images number ``first`` .. ``first + count - 1``, as uint8 (count, 3, H, W).
 
-        Whatever is None is as the run's ``sampling`` section says; see :func:`dvdp.diffusion.sampling.sample`.
+        Whatever is None is as the run's ``sampling`` section says; see :func:`dvdp.diffusion.sampling.sample`. Where
+        memory runs out, batches are halved.
 
         Args:
             label: name of the class of all images, for a class-conditional model; by default classes are drawn, as
@@ -104,6 +106,7 @@ class TrainedModel:
 
         Raises:
             UserError: an argument is out of range, or there is no such class.
+            OutOfMemory: there is no memory for one image at a time.
         """
         if label is not None and self.classes is None:
             raise UserError(f"label: found '{label}', expected none, as this model is unconditional; leave it out.")
@@ -118,10 +121,11 @@ class TrainedModel:
         options = {**self.run.sampling.options(steps), **chosen}
         options["batch"] = batch or self.run.sampling.batch
         size = images_together(self.process, options["batch"])
-        parts = [
-            self.draw(min(size, count - start), first + start, options, asked, callback).cpu()
-            for start in range(0, count, size)
-        ]
+
+        def draw(start: int, size: int) -> Tensor:
+            return self.draw(size, start, options, asked, callback).cpu()
+
+        parts = [part for _, part in in_batches(draw, first, first + count, size, self.device, "sampling.batch")]
         return torch.cat(parts) if parts else torch.empty((0, 3, self.resolution, self.resolution), dtype=torch.uint8)
 
     def draw(

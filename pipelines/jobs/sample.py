@@ -20,10 +20,13 @@ from dvdp.evaluation.samples import write_shard
 from dvdp.files import write_atomically
 from dvdp.models.export import load_model
 from dvdp.models.pixels import to_float
+from dvdp.out_of_memory import in_batches
 from dvdp.training.transfer import to_host
 from pipelines.jobs.cluster import on_workers
 from pipelines.jobs.job import Job, Sampled
 from pipelines.jobs.paths import DataPaths
+from pipelines.jobs.train import LOG, following
+from pipelines.logs import to_file
 
 #: Images in one task of a worker, at most, and so in one file of samples and in a batch.
 SHARD_IMAGES = 256
@@ -43,7 +46,8 @@ def sample_job(job: Sampled, slots: threading.Semaphore) -> Path:
     places = str(job.weights.resolve()), str(job.samples.resolve())
     work = [(*places, first, size, job.run.sampling, job.params.cluster) for first, size in missing]
     left = sum(size for _, size in missing)
-    with tqdm(total=left, desc=f"sample {job.name}", unit="image", mininterval=1, disable=not work) as bar:
+    bar = tqdm(total=left, desc=f"sample {job.name}", unit="image", mininterval=1, disable=not work)
+    with bar, following(job.folder / LOG):
         for drawn in on_workers(job.params.cluster, sample_shard, work, slots):
             bar.update(drawn)
     return job.samples
@@ -73,16 +77,19 @@ def sample_shard(
 ) -> int:
     """Draw images number ``first`` on, each batch into a file of its own; returns their number.
 
-    A batch is written while the next one is drawn.
+    A batch is written while the next one is drawn. Where memory runs out, batches are halved.
     """
     torch.set_num_threads(params.threads)
     model = load_model(weights, "cuda" if params.gpu else "cpu", sampling)
-    end = first + count
-    with ThreadPoolExecutor(max_workers=1) as writer:
+
+    def draw(start: int, size: int) -> Callable[[], Tensor]:
+        return to_host(model.draw(size, start))
+
+    with ThreadPoolExecutor(max_workers=1) as writer, to_file(Path(folder).parents[1] / LOG):
         # Whatever it does says when the next batch was begun: its first task, now.
         writing = writer.submit(time.perf_counter)
-        for start in range(first, end, sampling.batch):
-            images = to_host(model.draw(min(sampling.batch, end - start), start))
+        batches = in_batches(draw, first, first + count, sampling.batch, model.device, "sampling.batch")
+        for start, images in batches:
             # One batch waits at most, and what went wrong with it ends the task.
             begun = writing.result()
             writing = writer.submit(_write_batch, Path(folder) / f"{start:08d}.npy", images, begun)

@@ -22,6 +22,7 @@ from dvdp.diffusion.sampling import Progress
 from dvdp.diffusion.timesteps import share_steps
 from dvdp.files import write_atomically
 from dvdp.hardware import device_name
+from dvdp.out_of_memory import in_batches
 from dvdp.training.estimate import clock
 from dvdp.training.loop import Training
 from pipelines.jobs.cluster import on_workers
@@ -136,9 +137,16 @@ def call_seconds(training: Training) -> list[float]:
         found[progress.level].append(clock(device) - last)
         last = clock(device)
 
-    for _ in range(2):
-        last = clock(device)
-        training.model.draw(count, options=options, callback=seen)
+    def draw(_: int, images: int) -> int:
+        nonlocal last
+        found[:] = [[] for _ in found]
+        for _ in range(2):
+            last = clock(device)
+            training.model.draw(images, options=options, callback=seen)
+        return images
+
+    # As many as sampling draws at once where memory is short.
+    _, count = next(in_batches(draw, 0, count, count, device, "sampling.batch"))
     return [min(times) / count for times in found]
 
 

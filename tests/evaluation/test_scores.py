@@ -22,13 +22,14 @@ import torch_fidelity
 from dvdp.errors import UserError
 from dvdp.evaluation import extractors
 from dvdp.evaluation.extractors import Extractor, inception_extractor, load_network, train_extractor
-from dvdp.evaluation.fidelity import metric_names
+from dvdp.evaluation.fidelity import features_of, metric_names
 from dvdp.evaluation.records import ScoreRecord, score_differences
 from dvdp.evaluation.reference import anchors, make_reference, read_reference
 from dvdp.evaluation.samples import SampleShards
 from dvdp.evaluation.scores import score
 from tests.data.support import contents
 from tests.evaluation.support import Arrays, Scoring, write_pngs, write_shards
+from tests.logs import hearing
 
 SAMPLING = {"solver": "ddpm", "steps": 250, "seed": 0, "ema": "halflife 20000, ramp 0.1"}
 
@@ -215,6 +216,28 @@ def test_score_repeats_to_the_bit_and_leaves_the_reference_alone(
     before = contents(scoring.reference)
     assert score(samples, scoring.reference, scoring.extractor, 500, 100, SAMPLING) == record
     assert contents(scoring.reference) == before
+
+
+def test_features_of_images_that_do_not_fit_at_once_are_the_same_in_smaller_batches(
+    scoring: Scoring, digits: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [torch.from_numpy(pixels) for pixels in digits.pixels[:150]]
+    whole, forward = features_of(images, scoring.extractor), extractors.FeatureNetwork.features  # type: ignore[arg-type]
+
+    def limited(self: extractors.FeatureNetwork, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, images)
+
+    monkeypatch.setattr(extractors.FeatureNetwork, "features", limited)
+    said: list[str] = []
+    with hearing(said.append):
+        found = features_of(images, scoring.extractor)  # type: ignore[arg-type]
+    for one, two in zip(whole, found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    assert [line.partition(";")[0] for line in said] == [
+        f"score, features by labels: memory ran out with {count} images at a time" for count in (64, 32)
+    ]
 
 
 def test_score_depends_on_the_first_images_alone(

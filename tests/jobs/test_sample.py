@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from dvdp.models.export import TrainedModel, load_model, save_model
 from dvdp.models.unet import build_network
 from pipelines.jobs.job import Job, jobs
 from pipelines.jobs.sample import missing_shards, sample_shard, seconds_per_sample
+from pipelines.jobs.train import LOG
 from pipelines.tracking.job_runs import model_file
 from pipelines.tracking.runs import SETTING
 
@@ -86,6 +88,31 @@ def test_images_are_the_same_from_any_number_of_tasks_in_any_batch(tmp_path: Pat
         shards = SampleShards(folder)
         found = np.stack([shards[i].numpy() for i in range(len(shards))])
         assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_a_task_whose_batch_does_not_fit_goes_on_with_half_of_it_to_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = params(tmp_path).runs()
+    job = Job(params(tmp_path), run, "digest")
+    weights = str(trained(run, job.weights))
+    expected, draw = load_model(weights, sampling=run.sampling).sample(8).numpy(), TrainedModel.draw
+
+    def limited(model: TrainedModel, count: int, *arguments: Any, **options: Any) -> torch.Tensor:
+        if count > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return draw(model, count, *arguments, **options)
+
+    monkeypatch.setattr(TrainedModel, "draw", limited)
+    assert sample_shard(weights, str(job.samples), 0, 8, run.sampling, job.params.cluster) == 8
+    assert [len(np.load(path)) for path in sorted(job.samples.glob("*.npy"))] == [2, 2, 2, 2]
+    assert missing_shards(job) == []
+    shards = SampleShards(job.samples)
+    for found in (np.stack([shards[i].numpy() for i in range(8)]), load_model(weights).sample(8).numpy()):
+        assert np.abs(found.astype(int) - expected).max() <= 1
+    log = (job.folder / LOG).read_text()
+    assert "sampling.batch: memory ran out with 8 images at a time" in log
+    assert "it goes on with 2 at a time" in log
 
 
 def test_a_task_of_several_batches_leaves_a_file_of_each_and_what_it_took(tmp_path: Path) -> None:
