@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ def check(params: Params, gpu: str | None, price: float | None, trial: bool) -> 
     headings, cells = _table(costs, params, price)
     lines = [as_text(headings, cells), ""] if costs else []
     lines += _assumptions(costs, trials, params, gpu, price)
+    lines += [line for run, found in zip(runs, trials, strict=True) if found for line in _parts(run, found, params)]
     return "\n".join([*lines, *_misfits(costs, params, gpu)])
 
 
@@ -202,6 +204,24 @@ def _assumptions(
     return lines
 
 
+def _parts(run: Run, trial: Trial, params: Params) -> list[str]:
+    """What a trial says of parts of a step."""
+    if not trial.part or not trial.largest_part:
+        return []
+    images = math.ceil(run.training.batch / params.cluster.num_workers)
+    asked = math.ceil(images / run.training.accumulation)
+    accumulation = math.ceil(images / trial.largest_part)
+    many = f"{trial.largest_part} image{'s' if trial.largest_part > 1 else ''} of full size"
+    how = f"counted from the memory of parts of at most {trial.part}" if trial.counted else f"tried on {trial.device}"
+    lines = [f"{run.setting}: the largest part that fits: {many} (training.accumulation: {accumulation}), {how}."]
+    if trial.part < asked:
+        lines.append(
+            f"Does not fit: {run.setting} has no memory for parts of {asked} images; hours and GiB are of parts of"
+            f" {trial.part}. Set training.accumulation to {accumulation}, or training.batch_fit to true."
+        )
+    return lines
+
+
 def _store_sentence(params: Params) -> str:
     store = DataPaths.of(params).store
     if store.is_dir():
@@ -280,7 +300,9 @@ def _stored(params: Params) -> dict[str, dict[str, Any]]:
 
 def _key(run: Run, params: Params, device: str) -> str:
     """Names all that the time of a step depends on."""
-    operational = ("images", "budget", "checkpoint_images", "keep_checkpoints", "log_images", "preview_images")
+    operational = {
+        "images", "budget", "checkpoint_images", "keep_checkpoints", "log_images", "preview_images", "batch_fit",
+    }  # fmt: skip
     training = {k: v for k, v in dataclasses.asdict(run.training).items() if k not in operational}
     sampling = {k: v for k, v in dataclasses.asdict(run.sampling).items() if k not in ("count", "seed")}
     content: list[Any] = [

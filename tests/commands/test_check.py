@@ -82,6 +82,30 @@ def test_a_stored_trial_of_this_machine_or_of_a_named_device_is_read() -> None:
         assert f"a trial of a few steps on {device}" in text
 
 
+def test_the_largest_part_of_a_stored_trial_is_said_with_its_accumulation() -> None:
+    asked = params(settings={"ddpm": {"process": "ddpm"}}, training={"batch": 100, "accumulation": 2})
+    run, device = asked.runs()[0], command_device()
+    trial: dict[str, Any] = {"device": device, "step_seconds": 1, "sample_seconds": 1, "memory_bytes": 1 << 30}
+    asked.cluster.storage.mkdir(exist_ok=True)
+
+    def said(**parts: Any) -> str:
+        entry = {command._key(run, asked, device): {**trial, **parts}}
+        (asked.cluster.storage / "trials.json").write_text(json.dumps(entry))
+        return check(asked, None, None, trial=False)
+
+    assert "largest part" not in said(), "of an older release"
+    text = said(part=50, largest_part=100, counted=True)
+    sentence = "ddpm: the largest part that fits: 100 images of full size (training.accumulation: 1), counted from the"
+    assert f"{sentence} memory of parts of at most 50." in text
+    assert "Does not fit" not in text
+    text = said(part=25, largest_part=34)
+    assert f"34 images of full size (training.accumulation: 3), tried on {device}." in text
+    assert (
+        "Does not fit: ddpm has no memory for parts of 50 images; hours and GiB are of parts of 25. Set"
+        " training.accumulation to 3, or training.batch_fit to true."
+    ) in text
+
+
 def command_device() -> str:
     from pipelines.commands.trial import device_name
 
