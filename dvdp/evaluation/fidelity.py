@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,20 +78,32 @@ def features_of(images: Dataset, extractor: Extractor, gpu: bool = False, title:
     network = _network(extractor, gpu)
     count = len(images)  # type: ignore[arg-type]
     found = []
-    # Deterministic, and no TF32: a score repeats, and hardly depends on the device.
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
     def features(first: int, size: int) -> list[Tensor]:
         batch = torch.stack([images[i] for i in range(first, first + size)])
         return [layer.cpu() for layer in network(batch.cuda() if gpu else batch)]
 
     device = torch.device("cuda" if gpu else "cpu")
-    with tqdm(total=count, desc=title, unit="image", disable=None) as bar, exact, torch.no_grad():
+    with tqdm(total=count, desc=title, unit="image", disable=None) as bar, _exact(), torch.no_grad():
         for _, layers in in_batches(features, 0, count, BATCH, device, f"{title}, features by {extractor.name}"):
             found.append(layers)
             bar.update(len(layers[0]))
     pooled, logits = map(torch.cat, zip(*found, strict=True))
     return Features(pooled, logits)
+
+
+#: Held by the thread that has changed cuDNN's flags, which are the whole process's.
+_FLAGS = threading.Lock()
+
+
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """Deterministic convolutions without TF32: a score repeats, and hardly depends on the device.
+
+    One thread is in it at a time: the first of two to leave would take the flags from the other.
+    """
+    with _FLAGS, torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
 
 
 def _network(extractor: Extractor, gpu: bool) -> Callable[[Tensor], tuple[Tensor, ...]]:

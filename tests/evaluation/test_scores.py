@@ -9,6 +9,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 import torch_fidelity
 
 from dvdp.errors import UserError
-from dvdp.evaluation import extractors
+from dvdp.evaluation import extractors, fidelity
 from dvdp.evaluation.extractors import Extractor, inception_extractor, load_network, train_extractor
 from dvdp.evaluation.fidelity import features_of, metric_names
 from dvdp.evaluation.records import ScoreRecord, score_differences
@@ -488,3 +490,32 @@ def test_fid_and_inception_score_are_those_of_torch_fidelitys_command_line(
     theirs = json.loads(done.stdout)
     for key, name in (("frechet_inception_distance", "fid"), ("inception_score_mean", "is")):
         assert record.metrics[name] == pytest.approx(theirs[key], rel=1e-4), name
+
+
+def test_scorers_in_threads_of_one_process_leave_each_other_their_flags(
+    digits: Arrays, extractor: Extractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN's flags are the process's: the first of two to end must not take them from the other, nor leave its own."""
+    begun, seen = threading.Event(), []
+
+    def network(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        begun.set()
+        time.sleep(0.1)
+        flags = torch.backends.cudnn
+        seen.append((flags.deterministic, flags.benchmark, flags.allow_tf32))
+        return (torch.zeros(len(images), 2),) * 2
+
+    monkeypatch.setattr(fidelity, "_network", lambda *_: network)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    short, long = (
+        SampleShards(write_shards(tmp_path / str(batches), digits.pixels[: batches * fidelity.BATCH]))
+        for batches in (1, 3)
+    )
+    first = threading.Thread(target=fidelity.features_of, args=(short, extractor))
+    first.start()
+    assert begun.wait(5)
+    fidelity.features_of(long, extractor)
+    first.join()
+    assert seen == [(True, False, False)] * 4
+    assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.deterministic
