@@ -36,7 +36,7 @@ from dvdp.text import utf8
 from dvdp.training.loop import is_finished
 from pipelines.artifacts import artifact_key
 from pipelines.environment import reach_loopback_directly
-from pipelines.jobs.cluster import Slots, cluster
+from pipelines.jobs.cluster import Held, cluster
 from pipelines.jobs.job import Job, jobs
 from pipelines.jobs.machine import Busy
 from pipelines.jobs.paths import DataPaths
@@ -127,7 +127,7 @@ def _experiment(params: Params, reports: str | None) -> State | None:
     check_scorable(params)
     listed = jobs(resolve(params))
     check_tracking(listed[0])
-    # The driver scores and draws beside running settings.
+    # The driver draws pictures beside running settings.
     torch.set_num_threads(params.cluster.threads)
     results: list[Result] = []
     failures: dict[str, str] = {}
@@ -136,13 +136,15 @@ def _experiment(params: Params, reports: str | None) -> State | None:
         # The longest first, so that none runs on alone.
         for job in sorted(listed, key=_length, reverse=True):
             # As many at a time as there are slots; after Ctrl-C, which is heard here, none begins any more.
-            slots.acquire()
-            futures[job.name] = run_setting.submit(job, slots)
-            futures[job.name].add_done_callback(lambda _: slots.release())
+            held = slots.hold(params.cluster.num_workers)
+            futures[job.name] = run_setting.submit(job, held)
+            futures[job.name].add_done_callback(held.release)
         outcomes = {job.name: futures[job.name].result(raise_on_failure=False) for job in listed}
         done = [outcome.job for outcome in outcomes.values() if isinstance(outcome, Result)]
         if done:
             measure_speed(done)
+            with slots.hold(1) as held:
+                anchors_of(params, held)
     for name, outcome in outcomes.items():
         if isinstance(outcome, Result):
             results.append(outcome)
@@ -163,13 +165,19 @@ def _length(job: Job) -> float:
 
 
 @task(task_run_name="{job.name}", cache_policy=NO_CACHE)
-def run_setting(job: Job, slots: Slots) -> Result:
-    """One setting from training to registration, in one process at a time: who comes second finds it finished."""
+def run_setting(job: Job, held: Held) -> Result:
+    """One setting from training to registration, in one process at a time: who comes second finds it finished.
+
+    Args:
+        held: slots for its ranks. Scoring keeps one of them, so that another setting begins to train as soon as it fits
+            beside that, and registration none.
+    """
     with locked(job.folder / f"{job.sampling_hash}.lock"):
         try:
-            train(job, slots)
-            sample(job, slots)
-            record = score(job)
+            train(job, held)
+            sample(job, held)
+            record = score(job, held)
+            held.release()
         except BaseException:
             # As well as MLflow answers: it is no reason to fail differently.
             with contextlib.suppress(Exception):
@@ -193,7 +201,7 @@ def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
 
 
 @task(task_run_name="train {job.name}", cache_policy=NO_CACHE)
-def train(job: Job, slots: Slots) -> None:
+def train(job: Job, held: Held) -> None:
     """Train on the cluster, unless MLflow has the weights; it follows as well as it can."""
     if fetched := fetch_training(job):
         get_run_logger().info("%s", fetched)
@@ -217,7 +225,7 @@ def train(job: Job, slots: Slots) -> None:
             get_run_logger().warning("%s", _said(problem, job.folder))
         else:
             stack.callback(_close, sync, job.folder)
-        train_job(job, description(job), slots)
+        train_job(job, description(job), held)
 
 
 def _close(sync: LedgerSync, folder: Path) -> None:
@@ -228,16 +236,16 @@ def _close(sync: LedgerSync, folder: Path) -> None:
 
 
 @task(task_run_name="sample {job.name}", cache_policy=NO_CACHE)
-def sample(job: Job, slots: Slots) -> None:
+def sample(job: Job, held: Held) -> None:
     """Draw images from the EMA weights, and one with all its states."""
-    sample_job(job, slots)
+    sample_job(job, held)
     draw_process(job)
 
 
 @task(task_run_name="score {job.name}", cache_policy=NO_CACHE)
-def score(job: Job) -> ScoreRecord:
+def score(job: Job, held: Held) -> ScoreRecord:
     """Score the images."""
-    return score_job(job)
+    return score_job(job, held)
 
 
 @task(

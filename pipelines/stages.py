@@ -101,18 +101,17 @@ def make_extractor(params: Params) -> None:
 
 def make_references(params: Params) -> None:
     """DVC stage ``reference``: features of the real images."""
-    from dvdp.evaluation.reference import make_reference
-    from pipelines.jobs.score import _gpu_here, extractor_of
+    from pipelines.jobs.cluster import cluster, on_worker
+    from pipelines.jobs.device import worker_device
+    from pipelines.jobs.score import extractor_of, for_worker, reference_on_worker
 
     places = DataPaths.of(params)
-    store = ImageStore(places.store)
-    reference = make_reference(
-        store,
-        store.metadata.digest,
-        extractor_of(params),
-        places.reference,
-        _gpu_here(params),
-    )
+    asked = places.store.resolve(), for_worker(extractor_of(params)), places.reference.resolve()
+    if params.cluster.gpu:
+        with cluster(params.cluster) as slots, slots.hold(1):
+            reference = on_worker(params.cluster, reference_on_worker, *asked, worker_device(params.cluster))
+    else:
+        reference = reference_on_worker(*asked, "cpu")
     logger.info("reference: %s images", f"{reference.count:,}")
 
 

@@ -30,11 +30,11 @@ from dvdp.evaluation.reference import read_reference
 from dvdp.files import write_atomically
 from dvdp.models.export import load_model
 from dvdp.models.flops import training_images
-from pipelines.jobs.cluster import cluster
+from pipelines.jobs.cluster import Held, cluster
 from pipelines.jobs.job import Job, Sampled
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import missing_shards, sample_job
-from pipelines.jobs.score import check_scorable, extractor_of, score_job
+from pipelines.jobs.score import check_scorable, extractor_of, is_scored, score_job
 from pipelines.tracking import registry
 from pipelines.tracking.champion import CHAMPION
 from pipelines.tracking.connection import connect, reaching, reading, there_is_a_store
@@ -124,9 +124,10 @@ def evaluate(subject: Job | RegisteredModel, statistics: Path | None = None) -> 
     Raises:
         UserError: something that scoring needs is missing; raised before images are drawn.
     """
-    if isinstance(subject, Job):
-        return score_job(subject, statistics)
     params = subject.params
+    if isinstance(subject, Job):
+        with _workers(params, params.cluster.gpu and not is_scored(subject, statistics)) as held:
+            return score_job(subject, held, statistics)
     if params.evaluation.samples > params.sampling.count:
         raise UserError(
             f"evaluation.samples: found {params.evaluation.samples}, expected at most sampling.count,"
@@ -136,10 +137,21 @@ def evaluate(subject: Job | RegisteredModel, statistics: Path | None = None) -> 
         check_scorable(params)
     else:
         read_statistics(statistics, extractor_of(params).features)
-    if missing_shards(subject):
-        with cluster(params.cluster) as slots, slots:
-            sample_job(subject, slots)
-    return score_job(subject, statistics, [] if statistics else _foreign(subject))
+    missing = bool(missing_shards(subject))
+    with _workers(params, missing or (params.cluster.gpu and not is_scored(subject, statistics))) as held:
+        if held is not None:
+            sample_job(subject, held)
+        return score_job(subject, held, statistics, [] if statistics else _foreign(subject))
+
+
+@contextlib.contextmanager
+def _workers(params: Params, needed: bool) -> Iterator[Held | None]:
+    """Slots of a cluster, which takes seconds to start: without a GPU to share, scoring alone needs none."""
+    if not needed:
+        yield None
+        return
+    with cluster(params.cluster) as slots, slots.hold(params.cluster.num_workers) as held:
+        yield held
 
 
 def track(subject: Job | RegisteredModel, record: ScoreRecord) -> None:

@@ -77,9 +77,9 @@ def sample(params: Params, chosen: Sequence[Sampled], out: Path | None) -> list[
         if folder:
             check_same(folder, subject)
     found = []
-    with cluster(params.cluster) as slots, slots:
+    with cluster(params.cluster) as slots, slots.hold(params.cluster.num_workers) as held:
         for subject, folder in zip(chosen, folders, strict=True):
-            samples = sample_job(subject, slots)
+            samples = sample_job(subject, held)
             if folder:
                 write_images(samples, folder, subject)
             found.append(folder or samples)

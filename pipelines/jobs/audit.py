@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from dvdp.audit.figure import draw_audit
 from dvdp.audit.result import FREE, REAL, SOLVER, Audit, Score, solver_sampling, starts
 from dvdp.audit.run import check_count, conclude, draw, score_images
 from dvdp.audit.states import States, Subject, join
-from dvdp.config import ClusterParams, SamplingParams
+from dvdp.config import SamplingParams
 from dvdp.data.store import ImageStore
 from dvdp.diffusion.timesteps import share_steps
 from dvdp.errors import UserError
@@ -35,11 +34,12 @@ from dvdp.files import write_atomically
 from dvdp.identity import audit_draws_hash, audit_hash
 from dvdp.models.export import load_model
 from dvdp.training.loop import is_finished
-from pipelines.jobs.cluster import cluster, on_workers
+from pipelines.jobs.cluster import Held, cluster, on_workers
+from pipelines.jobs.device import worker_device
 from pipelines.jobs.job import Job
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import SHARD_IMAGES, images_in
-from pipelines.jobs.score import check_scorable, extractor_of
+from pipelines.jobs.score import check_scorable, extractor_of, for_worker, on_this_node
 
 KIND = "dvdp audited states 1"
 
@@ -113,61 +113,77 @@ def plan(job: Job, images: int | None, solver_steps: int | None) -> AuditJob:
 
 
 def audit_jobs(audits: list[AuditJob]) -> list[Audit]:
-    """The audits, of which those that are there already are read; starts a cluster if anything is left to draw."""
-    work = {each.job.name: _missing(each) for each in audits if not each.result.exists()}
-    if any(work.values()):
-        with cluster(audits[0].job.params.cluster) as slots, slots:
-            for name, tasks in work.items():
-                _draw_all(name, tasks, audits[0].job.params.cluster, slots)
+    """The audits, of which those that are there already are read; starts a cluster if there is one to make."""
+    work = [each for each in audits if not each.result.exists()]
+    if work:
+        params = work[0].job.params.cluster
+        with cluster(params) as slots, slots.hold(params.num_workers) as held:
+            for each in work:
+                _draw_all(each, held)
+            for each in work:
+                _score_all(each, held)
     return [_finish(each) for each in audits]
 
 
-def draw_part(
-    weights: str,
-    store: str,
-    folder: str,
-    sampling: SamplingParams,
-    options: Mapping[str, Any],
-    start: str,
-    first: int,
-    count: int,
-    params: ClusterParams,
-) -> int:
-    """Draw images number ``first`` on from a start into one file, states beside it; on a worker.
+class Drawer:
+    """Draws images of an audit from any start, on a worker."""
 
-    Returns:
-        The number of images.
-    """
-    torch.set_num_threads(params.threads)
-    # Sampling as the params say, not the weights: one that was changed needs no new training.
-    model = load_model(weights, "cuda" if params.gpu else "cpu", sampling)
-    images = ImageStore(Path(store))
-    subject = Subject(model.process, model.denoiser, images, options, sampling.batch, model.device, model.classes)
-    drawn, states = draw(subject, FREE if start == SOLVER else start, first, count)
-    path = Path(folder) / f"{first:08d}.npy"
-    if start == FREE:
-        named = {f"{k}.{name}": value for k, kept in states.items() for name, value in kept._asdict().items()}
-        write_atomically(path.with_suffix(".safetensors"), tensors.pack(KIND, {"count": count}, named))
-    # Last: a shard that is there is complete.
-    write_shard(path, drawn)
-    return count
+    def __init__(self, weights: str, store: str, sampling: SamplingParams, threads: int, device: str) -> None:
+        torch.set_num_threads(threads)
+        # Sampling as the params say, not the weights: one that was changed needs no new training.
+        self._model, self._images, self._batch = (
+            load_model(weights, device, sampling),
+            ImageStore(Path(store)),
+            sampling.batch,
+        )
+
+    def __call__(
+        self, folder: str, options: Mapping[str, Any], start: str, first: int, count: int
+    ) -> Callable[[], int]:
+        """Draw images number ``first`` on; what is returned writes them into one file, and returns their number.
+
+        Beside it are the states of free-running ones.
+        """
+        model = self._model
+        subject = Subject(
+            model.process, model.denoiser, self._images, options, self._batch, model.device, model.classes
+        )
+        drawn, states = draw(subject, FREE if start == SOLVER else start, first, count)
+
+        def write() -> int:
+            path = Path(folder) / f"{first:08d}.npy"
+            if start == FREE:
+                named = {f"{k}.{name}": value for k, kept in states.items() for name, value in kept._asdict().items()}
+                write_atomically(path.with_suffix(".safetensors"), tensors.pack(KIND, {"count": count}, named))
+            # Last: a shard that is there is complete.
+            write_shard(path, drawn)
+            return count
+
+        return write
+
+
+def _draw_all(audit: AuditJob, held: Held) -> None:
+    job, tasks = audit.job, _missing(audit)
+    params, store = job.params.cluster, DataPaths.of(job.params).store
+    places = str(job.weights.resolve()), str(store.resolve())
+    drawer = partial(Drawer, *places, job.run.sampling, params.threads, worker_device(params))
+    total, title = sum(task[-1] for task in tasks), f"draw for the audit of {job.name}"
+    with tqdm(total=total, desc=title, unit="image", mininterval=1, disable=not tasks) as bar:
+        for count in on_workers(params, drawer, tasks, held):
+            bar.update(count)
 
 
 def _missing(audit: AuditJob) -> list[tuple[Any, ...]]:
-    """Arguments of :func:`draw_part` for what is not drawn yet, the longest work first."""
+    """Arguments of :class:`Drawer` for what is not drawn yet, the longest work first."""
     job = audit.job
     shards = [(first, min(SHARD_IMAGES, audit.images - first)) for first in range(0, audit.images, SHARD_IMAGES)]
     return [
         (
-            str(job.weights.resolve()),
-            str(DataPaths.of(job.params).store.resolve()),
             str(audit.folder(start).resolve()),
-            job.run.sampling,
             audit.solver if start == SOLVER else job.run.sampling.options(),
             start,
             first,
             size,
-            job.params.cluster,
         )
         for start in sorted(audit.starts, key=lambda start: start != SOLVER)
         for first, size in shards
@@ -175,51 +191,72 @@ def _missing(audit: AuditJob) -> list[tuple[Any, ...]]:
     ]
 
 
-def _draw_all(name: str, tasks: list[tuple[Any, ...]], params: ClusterParams, slots: threading.Semaphore) -> None:
-    total = sum(task[-2] for task in tasks)
-    with tqdm(total=total, desc=f"draw for the audit of {name}", unit="image", mininterval=1, disable=not tasks) as bar:
-        for count in on_workers(params, draw_part, tasks, slots):
-            bar.update(count)
+class Scorer:
+    """Scores images of an audit on a worker."""
+
+    def __init__(
+        self, reference: Path, about: Reference, extractor: Extractor, kid_subset: int, threads: int, device: str
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._real, self._extractor = read_features(reference, about), on_this_node(extractor)
+        self._kid_subset, self._gpu = kid_subset, device == "cuda"
+
+    def __call__(self, start: str, shards: list[Path], count: int) -> Callable[[], tuple[str, Score]]:
+        """The score of so many images from a start, when what is returned is called."""
+        from dvdp.evaluation.fidelity import metric_names
+
+        metric = next(iter(metric_names(self._extractor.name).values()))
+
+        def headline(images: Dataset) -> float:
+            return measure(images, self._real, self._extractor, self._kid_subset, self._gpu, start)[metric]
+
+        found = start, score_images(SampleShards(shards), count, headline)
+        return lambda: found
+
+
+def _score_all(audit: AuditJob, held: Held) -> None:
+    """Write the score of the images from each start, unless that is done."""
+    params, places, extractor = audit.job.params, DataPaths.of(audit.job.params), extractor_of(audit.job.params)
+    numbers = range(0, audit.images, SHARD_IMAGES)
+    tasks = [
+        (start, [audit.folder(start).resolve() / f"{first:08d}.npy" for first in numbers], audit.images)
+        for start in audit.starts
+        if not _score_path(audit, start).exists()
+    ]
+    # The other metrics are measured along and not used; a half must hold their subsets.
+    subset = min(params.evaluation.kid_subset, audit.images // 2)
+    on = params.cluster.threads, worker_device(params.cluster)
+    scorer = partial(Scorer, places.reference.resolve(), audit.reference, for_worker(extractor), subset, *on)
+    with tqdm(total=len(tasks), desc=f"score {audit.job.name}", unit="start", disable=None) as bar:
+        for start, found in on_workers(params.cluster, scorer, tasks, held):
+            write_atomically(_score_path(audit, start), json.dumps(dataclasses.asdict(found)))
+            bar.update()
+
+
+def _score_path(audit: AuditJob, start: str) -> Path:
+    return audit.result.with_suffix("") / f"{audit.folder(start).name}.json"
+
+
+def _scores(audit: AuditJob) -> dict[str, Score]:
+    known = {start: json.loads(_score_path(audit, start).read_text()) for start in audit.starts}
+    return {start: Score(each["value"], tuple(each["halves"])) for start, each in known.items()}
 
 
 def _finish(audit: AuditJob) -> Audit:
-    """Score and compare what was drawn, unless that is done; draw the chart."""
+    """Compare what was drawn and scored, unless that is done; draw the chart."""
     job = audit.job
     if audit.result.exists():
         result = Audit.from_json(audit.result.read_text(), str(audit.result))
     else:
         from dvdp.evaluation.fidelity import metric_names
 
-        extractor = extractor_of(job.params)
-        metric = next(iter(metric_names(extractor.name).values()))
-        scores = {start: _score(audit, start, extractor, metric) for start in audit.starts}
+        metric = next(iter(metric_names(audit.reference.extractor).values()))
         subject, states = _subject(audit), _states(audit)
-        result = conclude(subject, audit.solver, scores, states, audit.images, metric, _notes(audit))
+        result = conclude(subject, audit.solver, _scores(audit), states, audit.images, metric, _notes(audit))
         write_atomically(audit.result, result.to_json())
     if not audit.chart.exists():
         draw_audit(result, audit.chart, job.name)
     return result
-
-
-def _score(audit: AuditJob, start: str, extractor: Extractor, metric: str) -> Score:
-    """Of the images from a start, unless that is done."""
-    path = audit.result.with_suffix("") / f"{audit.folder(start).name}.json"
-    if not path.exists():
-        params = audit.job.params
-        real = read_features(DataPaths.of(params).reference, audit.reference)
-        gpu = params.cluster.gpu and torch.cuda.is_available()
-        # The other metrics are measured along and not used; a half must hold their subsets.
-        subset = min(params.evaluation.kid_subset, audit.images // 2)
-
-        def headline(images: Dataset) -> float:
-            title = f"score {audit.job.name} {start}"
-            return measure(images, real, extractor, subset, gpu, title)[metric]
-
-        shards = [audit.folder(start) / f"{first:08d}.npy" for first in range(0, audit.images, SHARD_IMAGES)]
-        found = score_images(SampleShards(shards), audit.images, headline)
-        write_atomically(path, json.dumps(dataclasses.asdict(found)))
-    known = json.loads(path.read_text())
-    return Score(known["value"], tuple(known["halves"]))
 
 
 def _subject(audit: AuditJob) -> Subject:

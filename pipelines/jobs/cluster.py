@@ -1,8 +1,9 @@
-"""Ray: the cluster that settings train and sample on."""
+"""Ray: the cluster that settings train, sample and are scored on."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -10,13 +11,18 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from tqdm import tqdm
 
 from dvdp.config import ClusterParams
 from dvdp.errors import UserError
@@ -49,20 +55,89 @@ AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 TOKEN = secrets.token_hex(32)
 
 
-class Slots(threading.Semaphore):
-    """As many as runs fit on the cluster at a time; each run holds one."""
+class Slots:
+    """The workers that fit on the cluster at a time; whoever has work for some of them holds as many.
+
+    A run takes one for each of its ranks, all at once, and then waits for none. Nobody else waits at all: a run's
+    samples are drawn in its own slots and in those that nobody waits for, and scored in one of its own. So there is no
+    deadlock, however few there are, and whoever holds a slot finds its CPUs and its GPU free in Ray. That matters:
+    without slots a scorer would wait in Ray's queue while setting after setting trains, or take the CPU of one, which
+    Ray Train then fails after four minutes.
+    """
 
     def __init__(self, count: int) -> None:
-        super().__init__(count)
-        self._count, self._counting = count, threading.Lock()
+        self._count = self._free = count
+        self._waiting = 0
+        self._changed = threading.Condition()
+
+    def hold(self, number: int) -> Held:
+        """Wait for so many, and hold them."""
+        self._take(number)
+        return Held(self, number)
+
+    def spare(self) -> bool:
+        """Take one if it is free and nobody waits; whether that was so."""
+        with self._changed:
+            taken = self._free > 0 and not self._waiting
+            self._free -= taken
+            return taken
+
+    def give(self, number: int) -> None:
+        """Give so many back."""
+        with self._changed:
+            self._free += number
+            self._changed.notify_all()
+
+    def fewer(self, number: int) -> bool:
+        """See :meth:`Held.fewer`."""
+        with self._changed:
+            if self._count < 2 * number:
+                return False
+            self._count -= number
+        self._take(number)
+        return True
+
+    def _take(self, number: int) -> None:
+        with self._changed:
+            self._waiting += 1
+            try:
+                self._changed.wait_for(lambda: self._free >= number)
+            finally:
+                self._waiting -= 1
+            self._free -= number
+
+
+class Held:
+    """Slots that somebody holds; as a context manager until the block ends."""
+
+    def __init__(self, slots: Slots, number: int) -> None:
+        self._slots = slots
+        self.number = number
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self, *_: object) -> None:
+        """Give all back; whatever is passed is passed over."""
+        self.keep(0)
+
+    def keep(self, number: int) -> None:
+        """Give back all above so many."""
+        given, self.number = max(0, self.number - number), min(self.number, number)
+        self._slots.give(given)
+
+    def more(self) -> bool:
+        """Hold one more if it is free and nobody waits for it; whether that was so."""
+        more = self._slots.spare()
+        self.number += more
+        return more
 
     def fewer(self) -> bool:
-        """Let one slot, which the caller holds, be gone for good, and wait for another; False if it is the last."""
-        with self._counting:
-            if self._count == 1:
-                return False
-            self._count -= 1
-        return self.acquire()
+        """Let all of these be gone for good, and wait for as many others; False if they are the last."""
+        return self._slots.fewer(self.number)
 
 
 @contextlib.contextmanager
@@ -73,7 +148,7 @@ def cluster(params: ClusterParams) -> Iterator[Slots]:
     (:mod:`pipelines.jobs.machine`); Ray itself divides the one at ``RAY_ADDRESS``. How to authenticate there is the
     environment's to say.
 
-    Yields its slots: each training run holds one, and there are as many as runs fit at a time.
+    Yields its slots, one for each worker that fits.
 
     Raises:
         UserError: the cluster does not answer, or has not the CPUs and GPUs that a run asks for.
@@ -210,14 +285,14 @@ def check_address() -> str:
 
 
 def _slots(params: ClusterParams, there: Mapping[str, float]) -> int:
-    needed = {"CPU": params.num_workers * params.threads, "GPU": params.num_workers * params.gpu}
-    for name, count in needed.items():
-        if there.get(name, 0) < count:
+    each = {"CPU": params.threads, "GPU": int(params.gpu)}
+    for name, count in each.items():
+        if there.get(name, 0) < params.num_workers * count:
             raise UserError(
-                f"cluster: found {there.get(name, 0):g} {name}s, expected at least {count} for {params.num_workers}"
-                " workers; lower cluster.num_workers or cluster.threads, or add nodes."
+                f"cluster: found {there.get(name, 0):g} {name}s, expected at least {params.num_workers * count} for"
+                f" {params.num_workers} workers; lower cluster.num_workers or cluster.threads, or add nodes."
             )
-    return min(int(there[name] // count) for name, count in needed.items() if count)
+    return min(int(there[name] // count) for name, count in each.items() if count)
 
 
 @contextlib.contextmanager
@@ -234,39 +309,152 @@ def restored_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+#: Pieces of work that a worker has at a time: the one that it does, and the next.
+PIECES = 2
+
+#: Begins a piece of work, and returns what ends it. Pieces are begun one after the other in one thread; the end of one,
+#: such as writing a file, goes on beside the next.
+Work = Callable[..., Callable[[], Any]]
+
+
 def on_workers(
-    params: ClusterParams, work: Callable[..., Any], arguments: list[tuple[Any, ...]], slots: threading.Semaphore
+    params: ClusterParams, start: Callable[[], Work], arguments: Sequence[tuple[Any, ...]], held: Held
 ) -> Iterator[Any]:
-    """Run ``work(*arguments[i])`` on the cluster, and yield the results as they come.
+    """Do pieces of work on the cluster, ``start()(*arguments[i])()``, and yield their results as they come.
+
+    A worker is a process that calls ``start`` once, which may take long, as loading a model does, and then does piece
+    after piece. It has the next one before it has ended the last. One that dies is started again, up to
+    ``cluster.max_failures`` times, and does again what it had not finished.
 
     Args:
-        slots: of the cluster. The caller holds one of it, for as many tasks at a time as a run has ranks. What nobody
-            else holds, now or later, is taken as well until all is done.
+        held: there are as many workers as slots are held, and one more for each that nobody else holds or waits for;
+            these are given back one by one, as soon as there is nothing left for a worker to do.
 
     Raises:
         UserError: the work's, or why it could not be done; the traceback of a worker is in ``cluster.storage``.
     """
     import ray
 
-    remote = ray.remote(num_cpus=params.threads, num_gpus=int(params.gpu), max_retries=params.max_failures)(work)
-    left, taken = deque(arguments), 0
-    waiting: list[Any] = []
+    left, own, name = deque(arguments), held.number, _name(start)
+    loads: dict[Any, int] = {}
+    pieces: dict[Any, Any] = {}
+
+    def who() -> Any:
+        """The worker for the next piece; None if it had better wait."""
+        idlest = min(loads, key=loads.__getitem__, default=None)
+        if idlest is not None and not loads[idlest]:
+            return idlest
+        if len(loads) < held.number or held.more():
+            return _worker(params, start)
+        # The last pieces wait for whoever is done first.
+        return idlest if loads[idlest] < PIECES and len(left) >= len(loads) else None
+
     try:
-        while left or waiting:
-            while left:
-                if len(waiting) == (1 + taken) * params.num_workers:
-                    if not slots.acquire(blocking=False):
-                        break
-                    taken += 1
-                waiting.append(remote.remote(*left.popleft()))
-            done, waiting = ray.wait(waiting)
+        while left or pieces:
+            while left and (worker := who()) is not None:
+                pieces[worker.do.options(name=name).remote(*left.popleft())] = worker
+                loads[worker] = loads.get(worker, 0) + 1
+            done, _ = ray.wait(list(pieces))
             try:
-                yield from ray.get(done)
+                results = ray.get(done)
             except ray.exceptions.RayError as error:
                 raise _explained(error, params) from None
+            for piece in done:
+                loads[pieces.pop(piece)] -= 1
+            for worker in [worker for worker, load in loads.items() if not load and not left]:
+                ray.kill(worker)
+                del loads[worker]
+                held.keep(max(own, len(loads)))
+            yield from results
     finally:
-        for _ in range(taken):
-            slots.release()
+        for worker in loads:
+            ray.kill(worker)
+        held.keep(own)
+
+
+def on_worker(params: ClusterParams, work: Callable[..., Any], *arguments: Any) -> Any:
+    """``work(*arguments)``, done on the cluster by a worker of its own, whose progress bar is shown here.
+
+    The caller holds a slot for it, see :class:`Slots`. A worker that dies is started again, as in :func:`on_workers`.
+
+    Raises:
+        UserError: the work's, or why it could not be done; the traceback of a worker is in ``cluster.storage``.
+    """
+    import ray
+
+    worker = _worker(params, lambda: lambda *given: partial(work, *given))
+    try:
+        piece = worker.do.options(name=_name(work)).remote(*arguments)
+        with tqdm(bar_format="{desc}", disable=None, leave=False) as bar:
+            while not ray.wait([piece], timeout=None if bar.disable else 0.5)[0]:
+                bar.set_description_str(ray.get(worker.shown.remote()))
+        return ray.get(piece)
+    except ray.exceptions.RayError as error:
+        raise _explained(error, params) from None
+    finally:
+        ray.kill(worker)
+
+
+def _worker(params: ClusterParams, start: Callable[[], Work]) -> Any:
+    import ray
+
+    asked = ray.remote(_Worker).options(
+        num_cpus=params.threads,
+        num_gpus=int(params.gpu),
+        max_restarts=params.max_failures,
+        max_task_retries=-1,
+        max_concurrency=PIECES,
+    )
+    return asked.remote(start)
+
+
+def _name(work: Callable[..., Any]) -> str:
+    """What the process is called while it works."""
+    return str(getattr(getattr(work, "func", work), "__name__", "work"))
+
+
+class _Worker:
+    """A process of the cluster; see :func:`on_workers`."""
+
+    def __init__(self, start: Callable[[], Work]) -> None:
+        self._start, self._thread = start, ThreadPoolExecutor(max_workers=1)
+        self._work: Work | None = None
+        self._terminal = sys.stderr = _Terminal()
+
+    def do(self, *arguments: Any) -> Any:
+        """A piece of work."""
+        return self._thread.submit(self._begin, *arguments).result()()
+
+    def _begin(self, *arguments: Any) -> Callable[[], Any]:
+        if self._work is None:
+            self._work = self._start()
+        return self._work(*arguments)
+
+    def shown(self) -> str:
+        """The last state of its progress bars."""
+        return self._terminal.line
+
+
+class _Terminal(io.TextIOBase):
+    """Progress bars take it for a terminal. It keeps their last state; all else goes to Ray's log files."""
+
+    def __init__(self) -> None:
+        self._log, self.line = sys.stderr, ""
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._log.fileno()
+
+    def write(self, text: str) -> int:
+        if not text.startswith("\r"):
+            return self._log.write(text)
+        self.line = text.strip() or self.line
+        return len(text)
+
+    def flush(self) -> None:
+        self._log.flush()
 
 
 def _explained(error: Exception, params: ClusterParams) -> UserError:
@@ -274,6 +462,6 @@ def _explained(error: Exception, params: ClusterParams) -> UserError:
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):
         return cause
-    failure = explain(error)
+    failure = explain(error, actor="a worker")
     where = f"; its traceback is in {keep(str(error), params.storage)}" if cause else ""
     return UserError(f"cluster: {failure.text}{where}; what is finished is kept, run the same command again.")

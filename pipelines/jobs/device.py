@@ -1,4 +1,4 @@
-"""What a run is trained on: said by its first rank, in ``machine.json`` of its folder."""
+"""What workers compute on; of a run its first rank says it in ``machine.json`` of its folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from dvdp.config import ClusterParams
 from dvdp.files import write_atomically
 from dvdp.hardware import device_name
 from pipelines.jobs.job import Job
@@ -27,6 +28,11 @@ class Machine:
     dvdp: str = ""
     torch: str = ""
     python: str = ""
+
+
+def worker_device(params: ClusterParams) -> str:
+    """What a worker computes on: the GPU that Ray gave it, or the CPU."""
+    return "cuda" if params.gpu else "cpu"
 
 
 def write_machine(folder: Path, gpu: bool, devices: int) -> None:

@@ -94,13 +94,19 @@ class Failure:
     """Another try may help."""
 
 
-def explain(error: BaseException, raised: Sequence[Raised] = (), killed_for_memory: bool = False) -> Failure:
+def explain(
+    error: BaseException,
+    raised: Sequence[Raised] = (),
+    killed_for_memory: bool = False,
+    actor: str = "Ray's controller of the workers",
+) -> Failure:
     """Tell apart what failed.
 
     Args:
         error: what Ray raised in the driver.
         raised: what workers raised, the first first.
         killed_for_memory: the system has killed a process of this machine for want of memory meanwhile.
+        actor: what has died where Ray says that of an actor.
     """
     from ray import exceptions, train
 
@@ -112,7 +118,7 @@ def explain(error: BaseException, raised: Sequence[Raised] = (), killed_for_memo
         return Failure("the system killed a process of it for want of memory", memory=True)
     if died and not any(getattr(part, "actor_init_failed", False) for part in died):
         worker = isinstance(error, (train.WorkerGroupError, exceptions.WorkerCrashedError))
-        which = "a worker" if worker else "Ray's controller of the workers"
+        which = "a worker" if worker else actor
         return Failure(f"{which} was killed by a signal or crashed, and raised nothing")
     if raised:
         told = raised[0].cause.removeprefix("training: ").rstrip(".")

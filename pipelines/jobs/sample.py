@@ -5,62 +5,61 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from dvdp.config import ClusterParams, SamplingParams
+from dvdp.config import SamplingParams
 from dvdp.data.store import ImageStore
 from dvdp.evaluation import figures
 from dvdp.evaluation.samples import write_shard
 from dvdp.files import write_atomically
-from dvdp.models.export import load_model
+from dvdp.models.export import TrainedModel, load_model
 from dvdp.models.pixels import to_float
 from dvdp.out_of_memory import in_batches
 from dvdp.training.transfer import to_host
-from pipelines.jobs.cluster import on_workers
+from pipelines.jobs.cluster import Held, on_worker, on_workers
+from pipelines.jobs.device import worker_device
 from pipelines.jobs.job import Job, Sampled
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.train import LOG, following
 from pipelines.logs import to_file
 
-#: Images in one task of a worker, at most, and so in one file of samples and in a batch.
+#: Images that a CPU draws at once, at most, so that there are some for each of its cores.
 SHARD_IMAGES = 256
 #: Sampler steps of the process picture, at most.
 PICTURE_STEPS = 100
 
 
-def sample_job(job: Sampled, slots: threading.Semaphore) -> Path:
+def sample_job(job: Sampled, held: Held) -> Path:
     """Draw ``sampling.count`` images from the EMA weights on the cluster; returns their folder.
 
     Shards that are there already are kept. Beside each lies ``<shard>.seconds``, what it took.
 
     Args:
-        slots: of the cluster, see :func:`pipelines.jobs.cluster.on_workers`.
+        held: slots of the cluster, see :func:`pipelines.jobs.cluster.on_workers`.
     """
-    missing = missing_shards(job)
+    params, work = job.params.cluster, missing_shards(job)
     places = str(job.weights.resolve()), str(job.samples.resolve())
-    work = [(*places, first, size, job.run.sampling, job.params.cluster) for first, size in missing]
-    left = sum(size for _, size in missing)
+    start = partial(Sampler, *places, job.run.sampling, params.threads, worker_device(params))
+    left = sum(size for _, size in work)
     bar = tqdm(total=left, desc=f"sample {job.name}", unit="image", mininterval=1, disable=not work)
     with bar, following(job.folder / LOG):
-        for drawn in on_workers(job.params.cluster, sample_shard, work, slots):
+        for drawn in on_workers(params, start, work, held):
             bar.update(drawn)
     return job.samples
 
 
 def missing_shards(job: Sampled) -> list[tuple[int, int]]:
-    """The first image and the number of images of each task that is still to be done.
+    """The first image and the number of images of each shard that is still to be drawn, a batch or less.
 
     Whatever lies there is kept, however it was divided.
     """
-    count = job.run.sampling.count
-    # On a GPU a task is a new process, which takes seconds to start; small tasks keep all cores of a CPU busy.
-    most = SHARD_IMAGES if job.params.cluster.gpu else min(SHARD_IMAGES, job.run.sampling.batch)
+    sampling = job.run.sampling
+    count, most = sampling.count, sampling.batch if job.params.cluster.gpu else min(SHARD_IMAGES, sampling.batch)
     there = {int(path.stem): images_in(path) for path in job.samples.glob("*.npy")}
     missing, first = [], 0
     while first < count:
@@ -72,38 +71,55 @@ def missing_shards(job: Sampled) -> list[tuple[int, int]]:
     return missing
 
 
-def sample_shard(
-    weights: str, folder: str, first: int, count: int, sampling: SamplingParams, params: ClusterParams
-) -> int:
-    """Draw images number ``first`` on, each batch into a file of its own; returns their number.
+class Sampler:
+    """Draws shards of images on a worker: one is written while the next is drawn."""
 
-    A batch is written while the next one is drawn. Where memory runs out, batches are halved.
-    """
-    torch.set_num_threads(params.threads)
-    model = load_model(weights, "cuda" if params.gpu else "cpu", sampling)
+    def __init__(self, weights: str, folder: str, sampling: SamplingParams, threads: int, device: str) -> None:
+        torch.set_num_threads(threads)
+        self._folder, self._model = Path(folder), load_model(weights, device, sampling)
+        warm_up(self._model)
+        # When the last batch was there: a GPU begins with the next one then, and not when it is told to.
+        self._there, self._arriving = 0.0, threading.Lock()
+        self._most: int | None = None
 
-    def draw(start: int, size: int) -> Callable[[], Tensor]:
-        return to_host(model.draw(size, start))
+    def __call__(self, first: int, count: int) -> Callable[[], int]:
+        """Draw images number ``first`` on; what is returned writes them once they are there, and returns their number.
 
-    with ThreadPoolExecutor(max_workers=1) as writer, to_file(Path(folder).parents[1] / LOG):
-        # Whatever it does says when the next batch was begun: its first task, now.
-        writing = writer.submit(time.perf_counter)
-        batches = in_batches(draw, first, first + count, sampling.batch, model.device, "sampling.batch")
-        for start, images in batches:
-            # One batch waits at most, and what went wrong with it ends the task.
-            begun = writing.result()
-            writing = writer.submit(_write_batch, Path(folder) / f"{start:08d}.npy", images, begun)
-        writing.result()
-    return count
+        What they took, by the clock between two calls, is written beside them. Where memory runs out, they are drawn
+        in smaller parts, each with a file of its own, and so are those of later calls.
+        """
+        begun, asked, parts = time.perf_counter(), min(count, self._most or count), []
+
+        def draw(start: int, size: int) -> tuple[int, Callable[[], Tensor]]:
+            return size, to_host(self._model.draw(size, start))
+
+        with to_file(self._folder.parents[1] / LOG):
+            for part in in_batches(draw, first, first + count, asked, self._model.device, "sampling.batch"):
+                parts.append(part)
+        largest = max(size for _, (size, _) in parts)
+        if largest < asked:
+            self._most = largest
+
+        def write() -> int:
+            with self._arriving:
+                drawn = [(start, images()) for start, (_, images) in parts]
+                last, self._there = self._there, time.perf_counter()
+                seconds = self._there - max(begun, last)
+            for start, images in drawn:
+                path = self._folder / f"{start:08d}.npy"
+                write_atomically(path.with_suffix(".seconds"), str(seconds * len(images) / count))
+                # Last: a shard that is there is complete.
+                write_shard(path, images)
+            return count
+
+        return write
 
 
-def _write_batch(path: Path, images: Callable[[], Tensor], begun: float) -> float:
-    """Write images once they are there; returns when that was, by the clock that says when they were begun."""
-    drawn, there = images(), time.perf_counter()
-    write_atomically(path.with_suffix(".seconds"), str(there - begun))
-    # Last: a shard that is there is complete.
-    write_shard(path, drawn)
-    return there
+def warm_up(model: TrainedModel) -> None:
+    """Draw once with a step at each level, as a GPU chooses and compiles its kernels at the first batch of a size."""
+    sampling, levels = model.run.sampling, model.process.levels + 1
+    options = {**sampling.options(), "steps": levels, "share": (1,) * levels}
+    to_host(model.draw(sampling.batch if model.device.type == "cuda" else 1, options=options))()
 
 
 def seconds_per_sample(job: Job) -> float:
@@ -118,17 +134,18 @@ def draw_process(job: Job) -> Path:
     if not picture.exists():
         store = DataPaths.of(job.params).store
         paths = (str(path.resolve()) for path in (job.weights, store, picture))
-        arguments = (*paths, job.name, job.run.sampling, job.params.cluster)
-        list(on_workers(job.params.cluster, draw_process_on_worker, [arguments], threading.Semaphore(0)))
+        params = job.params.cluster
+        how = job.name, job.run.sampling, params.threads, worker_device(params)
+        on_worker(params, draw_process_on_worker, *paths, *how)
     return picture
 
 
 def draw_process_on_worker(
-    weights: str, store: str, picture: str, title: str, sampling: SamplingParams, params: ClusterParams
+    weights: str, store: str, picture: str, title: str, sampling: SamplingParams, threads: int, device: str
 ) -> None:
     """The work of :func:`draw_process`."""
-    torch.set_num_threads(params.threads)
-    model = load_model(weights, "cuda" if params.gpu else "cpu", sampling)
+    torch.set_num_threads(threads)
+    model = load_model(weights, device, sampling)
     image, _ = ImageStore(Path(store))[0]
     times = figures.picture_times(model.process)
     forward = figures.diffused_states(model.process, to_float(torch.from_numpy(image)), times)

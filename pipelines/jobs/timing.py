@@ -8,7 +8,6 @@ turn by turn. Of each step and call the least of all turns counts, as other work
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
@@ -25,7 +24,8 @@ from dvdp.hardware import device_name
 from dvdp.out_of_memory import in_batches
 from dvdp.training.estimate import clock
 from dvdp.training.loop import Training
-from pipelines.jobs.cluster import on_workers
+from pipelines.jobs.cluster import on_worker
+from pipelines.jobs.device import worker_device
 from pipelines.jobs.job import Job
 
 #: Turns at most; no other begins once a setting has taken so many seconds.
@@ -56,8 +56,7 @@ def time_settings(jobs: Sequence[Job]) -> None:
         return
     first = {job.run.setting: job for job in reversed(jobs)}
     params = jobs[0].params.cluster
-    arguments = [job.run for job in first.values()], params
-    (timings,) = on_workers(params, time_on_worker, [arguments], threading.Semaphore(0))
+    timings = on_worker(params, time_on_worker, [job.run for job in first.values()], params, worker_device(params))
     for job in jobs:
         measured = timings[list(first).index(job.run.setting)]
         write_atomically(_path(job), json.dumps(asdict(measured)) + "\n")
@@ -73,10 +72,10 @@ def _path(job: Job) -> Path:
     return job.folder / f"timing-{job.sampling_hash}.json"
 
 
-def time_on_worker(runs: Sequence[Run], params: ClusterParams) -> list[Timing]:
+def time_on_worker(runs: Sequence[Run], params: ClusterParams, on: str) -> list[Timing]:
     """Timings of some settings, turn by turn; one of them is in memory at a time."""
     torch.set_num_threads(params.threads)
-    device = torch.device("cuda" if params.gpu else "cpu")
+    device = torch.device(on)
     turns: list[list[tuple[list[float], list[float]]]] = [[] for _ in runs]
     begun = clock(device)
     for _ in range(TURNS):
@@ -87,7 +86,8 @@ def time_on_worker(runs: Sequence[Run], params: ClusterParams) -> list[Timing]:
             found.append((step_seconds(training), call_seconds(training)))
         if clock(device) - begun > SECONDS * len(runs):
             break
-    return [Timing(device_name(params.gpu), *_seconds(run, found)) for run, found in zip(runs, turns, strict=True)]
+    name = device_name(device.type == "cuda")
+    return [Timing(name, *_seconds(run, found)) for run, found in zip(runs, turns, strict=True)]
 
 
 def _seconds(run: Run, turns: Sequence[tuple[list[float], list[float]]]) -> tuple[float, float]:

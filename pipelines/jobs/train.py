@@ -19,7 +19,7 @@ from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
 from dvdp.training.loop import is_finished
-from pipelines.jobs.cluster import Slots, restored_interrupt
+from pipelines.jobs.cluster import Held, restored_interrupt
 from pipelines.jobs.device import write_machine
 from pipelines.jobs.failures import ERRORS, Raised, explain, keep, killed_for_memory, take
 from pipelines.jobs.job import Job
@@ -29,11 +29,11 @@ from pipelines.logs import to_file
 logger = logging.getLogger("dvdp.jobs")
 
 
-def train_job(job: Job, description: Mapping[str, str], slots: Slots | None = None) -> Path:
+def train_job(job: Job, description: Mapping[str, str], held: Held | None = None) -> Path:
     """Train to the end, unless that is done; returns the weights. Needs :func:`pipelines.jobs.cluster.cluster`.
 
     Args:
-        slots: the caller holds one of them, and there will be fewer if memory runs out.
+        held: slots that the caller holds for the ranks; there will be fewer of them if memory runs out.
 
     One at a time trains a run, in this process or another: whoever comes second waits, and finds it finished.
     """
@@ -54,7 +54,7 @@ def train_job(job: Job, description: Mapping[str, str], slots: Slots | None = No
                 job.params.dataset.flip,
                 {**description, **store.metadata.model_metadata(len(job.run.turning_points))},
                 job.params.cluster,
-                slots,
+                held,
             )
     return job.weights
 
@@ -73,12 +73,12 @@ def train_on_workers(
     flip: bool,
     description: Mapping[str, Any],
     params: ClusterParams,
-    slots: Slots | None = None,
+    held: Held | None = None,
 ) -> None:
     """Train a run with Ray Train: ``cluster.num_workers`` ranks, started again up to ``max_failures`` times.
 
     Resuming is the training loop's own affair: its checkpoints lie in ``folder``. When the machine's memory runs out
-    there are fewer ``slots`` from then on, as long as there is another; a GPU is no run's but its own.
+    there are fewer slots from then on, as long as there are others than those ``held``; a GPU is no run's but its own.
 
     Raises:
         UserError: the training loop's, or why training does not come to its end.
@@ -113,7 +113,7 @@ def train_on_workers(
             if not raised:
                 keep(str(error), folder)
         what = f"{failure.text} (more in {folder / ERRORS})"
-        if failure.memory and not failure.gpu and slots is not None and slots.fewer():
+        if failure.memory and not failure.gpu and held is not None and held.fewer():
             logger.warning("%s: %s; it goes on with one run fewer at a time", run.setting, what)
             continue
         failures += 1

@@ -22,7 +22,7 @@ from pipelines.cli import main
 from pipelines.commands import runs
 from pipelines.commands.evaluate import RegisteredModel, add_evaluation, registered_model
 from pipelines.jobs.paths import DataPaths
-from pipelines.jobs.sample import missing_shards, sample_shard
+from pipelines.jobs.sample import Sampler, missing_shards
 from pipelines.stages import make_extractor, make_references, prepare_data
 from pipelines.tracking.registry import WEIGHTS_DIGEST, register
 from pipelines.tracking.runs import DATASET_DIGEST, EVALUATION_OF, SAMPLING_HASH, TRAINING_HASH, open_run, read_text
@@ -83,8 +83,9 @@ def write_params(**changes: Any) -> None:
 def sampled() -> RegisteredModel:
     """The registered model, its images drawn as a worker of the cluster draws them."""
     model = registered_model(read_params(), ADDRESS)
-    for first, size in missing_shards(model):
-        sample_shard(str(model.weights), str(model.samples), first, size, model.run.sampling, model.params.cluster)
+    sampler = Sampler(str(model.weights), str(model.samples), model.run.sampling, 1, "cpu")
+    for shard in missing_shards(model):
+        sampler(*shard)()
     return model
 
 
@@ -177,6 +178,34 @@ def test_published_statistics_are_a_score_of_their_own_beside_that_against_the_r
     assert set(against_file.data.metrics) == {"fd_labels", "fd_labels_error"}
     assert against_file.data.metrics["fd_labels"] == pytest.approx(against_data.data.metrics["fd_labels"], rel=1e-9)
     assert against_file.data.params["reference_digest"].startswith("npz ")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_worker_with_a_gpu_of_rays_scores_as_this_process_does(
+    client: MlflowClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features of the reference, images and scores: each by a worker, which Ray has given the only GPU."""
+    sampled()
+    assert main(["evaluate", "--model", ADDRESS]) == 0
+    expected, (here,) = capsys.readouterr().out, Path("runs").glob("models/*/scores/*.json")
+    record, nearest = here.read_text(), here.with_name(f"{here.stem}.nearest.csv").read_text()
+
+    features = Path("data/digits/reference/features.safetensors")
+    known = features.read_bytes()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 1}')
+    for module in ("pipelines.jobs.device", "pipelines.jobs.score", "pipelines.jobs.sample"):
+        monkeypatch.setattr(f"{module}.worker_device", lambda _: "cpu")
+    write_params(cluster={"threads": 1, "gpu": True, "busy": "share", "storage": "others"})
+    assert main(["reference"]) == 0
+    assert features.read_bytes() == known
+    capsys.readouterr()
+    assert main(["evaluate", "--model", ADDRESS]) == 0
+    assert capsys.readouterr().out == expected
+    (there,) = Path("others").glob("models/*/scores/*.json")
+    assert there.read_text() == record
+    assert there.with_name(f"{there.stem}.nearest.csv").read_text() == nearest
 
 
 def test_a_record_that_is_the_runs_own_is_not_added(client: MlflowClient) -> None:

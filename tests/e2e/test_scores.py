@@ -126,7 +126,7 @@ def drawing(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "sample_shard" in " ".join(child.cmdline()):
+                if "ray::Sampler" in " ".join(child.cmdline()):
                     found.append(child)
     return found
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import ipaddress
 import os
+import re
+import signal
 import socket
 import stat
 import subprocess
@@ -11,23 +15,31 @@ import sys
 import tempfile
 import threading
 import time
-from itertools import product
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
+from tqdm import tqdm
 
 from dvdp.config import ClusterParams
 from dvdp.errors import UserError
 from pipelines.jobs.cluster import (
     AUTHENTICATION,
+    Slots,
+    Work,
     check_address,
     check_storage,
     close_to_others,
     cluster,
+    on_worker,
     on_workers,
     private_folder,
 )
+from tests.e2e.support import wait_until
 
 #: Asks the GCS of a cluster for its nodes, as any client does first.
 CALL = """
@@ -42,8 +54,21 @@ def at_once(spans: list[tuple[float, float]]) -> int:
     return max(sum(start <= at < end for start, end in spans) for at, _ in spans)
 
 
+def begins(work: Callable[..., Any]) -> Callable[[], Work]:
+    """A worker's start, for work that leaves nothing to its end."""
+
+    def start() -> Work:
+        def begin(*arguments: Any) -> Callable[[], Any]:
+            result = work(*arguments)
+            return lambda: result
+
+        return begin
+
+    return start
+
+
 @pytest.mark.slow
-def test_tasks_take_the_slots_that_are_left_and_give_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_take_the_slots_that_are_left_and_give_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     params = ClusterParams(threads=1, busy="share")
 
@@ -52,25 +77,143 @@ def test_tasks_take_the_slots_that_are_left_and_give_them_back(monkeypatch: pyte
         time.sleep(seconds)
         return start, time.time()
 
-    with cluster(params) as slots:
-        tasks = list(product([0.5], range(4)))
-        list(on_workers(params, work, tasks, threading.Semaphore(1)))  # Two processes are up.
-        assert at_once(list(on_workers(params, work, tasks, threading.Semaphore(0)))) == 1
-        left = threading.Semaphore(1)
-        assert at_once(list(on_workers(params, work, tasks, left))) == 2
-        assert left.acquire(blocking=False), "given back"
-        assert not left.acquire(blocking=False), "once"
-        with slots:
-            found = list(on_workers(params, work, tasks, slots))
-        assert len(found) == len(tasks)
+    def broken(_: int) -> None:
+        raise ValueError("broken")
 
-        def broken(_: int) -> None:
-            raise ValueError("broken")
+    with cluster(params):
+        tasks = list(product([0.5], range(20)))
+        slots = Slots(1)
+        with slots.hold(1) as held:
+            assert at_once(list(on_workers(params, begins(work), tasks[:3], held))) == 1
+        slots = Slots(2)
+        with slots.hold(1) as held:
+            assert at_once(list(on_workers(params, begins(work), tasks, held))) == 2
+            assert (held.number, held.more(), held.more()) == (1, True, False), "given back, once"
+        with slots.hold(1) as held, pytest.raises(UserError, match="a worker raised ValueError: broken"):
+            list(on_workers(params, begins(broken), [(0,), (1,)], held))
+        assert slots.hold(2).number == 2, "given back after a failure too"
 
-        left = threading.Semaphore(1)
-        with pytest.raises(Exception, match="broken"):
-            list(on_workers(params, broken, [(0,), (1,)], left))
-        assert left.acquire(blocking=False), "given back after a failure too"
+
+def test_a_run_waits_for_all_of_its_slots_and_nobody_takes_them_from_under_it() -> None:
+    slots = Slots(3)
+    first, sampling = slots.hold(2), slots.hold(0)
+    waiting = threading.Thread(target=slots.hold, args=(2,))
+    waiting.start()
+    while not slots._waiting:
+        time.sleep(0.001)
+    assert not sampling.more(), "the third is free, and a run waits"
+    first.keep(1)
+    waiting.join(5)
+    assert not waiting.is_alive(), "it begins while the first is scored"
+    assert not sampling.more()
+    first.release()
+    assert sampling.more()
+    first.release()
+    assert not sampling.more(), "given back once"
+
+
+class Counting:
+    """Work that says who begins and ends it, and when."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / f"start-{os.getpid()}").touch()
+
+    def __call__(self, piece: int) -> Callable[[], Told]:
+        begun = time.time()
+        time.sleep(0.2)
+
+        def end() -> Told:
+            time.sleep(0.1)
+            with (self.folder / f"done-{piece}").open("a") as file:
+                file.write("x")
+            return Told(piece, os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), begun, time.time())
+
+        return end
+
+
+class Told(NamedTuple):
+    piece: int
+    process: int
+    gpu: str
+    begun: float
+    ended: float
+
+
+@pytest.mark.slow
+def test_a_gpu_has_one_process_for_all_pieces_and_begins_one_while_another_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 2}')
+    params = ClusterParams(threads=1, gpu=True, num_workers=2, busy="share", storage=tmp_path)
+    with cluster(params) as slots, slots.hold(2) as held:
+        import ray
+
+        assert not held.more(), "as many slots as GPUs"
+        found = list(on_workers(params, partial(Counting, tmp_path), [(i,) for i in range(40)], held))
+        assert sorted(each.piece for each in found) == list(range(40))
+        of_gpus = {(each.process, each.gpu) for each in found}
+        assert sorted(gpu for _, gpu in of_gpus) == ["0", "1"]
+        assert len(list(tmp_path.glob("start-*"))) == 2
+        for process, _ in of_gpus:
+            mine = sorted(each for each in found if each.process == process)
+            beside = [after.begun < before.ended for before, after in pairwise(mine)]
+            assert sum(beside) >= len(beside) - 2, "all but the last"
+        wait_until(lambda: ray.available_resources().get("GPU") == 2)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_started_again_and_what_was_done_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    params = ClusterParams(threads=1, num_workers=2, busy="share", storage=tmp_path, max_failures=1)
+
+    def kill_one(after: int) -> list[Told]:
+        """Do 20 pieces; once so many are done, kill who did the last."""
+        found = []
+        for told in on_workers(params, partial(Counting, tmp_path), [(i,) for i in range(20)], held):
+            found.append(told)
+            if len(found) == after:
+                os.kill(told.process, signal.SIGKILL)
+        return found
+
+    with cluster(params) as slots, slots.hold(2) as held:
+        found = kill_one(5)
+        assert sorted(each.piece for each in found) == list(range(20))
+        assert len(list(tmp_path.glob("start-*"))) == 3
+        # What had been told is not done again; of what had not, one piece may have been about to be.
+        assert sum(len(path.read_text()) - 1 for path in tmp_path.glob("done-*")) <= 1
+        params = dataclasses.replace(params, max_failures=0)
+        with pytest.raises(UserError) as caught:
+            kill_one(5)
+        assert str(caught.value) == (
+            "cluster: a worker was killed by a signal or crashed, and raised nothing; what is finished is kept, run the"
+            " same command again."
+        )
+
+
+@pytest.mark.slow
+def test_the_bar_of_a_worker_is_shown_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def work(count: int) -> int:
+        with tqdm(total=count, desc="score small", unit="image", disable=None, mininterval=0) as bar:
+            for _ in range(count):
+                time.sleep(0.2)
+                bar.update()
+        return count
+
+    params, terminal = ClusterParams(threads=1, busy="share"), Terminal()
+    with cluster(params):
+        monkeypatch.setattr("sys.stderr", terminal)
+        assert on_worker(params, work, 10) == 10
+    assert re.search(r"score small: +\d0%.*[1-9]/10 \[.*image/s", terminal.getvalue())
 
 
 @pytest.mark.slow
@@ -84,7 +227,10 @@ def test_the_cluster_of_this_machine_is_closed_to_others(monkeypatch: pytest.Mon
     with cluster(ClusterParams(threads=1, busy="share")) as room:
         import ray
 
-        list(on_workers(ClusterParams(threads=1, busy="share"), work, [(0,), (1,)], room))
+        pieces = on_workers(
+            ClusterParams(threads=1, busy="share"), begins(work), [(i,) for i in range(999)], room.hold(1)
+        )
+        next(pieces)  # Workers are up, and stay so as long as there are more.
         mine = psutil.Process()
         processes = [mine, *mine.children(recursive=True)]
         assert {"gcs_server", "raylet"} <= {process.name() for process in processes}
@@ -198,8 +344,8 @@ def test_a_cluster_starts_below_a_folder_whose_path_is_too_long_for_sockets(
     def work(_: int) -> str:
         return tempfile.gettempdir()
 
-    with cluster(ClusterParams(threads=1, busy="share")) as slots:
-        (found,) = on_workers(ClusterParams(threads=1, busy="share"), work, [(0,)], slots)
+    with cluster(ClusterParams(threads=1, busy="share")):
+        found = on_worker(ClusterParams(threads=1, busy="share"), work, 0)
         assert found.startswith("/tmp/dvdp-")
     assert not Path(found).exists()
 

@@ -18,7 +18,7 @@ from dvdp.config import ClusterParams, Params
 from dvdp.errors import UserError
 from dvdp.out_of_memory import OutOfMemory
 from pipelines.jobs import train
-from pipelines.jobs.cluster import Slots, cluster, on_workers
+from pipelines.jobs.cluster import Held, Slots, cluster, on_worker
 from pipelines.jobs.failures import ERRORS, Raised, explain, one_line, take
 
 Worker = Callable[[dict[str, Any]], None]
@@ -139,22 +139,21 @@ def test_what_ray_raises_is_told_apart() -> None:
 
 
 def test_a_slot_less_is_less_for_good_and_the_last_stays() -> None:
-    slots = Slots(3)
-    for _ in range(2):
-        slots.acquire()
-    assert slots.fewer()  # Takes the third.
-    assert not slots.acquire(blocking=False)
-    waiting = threading.Thread(target=slots.fewer)
+    slots = Slots(6)
+    one, other = slots.hold(2), slots.hold(2)
+    assert one.fewer()  # Takes the third pair.
+    assert not other.more()
+    waiting = threading.Thread(target=other.fewer)
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive(), "until another gives its back"
-    slots.release()
+    one.release()
     waiting.join(5)
     assert not waiting.is_alive()
-    assert not slots.fewer()
-    slots.release()
-    assert slots.acquire(blocking=False)
-    assert not slots.acquire(blocking=False)
+    assert not other.fewer()
+    other.release()
+    with slots.hold(2) as last:
+        assert not last.more()
 
 
 @pytest.fixture
@@ -163,9 +162,9 @@ def train_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     (run, *_) = Params().runs()
 
-    def train_with(worker: Worker, slots: Slots | None = None, **params: Any) -> None:
+    def train_with(worker: Worker, held: Held | None = None, **params: Any) -> None:
         monkeypatch.setattr(train, "worker", worker)
-        train.train_on_workers(run, tmp_path, tmp_path, "hash", False, {}, ClusterParams(**params), slots)
+        train.train_on_workers(run, tmp_path, tmp_path, "hash", False, {}, ClusterParams(**params), held)
 
     return train_with
 
@@ -259,18 +258,14 @@ def test_without_memory_there_is_one_run_fewer_at_a_time_and_then_a_sentence(
         time.sleep(100)
 
     with cluster(ClusterParams(threads=1, busy="share")) as slots:
-        count = 0
-        while slots.acquire(blocking=False):
-            count += 1
-        for _ in range(count - 1):
-            slots.release()
+        held = slots.hold(1)
         with pytest.raises(UserError) as caught:
-            train_with(reporting(work), slots, max_failures=1)
+            train_with(reporting(work), held, max_failures=1)
         assert str(caught.value).startswith(
             "training: Ray ended it, as this machine or its container was running out of memory (more in"
         )
         assert "this was failure 2" in str(caught.value)
-        assert not slots.acquire(blocking=False), "one is left, which is held"
+        assert not held.more(), "one is left, which is held"
 
         with pytest.raises(UserError, match=r"^cluster: Ray ended it, as this machine"):
-            list(on_workers(ClusterParams(threads=1, storage=tmp_path), lambda _: time.sleep(100), [(0,)], slots))
+            on_worker(ClusterParams(threads=1, storage=tmp_path), time.sleep, 100)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 import threading
 import time
@@ -11,21 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from dvdp.config import Params, Run, parse_params
+from dvdp.config import Params, Run, SamplingParams, parse_params
 from dvdp.data.records import Form, encode
 from dvdp.data.writer import StoreWriter
 from dvdp.errors import UserError
 from dvdp.evaluation.samples import SampleShards, write_shard
 from dvdp.models.export import TrainedModel, load_model, save_model
 from dvdp.models.unet import build_network
+from pipelines.jobs.cluster import cluster
 from pipelines.jobs.job import Job, jobs
-from pipelines.jobs.sample import missing_shards, sample_shard, seconds_per_sample
+from pipelines.jobs.sample import Sampler, missing_shards, sample_job, seconds_per_sample, warm_up
 from pipelines.jobs.train import LOG
 from pipelines.tracking.job_runs import model_file
 from pipelines.tracking.runs import SETTING
+
+#: Of a process that draws.
+NAME = "ray::Sampler"
 
 
 def params(storage: Path = Path("runs")) -> Params:
@@ -57,6 +61,10 @@ def trained(run: Run, weights: Path) -> Path:
     return weights
 
 
+def sampler(weights: Path, folder: Path, sampling: SamplingParams) -> Sampler:
+    return Sampler(str(weights), str(folder), sampling, 1, "cpu")
+
+
 def test_samples_are_drawn_as_the_params_say_now_not_as_they_said_when_the_model_was_trained(tmp_path: Path) -> None:
     (run,) = params().runs()
     weights = trained(run, tmp_path / "weights.safetensors")
@@ -67,24 +75,23 @@ def test_samples_are_drawn_as_the_params_say_now_not_as_they_said_when_the_model
         "lift": replace(run.sampling, lift="data"),
         "timestep_spacing": replace(run.sampling, timestep_spacing="quadratic"),
     }.items():
-        sample_shard(str(weights), str(tmp_path / name), 2, 3, changed, params().cluster)
+        sampler(weights, tmp_path / name, changed)(2, 3)()
         found = np.load(tmp_path / name / "00000002.npy")
         expected = load_model(weights, sampling=changed).sample(3, first=2).numpy()
         np.testing.assert_array_equal(found, expected)
         assert (name == "same") == np.array_equal(found, np.load(tmp_path / "same" / "00000002.npy"))
 
 
-def test_images_are_the_same_from_any_number_of_tasks_in_any_batch(tmp_path: Path) -> None:
+def test_images_are_the_same_in_shards_of_any_size(tmp_path: Path) -> None:
     (run,) = params().runs()
     weights = trained(run, tmp_path / "weights.safetensors")
     expected = load_model(weights, sampling=run.sampling).sample(7).numpy()
-    for batch, sizes in ((2, [7]), (64, [3, 4]), (1, [1, 2, 4])):
-        folder = tmp_path / f"{batch}-{len(sizes)}"
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    for sizes in ([7], [3, 4], [1, 2, 4]):
+        folder = tmp_path / str(len(sizes))
+        draw, starts = sampler(weights, folder, run.sampling), [sum(sizes[:i]) for i in range(len(sizes))]
         # Workers finish in any order.
         for first, size in reversed(list(zip(starts, sizes, strict=True))):
-            changed = replace(run.sampling, batch=batch)
-            assert sample_shard(str(weights), str(folder), first, size, changed, params().cluster) == size
+            assert draw(first, size)() == size
         shards = SampleShards(folder)
         found = np.stack([shards[i].numpy() for i in range(len(shards))])
         assert np.abs(found.astype(int) - expected).max() <= 1
@@ -104,7 +111,7 @@ def test_a_task_whose_batch_does_not_fit_goes_on_with_half_of_it_to_the_same_ima
         return draw(model, count, *arguments, **options)
 
     monkeypatch.setattr(TrainedModel, "draw", limited)
-    assert sample_shard(weights, str(job.samples), 0, 8, run.sampling, job.params.cluster) == 8
+    assert sampler(Path(weights), job.samples, run.sampling)(0, 8)() == 8
     assert [len(np.load(path)) for path in sorted(job.samples.glob("*.npy"))] == [2, 2, 2, 2]
     assert missing_shards(job) == []
     shards = SampleShards(job.samples)
@@ -115,12 +122,21 @@ def test_a_task_whose_batch_does_not_fit_goes_on_with_half_of_it_to_the_same_ima
     assert "it goes on with 2 at a time" in log
 
 
-def test_a_task_of_several_batches_leaves_a_file_of_each_and_what_it_took(tmp_path: Path) -> None:
+def test_a_worker_leaves_a_file_of_each_batch_and_what_it_took_without_loading_and_warming_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(model: TrainedModel) -> None:
+        warm_up(model)
+        time.sleep(2)
+
     (run,) = params(tmp_path).runs()
     job = Job(params(tmp_path), replace(run, sampling=replace(run.sampling, batch=3)), "digest")
-    weights = str(trained(run, job.weights))
+    trained(run, job.weights)
+    monkeypatch.setattr("pipelines.jobs.sample.warm_up", slow)
     begun = time.perf_counter()
-    sample_shard(weights, str(job.samples), 0, 8, job.run.sampling, job.params.cluster)
+    draw = sampler(job.weights, job.samples, job.run.sampling)
+    for shard in missing_shards(job):
+        draw(*shard)()
     elapsed = time.perf_counter() - begun
     found = {path.name: np.load(path) for path in job.samples.glob("*.npy")}
     assert {name: len(images) for name, images in found.items()} == {
@@ -128,67 +144,77 @@ def test_a_task_of_several_batches_leaves_a_file_of_each_and_what_it_took(tmp_pa
         "00000003.npy": 3,
         "00000006.npy": 2,
     }
-    expected = load_model(weights, sampling=job.run.sampling).sample(8).numpy()
+    expected = load_model(job.weights, sampling=job.run.sampling).sample(8).numpy()
     np.testing.assert_array_equal(np.concatenate([images for _, images in sorted(found.items())]), expected)
-    assert 0 < 8 * seconds_per_sample(job) < elapsed
+    assert 0 < 8 * seconds_per_sample(job) < elapsed - 2
 
 
-def test_a_batch_is_written_while_the_next_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_timed_from_the_one_before_it_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is told to draw a batch long before it begins with it."""
+    now = iter([0.0, 1.0, 7.0, 12.0, 20.0, 21.0])  # Two are begun, one and the other are there; a third after a pause.
     (run,) = params().runs()
-    weights = trained(run, tmp_path / "weights.safetensors")
-    second, draw = threading.Event(), TrainedModel.draw
+    draw = sampler(trained(run, tmp_path / "weights.safetensors"), tmp_path / "samples", run.sampling)
+    monkeypatch.setattr("pipelines.jobs.sample.time.perf_counter", lambda: next(now))
+    first, second = draw(0, 1), draw(1, 1)
+    first()
+    second()
+    draw(2, 1)()
+    found = [float(path.read_text()) for path in sorted((tmp_path / "samples").glob("*.seconds"))]
+    assert found == [7, 5, 1]
 
-    def spy(model: TrainedModel, count: int, first: int) -> torch.Tensor:
-        if first:
-            second.set()
-        return draw(model, count, first)
 
-    def write_late(path: Path, images: torch.Tensor) -> None:
-        assert second.wait(timeout=20), "nothing was drawn meanwhile"
-        write_shard(path, images)
-
-    monkeypatch.setattr(TrainedModel, "draw", spy)
-    monkeypatch.setattr("pipelines.jobs.sample.write_shard", write_late)
-    changed = replace(run.sampling, batch=4)
-    sample_shard(str(weights), str(tmp_path / "samples"), 0, 8, changed, params().cluster)
-    assert len(SampleShards(tmp_path / "samples")) == 8
+def test_warming_up_takes_a_step_at_each_level(tmp_path: Path) -> None:
+    (run,) = params().runs()
+    model = load_model(trained(run, tmp_path / "weights.safetensors"), sampling=replace(run.sampling, steps=999))
+    shapes = []
+    model.denoiser.network.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
+    warm_up(model)
+    assert shapes == [(1, 3, 8, 8), (1, 3, 16, 16)]
 
 
 @pytest.mark.parametrize("failing", ["00000000.npy", "00000003.npy", "00000006.npy"])
-def test_what_goes_wrong_while_writing_ends_the_task_and_keeps_the_batches_before(tmp_path: Path, failing: str) -> None:
+def test_a_shard_that_cannot_be_written_is_an_error_and_those_before_are_kept(tmp_path: Path, failing: str) -> None:
     (run,) = params().runs()
     weights, folder = trained(run, tmp_path / "weights.safetensors"), tmp_path / "samples"
     (folder / failing).mkdir(parents=True)
+    draw, shards = sampler(weights, folder, run.sampling), [(0, 3), (3, 3), (6, 2)]
     with pytest.raises(IsADirectoryError, match=failing):
-        sample_shard(str(weights), str(folder), 0, 8, replace(run.sampling, batch=3), params().cluster)
+        [draw(*shard)() for shard in shards]
     left = sorted(path.name for path in folder.glob("*.npy") if path.is_file())
     assert left == [name for name in ("00000000.npy", "00000003.npy") if name < failing]
 
 
 @pytest.mark.slow
-def test_a_killed_task_of_several_batches_keeps_those_it_has_finished(tmp_path: Path) -> None:
+def test_a_worker_killed_while_it_draws_is_started_again_and_draws_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     asked = params(tmp_path)
+    asked = replace(asked, cluster=replace(asked.cluster, busy="share"))
     (run,) = asked.runs()
-    asked = replace(asked, cluster=replace(asked.cluster, gpu=True))
     job = Job(asked, replace(run, sampling=replace(run.sampling, count=60, steps=40, batch=4)), "digest")
-    weights, count = str(trained(run, job.weights)), job.run.sampling.count
-    assert missing_shards(job) == [(0, count)]
-    arguments = (weights, str(job.samples), 0, count, job.run.sampling, params().cluster)
-    process = multiprocessing.get_context("spawn").Process(target=sample_shard, args=arguments)
-    process.start()
-    while len(list(job.samples.glob("*.npy"))) < 3:
-        assert process.is_alive()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    kept = {path: path.read_bytes() for path in job.samples.glob("*.npy")}
+    trained(run, job.weights)
+    kept: dict[Path, int] = {}
+
+    def kill() -> None:
+        while not kept:
+            time.sleep(0.01)
+            if len(list(job.samples.glob("*.npy"))) >= 3:
+                children = psutil.Process().children(recursive=True)
+                worker = next(each for each in children if NAME in each.cmdline()[0])
+                worker.kill()
+                worker.wait()
+                kept.update({path: path.stat().st_mtime_ns for path in job.samples.glob("*.npy")})
+
+    with cluster(asked.cluster) as slots, slots.hold(1) as held:
+        killer = threading.Thread(target=kill)
+        killer.start()
+        sample_job(job, held)
+        killer.join()
     assert 3 <= len(kept) < 15
-    assert missing_shards(job) == [(4 * len(kept), count - 4 * len(kept))]
-    for first, size in missing_shards(job):
-        sample_shard(weights, str(job.samples), first, size, job.run.sampling, params().cluster)
-    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a shard was drawn again"
     shards = SampleShards(job.samples)
-    expected = load_model(weights, sampling=job.run.sampling).sample(count)
+    expected = load_model(job.weights, sampling=job.run.sampling).sample(job.run.sampling.count)
     assert torch.equal(torch.stack([shards[i] for i in range(len(shards))]), expected)
 
 
@@ -210,12 +236,13 @@ def test_only_images_that_are_in_no_shard_are_left_to_draw(tmp_path: Path) -> No
     assert len(SampleShards(job.samples)) == 700
 
 
-def test_a_task_that_is_a_process_draws_more_images(tmp_path: Path) -> None:
+def test_a_shard_is_a_batch_of_any_size_and_on_a_cpu_no_more_than_leaves_some_for_each_core(tmp_path: Path) -> None:
     asked = params(tmp_path)
     (run,) = asked.runs()
-    asked = replace(asked, cluster=replace(asked.cluster, gpu=True))
-    job = Job(asked, replace(run, sampling=replace(run.sampling, count=700, batch=64)), "digest")
-    assert missing_shards(job) == [(0, 256), (256, 256), (512, 188)]
+    job = Job(asked, replace(run, sampling=replace(run.sampling, count=1200, batch=1024)), "digest")
+    assert missing_shards(job) == [(0, 256), (256, 256), (512, 256), (768, 256), (1024, 176)]
+    on_gpu = replace(job, params=replace(asked, cluster=replace(asked.cluster, gpu=True)))
+    assert missing_shards(on_gpu) == [(0, 1024), (1024, 176)]
 
 
 def test_a_registered_model_samples_by_default_as_its_own_setting_does(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dvdp.config import Params, parse_params
+from dvdp.config import Params, Run, parse_params
 from dvdp.data.loading import ArrayImages
 from dvdp.hardware import device_name
 from dvdp.models.export import TrainedModel
@@ -65,7 +64,7 @@ def test_work_beside_them_changes_no_time(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Training, "update", update)
     monkeypatch.setattr(TrainedModel, "draw", draw)
     ddpm, _, dvdp, _ = params(tmp_path).runs()
-    found = time_on_worker([ddpm, dvdp], params(tmp_path).cluster)
+    found = time_on_worker([ddpm, dvdp], params(tmp_path).cluster, "cpu")
     # A batch of 10 and 10 steps: all of them at full size, or 3 of 10 there, 3 at a quarter and 4 at a sixteenth.
     assert [each.seconds_per_step for each in found] == pytest.approx([10, 3 + 3 / 4 + 4 / 16])
     assert [each.seconds_per_sample for each in found] == pytest.approx([10, 3 + 3 / 4 + 4 / 16])
@@ -73,7 +72,7 @@ def test_work_beside_them_changes_no_time(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_setting_is_timed_by_real_steps_and_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TURNS", 1)
-    (found,) = time_on_worker([params(tmp_path).runs()[2]], params(tmp_path).cluster)
+    (found,) = time_on_worker([params(tmp_path).runs()[2]], params(tmp_path).cluster, "cpu")
     assert min(found.seconds_per_step, found.seconds_per_sample) > 0
     assert found.device == device_name(gpu=False), "times of another machine are not compared with these"
 
@@ -92,12 +91,11 @@ def test_settings_are_timed_once_and_all_again_where_one_is_new(
 ) -> None:
     asked: list[int] = []
 
-    def on_workers(_cluster: Any, _work: Any, arguments: list[tuple[Any, ...]], _slots: Any) -> Iterator[list[Timing]]:
-        runs = arguments[0][0]
+    def on_worker(_cluster: Any, _work: Any, runs: list[Run], *_: Any) -> list[Timing]:
         asked.append(len(runs))
-        yield [Timing("cpu", float(len(run.turning_points)), 1.0) for run in runs]
+        return [Timing("cpu", float(len(run.turning_points)), 1.0) for run in runs]
 
-    monkeypatch.setattr(module, "on_workers", on_workers)
+    monkeypatch.setattr(module, "on_worker", on_worker)
     jobs = [Job(params(tmp_path), run, "digest") for run in params(tmp_path).runs()]
     time_settings(jobs[:2])
     time_settings(jobs[:2])
