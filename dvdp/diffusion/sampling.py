@@ -148,9 +148,9 @@ def sample(
     return x
 
 
-def images_together(process: Process, batch: int) -> int:
-    """Images to ask :func:`sample` for, so that levels 0 to 2 have full batches, and coarser ones as many images."""
-    return batch * min(4**process.levels, TOGETHER)
+def images_together(levels: int, batch: int) -> int:
+    """Images to ask :func:`sample` for, so that of levels 0 .. K the first three have full batches, the others as many."""
+    return batch * min(4**levels, TOGETHER)
 
 
 def _level_to_enter(process: Process, size: tuple[int, int], x: Tensor, t: int) -> int:

@@ -120,7 +120,7 @@ class TrainedModel:
         chosen = {name: value for name, value in given.items() if value is not None}
         options = {**self.run.sampling.options(steps), **chosen}
         options["batch"] = batch or self.run.sampling.batch
-        size = images_together(self.process, options["batch"])
+        size = images_together(self.process.levels, options["batch"])
 
         def draw(start: int, size: int) -> Tensor:
             return self.draw(size, start, options, asked, callback).cpu()

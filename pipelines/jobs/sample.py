@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from dvdp.config import SamplingParams
 from dvdp.data.store import ImageStore
+from dvdp.diffusion.sampling import images_together
 from dvdp.evaluation import figures
 from dvdp.evaluation.samples import write_shard
 from dvdp.files import write_atomically
@@ -54,12 +56,15 @@ def sample_job(job: Sampled, held: Held) -> Path:
 
 
 def missing_shards(job: Sampled) -> list[tuple[int, int]]:
-    """The first image and the number of images of each shard that is still to be drawn, a batch or less.
+    """The first image and the number of images of each shard that is still to be drawn.
 
+    On a GPU they fill the levels of low resolution; on a CPU they are a batch at most, so that all cores have some.
     Whatever lies there is kept, however it was divided.
     """
     sampling = job.run.sampling
-    count, most = sampling.count, sampling.batch if job.params.cluster.gpu else min(SHARD_IMAGES, sampling.batch)
+    count, most = sampling.count, min(SHARD_IMAGES, sampling.batch)
+    if job.params.cluster.gpu:
+        most = images_together(len(job.run.turning_points), sampling.batch)
     there = {int(path.stem): images_in(path) for path in job.samples.glob("*.npy")}
     missing, first = [], 0
     while first < count:
@@ -119,7 +124,8 @@ def warm_up(model: TrainedModel) -> None:
     """Draw once with a step at each level, as a GPU chooses and compiles its kernels at the first batch of a size."""
     sampling, levels = model.run.sampling, model.process.levels + 1
     options = {**sampling.options(), "steps": levels, "share": (1,) * levels}
-    to_host(model.draw(sampling.batch if model.device.type == "cuda" else 1, options=options))()
+    count = images_together(levels - 1, sampling.batch) if model.device.type == "cuda" else 1
+    to_host(model.draw(count, options=options))()
 
 
 def seconds_per_sample(job: Job) -> float:
