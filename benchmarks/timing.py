@@ -114,7 +114,7 @@ def peak_tflops(precision: str, device: torch.device) -> dict[str, float]:
     return found
 
 
-def peak_memory(work: Callable[[], None], device: torch.device) -> int:
+def peak_memory(work: Callable[[], object], device: torch.device) -> int:
     """Bytes that a piece of work takes at most, beyond what was held before it."""
     gc.collect()
     if device.type == "cuda":

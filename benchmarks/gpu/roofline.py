@@ -1,6 +1,6 @@
 """Seconds of training and sampling on one H200, predicted from counts: a model of the machine, until one is measured.
 
-    python -m benchmarks.gpu.roofline    # benchmarks/results/gpu_roofline.json anew from gpu_counts.json
+    python -m benchmarks.gpu.roofline    # benchmarks/results/gpu_roofline.json and the docs anew from gpu_counts.json
 
 A kernel takes as long as its bytes or its FLOPs, whichever is longer, and at least :data:`SHORTEST_KERNEL`. A piece of
 work takes as long as its kernels one after the other (bound by the GPU), or as the host takes to launch them in eager
@@ -11,19 +11,20 @@ which is not predicted. All constants are assumptions; :mod:`benchmarks.gpu.leas
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.fake import ROOT
 from benchmarks.gpu.kernels import Kernel
 from dvdp.diffusion.spans import level_shares
 from dvdp.files import write_atomically
 
-COUNTS = ROOT / "benchmarks/results/gpu_counts.json"
-ROOFLINE = ROOT / "benchmarks/results/gpu_roofline.json"
+_RESULTS = Path(__file__).resolve().parents[1] / "results"
+COUNTS, ROOFLINE = _RESULTS / "gpu_counts.json", _RESULTS / "gpu_roofline.json"
 #: Bytes a second that kernels reach: 83 % of the data sheet's 4.8 TB/s.
 BANDWIDTH = 4.0e12
 #: FLOPs a second: of large bf16 convolutions (61 % of the dense peak), of fp32 ones as TF32, and of fp32 products,
@@ -33,6 +34,8 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 #: Seconds that a kernel takes on the GPU, however small, and that the host takes to launch one in eager mode.
 SHORTEST_KERNEL, HOST = 3e-6, 7e-6
 STEPS = 1000
+DOCS = _RESULTS.parents[1] / "docs/performance.md"
+BEGIN, END = "<!-- roofline: begin, made by benchmarks.gpu.roofline -->", "<!-- roofline: end -->"
 
 
 def kernel_seconds(kernel: Kernel) -> float:
@@ -91,9 +94,36 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def table(record: Mapping[str, Any]) -> str:
+    """Counts and predictions in Markdown."""
+    lines = [
+        "| network | step of level 0 | launches, all levels | iteration, s | DDPM over DVDP | 1,000-step image, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in roofline(record)["networks"].items():
+        counted, level_0 = record["networks"][name], found["parts"]["step, level 0"]
+        step, every = (counted["parts"][f"step, {levels}"] for levels in ("level 0", "all levels"))
+        cells = [
+            f"{name}, batch {counted['batch']}, {counted['optimizer']}",
+            f"{step['launches']:,} launches, {step['gigabytes']:.3g} GB, {level_0['seconds']:.3g} s"
+            f" ({level_0['bound_by']}), {level_0['tflops_per_second']:.3g} TFLOP/s",
+            f"{every['launches']:,}",
+        ]
+        for key in ("iteration_seconds", "training_ddpm_over_dvdp", "seconds_of_an_image_of_1000_steps"):
+            cells.append(f"{found[key]:.3g}, graphed {found[f'{key}_graphed']:.3g}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def put_in(page: str, text: str) -> str:
+    """A page with another table between its marks."""
+    return re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n{text}\n{END}", page, flags=re.DOTALL)
+
+
 def write_roofline(record: Mapping[str, Any]) -> None:
-    """From a record of counts."""
+    """From a record of counts: the predictions, and the table in the docs."""
     write_atomically(ROOFLINE, json.dumps(roofline(record), indent=2) + "\n")
+    write_atomically(DOCS, put_in(DOCS.read_text(), table(record)))
 
 
 def main() -> int:

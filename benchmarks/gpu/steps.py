@@ -1,44 +1,25 @@
-"""Training steps and samples at the paper's protocol on one GPU: DDPM and DVDP, eager and compiled, bf16.
+"""Training steps and samples at the paper's protocol: what is measured of them on a GPU, and the goals.
 
-    python3 -m benchmarks.gpu.steps --resolution 256 --mode channels_last eager --out steps_256.json
-    python3 -m benchmarks.gpu.steps --resolution 256 --mode compiled --seconds 540 --out steps_256_compiled.json
-    python3 -m benchmarks.gpu.steps --resolution 32 --mode channels_last eager compiled --out steps_32.json
-
-Modes: *eager*; *channels_last*, eager with weights in that layout; *compiled*, with that layout, by torch.compile, for
-each level and number of images by itself: ``first_seconds`` says how long that takes. Of ``training.levels: all``, what
-is measured is the first step; others may have an image of a level more or less.
-
-Runs from a bare checkout with torch, numpy, pillow, ruamel.yaml, safetensors and tqdm. Batches are the paper's: 128
-images to train, 256 to sample at 32 px, 24 and 64 at 256 px. Each measurement is written at once, and ``--seconds``
-ends the run wherever it is, so that a run cut short keeps what it has. With ``--toy`` it runs in seconds on a CPU, to
-see that it does.
+Batches are the paper's: 128 images to train, 256 to sample at 32 px, 24 and 64 at 256 px, in bf16. Of
+``training.levels: all``, what is measured is the first step; others may have an image of a level more or less.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import signal
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
 import torch
 
-from benchmarks.machine import machine
-from benchmarks.steps import TOY, bound, draw, make_run, start, step
-from benchmarks.timing import peak_memory, peak_tflops, seconds, take_turns
-from dvdp.config import ModelParams, TrainingParams
+from benchmarks.steps import step
+from benchmarks.timing import peak_memory, seconds, take_turns
+from dvdp.config import ModelParams
 from dvdp.diffusion.timesteps import share_steps
-from dvdp.errors import UserError
-from dvdp.files import write_atomically
-from dvdp.models.compilation import compile_network, explained
 from dvdp.models.flops import level_flops
+from dvdp.models.compilation import compile_network
 from dvdp.training.levels import level_counts
 from dvdp.training.loop import Training
 
@@ -74,6 +55,7 @@ PAPER = {
         ),
     ),
 }
+#: *channels_last*: eager, with weights in that layout; *compiled*: so too, by torch.compile.
 MODES = ("eager", "channels_last", "compiled")
 #: Steps in one piece of work that is timed.
 REPEATS = 5
@@ -87,93 +69,16 @@ GOALS = {
 
 
 class TimeIsUp(BaseException):
-    """``--seconds`` are over; like an interrupt from the keyboard, for nobody on the way to catch."""
+    """No seconds are left; like an interrupt from the keyboard, for nobody on the way to catch."""
 
 
 class Work(NamedTuple):
     """A training step, or samples."""
 
-    do: Callable[[], None]
+    do: Callable[[], object]
     teraflops: float
     repeats: int
     """In one piece that is timed."""
-
-
-def main() -> int:
-    """Measure each mode, write and print what is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resolution", type=int, choices=list(PAPER), default=256)
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=["eager"], help="in this order")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=500.0, help="for everything; what does not fit is left out")
-    parser.add_argument("--toy", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
-    try:
-        run(parser.parse_args())
-    except UserError as error:
-        print(f"--mode: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def run(options: argparse.Namespace) -> None:
-    """What :func:`main` was asked for."""
-    end = time.perf_counter() + options.seconds
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train_batch, sample_batch, turning_points, model = PAPER[options.resolution]
-    resolution, repeats = options.resolution, REPEATS
-    if options.toy:
-        (resolution, (train_batch, model)), repeats, sample_batch = next(iter(TOY.items())), 1, 2
-    torch.backends.cudnn.benchmark = True
-    settings = TrainingParams(batch=train_batch, optimizer="adamw", precision="bf16")
-    runs = [make_run(points, resolution, model, settings) for points in ((), turning_points)]
-    schedule, flops = runs[1].build_schedule(), level_flops(runs[1])
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "peak_tflops": peak_tflops("bf16", device),
-        "resolution": resolution,
-        "turning_points": turning_points,
-        "training_batch": train_batch,
-        "sampling_batch": sample_batch,
-        "images_per_level_of_a_step_with_all": level_counts(schedule, "all", 0, 0, train_batch),
-        "bounds": {
-            "training": bound(flops, schedule.shares()),
-            "sampling": bound(flops, [calls / SAMPLE_STEPS for calls in share_steps(schedule, SAMPLE_STEPS)]),
-        },
-        "modes": {mode: {"measured": {}} for mode in options.mode},
-        "complete": False,
-    }
-    write_atomically(options.out, json.dumps(result, indent=2) + "\n")
-    peak = max(result["peak_tflops"].values())
-    pixels = np.random.default_rng(0).integers(0, 256, (train_batch, 3, resolution, resolution), dtype=np.uint8)
-    try:
-        for mode, about in result["modes"].items():
-            with limited(end - time.perf_counter()):
-                ddpm, dvdp = (start(run, pixels, device) for run in runs)
-                arrange(ddpm, mode)
-                arrange(dvdp, mode)
-                works = list_works(ddpm, dvdp, torch.from_numpy(pixels).to(device), sample_batch, repeats)
-            for name, work in works.items():
-                with limited(end - time.perf_counter()), explained():
-                    found = measure(work, f"{mode}, {name}", options.turns, peak, device)
-                about["measured"][name] = found
-                about["summary"] = summary(about["measured"], schedule.shares(), sample_batch)
-                if resolution == 256:
-                    about["goals"] = goals(about["summary"])
-                write_atomically(options.out, json.dumps(result, indent=2) + "\n")
-                print(
-                    f"{mode}, {name}: {found['seconds']:.4g} s, {found['tflops_per_second']:.3g} TFLOP/s,"
-                    f" {found['share_of_peak']:.0%} of the peak; the first took {found['first_seconds']:.3g} s",
-                    flush=True,
-                )
-        result["complete"] = True
-    except TimeIsUp:
-        print(f"--seconds: {options.seconds:g} are over; '{options.out}' holds what was measured.", flush=True)
-    write_atomically(options.out, json.dumps(result, indent=2) + "\n")
-    for mode, about in result["modes"].items():
-        for name, goal in about.get("goals", {}).items():
-            met = "met" if goal["met"] else "not met"
-            print(f"{mode}, {name}: {goal['found']:.3g}, goal {goal['goal']}: {met}")
 
 
 @contextlib.contextmanager
@@ -203,14 +108,12 @@ def arrange(training: Training, mode: str) -> None:
             compile_network(network)
 
 
-def list_works(
-    ddpm: Training, dvdp: Training, images: torch.Tensor, sample_batch: int, repeats: int
-) -> dict[str, Work]:
-    """What is measured, by name, in this order: a run cut short has the parts of the ratios first.
+def training_works(ddpm: Training, dvdp: Training, images: torch.Tensor, repeats: int) -> dict[str, Work]:
+    """Steps, by name, in this order: a run cut short has the parts of the ratios first.
 
     Args:
         images: of a training step, uint8 (b, 3, side, side), on the device.
-        repeats: training steps in one piece of work that is timed.
+        repeats: steps in one piece of work that is timed.
     """
     batch, schedule, flops = len(images), dvdp.process.schedule, level_flops(dvdp.run)
     levels = range(schedule.levels + 1)
@@ -223,10 +126,17 @@ def list_works(
     works = {"training, ddpm": Work(partial(step, ddpm, images, [batch]), 3 * teraflops(spreads["level 0"]), repeats)}
     for name, counts in spreads.items():
         works[f"training, {name}"] = Work(partial(step, dvdp, images, counts), 3 * teraflops(counts), repeats)
+    return works
+
+
+def sampling_works(ddpm: Training, dvdp: Training, batch: int) -> dict[str, Work]:
+    """Images in :data:`SAMPLE_STEPS` steps, by name, drawn as previews and samples of a run are."""
+    works = {}
     for name, training in (("ddpm", ddpm), ("dvdp", dvdp)):
         calls = share_steps(training.process.schedule, SAMPLE_STEPS)
-        cost = sum(n * each for n, each in zip(calls, level_flops(training.run), strict=True)) * sample_batch / 1e12
-        works[f"sampling, {name}"] = Work(partial(draw, training, sample_batch, steps=SAMPLE_STEPS), cost, 1)
+        cost = sum(n * each for n, each in zip(calls, level_flops(training.run), strict=True)) * batch / 1e12
+        options = training.run.sampling.options(SAMPLE_STEPS)
+        works[f"sampling, {name}"] = Work(partial(training.model.draw, batch, options=options), cost, 1)
     return works
 
 
@@ -291,7 +201,3 @@ def goals(found: Mapping[str, float]) -> dict[str, dict[str, Any]]:
         for name, (resolution, value) in GOALS.items()
         if name in found
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The GPU scripts: each mode and input at toy size on a CPU, their budget, and no more than a bare machine has."""
+"""The script for a GPU: each part and input at toy size on a CPU, its budget, and no more than a bare machine has."""
 
 import argparse
 import contextlib
@@ -10,15 +10,18 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks.gpu import cifar10, steps
-from benchmarks.gpu.cifar10 import frechet, read_images
+from benchmarks.gpu import equal_flops, lease, steps
+from benchmarks.gpu.equal_flops import frechet, read_images
+from benchmarks.gpu.roofline import ROOFLINE
 from benchmarks.machine import machine
+from benchmarks.steps import make_run, start
 from dvdp.config import ModelParams, read_params
 from dvdp.errors import UserError
 from dvdp.evaluation.extractors import train_extractor
@@ -47,9 +50,13 @@ def run_bare(module: str, *arguments: object) -> subprocess.CompletedProcess[str
 
 
 def options(out: Path, **others: object) -> argparse.Namespace:
-    """Of the script that measures steps, at toy size."""
-    given = {"resolution": 256, "mode": ["eager"], "turns": 1, "seconds": 500.0, "toy": True, "out": out}
-    return argparse.Namespace(**given | others)
+    """Of the script, at toy size."""
+    given = {"seconds": 500.0, "parts": ["compiled", "eager"], "images": None, "extractor": None, "out": out}
+    return argparse.Namespace(**given | {"extractor_epochs": 1, "toy": True} | others)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "lease.json").read_text())
 
 
 def pictures(count: int, resolution: int = 16) -> np.ndarray:
@@ -62,10 +69,9 @@ def png(pixels: np.ndarray) -> bytes:
     return content.getvalue()
 
 
-def test_gpu_scripts_import_nothing_that_a_bare_machine_lacks() -> None:
+def test_what_runs_on_a_gpu_imports_nothing_that_a_bare_machine_lacks() -> None:
     program = (
-        f"import sys; sys.modules.update(dict.fromkeys({HEAVY}));"
-        "import benchmarks.gpu.steps, benchmarks.gpu.cifar10, benchmarks.throughput"
+        f"import sys; sys.modules.update(dict.fromkeys({HEAVY}));import benchmarks.gpu.lease, benchmarks.throughput"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -80,67 +86,112 @@ def test_the_networks_measured_are_those_of_the_presets(resolution: int, preset:
     assert turning_points == [*params.settings.values()][-1].turning_points
 
 
-def test_steps_are_measured_in_each_eager_mode(tmp_path: Path) -> None:
-    path = tmp_path / "steps.json"
-    done = run_bare("benchmarks.gpu.steps", "--toy", "--mode", "channels_last", "eager", "--turns", 1, "--out", path)
+def test_all_parts_are_measured_in_the_order_of_their_worth(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", pictures(60))
+    out = tmp_path / "out"
+    given = ["--toy", "--seconds", 500, "--images", tmp_path / "images.npy", "--extractor-epochs", 1, "--out", out]
+    done = run_bare("benchmarks.gpu.lease", *given)
     assert done.returncode == 0, done.stderr
-    result = json.loads(path.read_text())
-    assert result["complete"] is True
-    assert result["bounds"]["training"] > 2
-    assert list(result["modes"]) == ["channels_last", "eager"]
+    result = read(out)
     peak = max(result["peak_tflops"].values())
-    for mode, about in result["modes"].items():
-        assert list(about["measured"]) == WORKS, "a run cut short has the parts of the ratio first"
-        for name, found in about["measured"].items():
+    assert list(result["parts"]) == ["compiled", "eager", "training"]
+    assert all(part["complete"] for part in result["parts"].values())
+    for name in ("compiled", "eager"):
+        part = result["parts"][name]
+        assert list(part["measured"]) == WORKS, "a part cut short has the parts of the ratio first"
+        for work, found in part["measured"].items():
             assert found["share_of_peak"] == pytest.approx(found["tflops_per_second"] / peak)
-            assert f"{mode}, {name}: " in done.stdout
-        assert about["summary"]["sampling, ddpm over dvdp"] > 0
-        assert about["summary"]["training, ddpm over dvdp, all levels a step"] > 0
-        assert "goals" not in about, "they are of 256 px"
+            assert found["predicted_seconds"] is None, "the roofline is of an H200 and the paper's networks"
+            assert f"{name}, {work}: " in done.stdout
+        assert part["summary"]["sampling, ddpm over dvdp"] > 0
+        assert part["summary"]["training, ddpm over dvdp, all levels a step"] > 0
+        assert "goals" not in part
+    training = result["parts"]["training"]
+    assert training["extractor"]["task"] == "rotation", "without labels"
+    assert (training["optimizer"], training["levels_of_a_step"]) == ("muon", "all")
+    assert list(training["settings"]) == ["ddpm", "dvdp-600", "dvdp-400"]
+    for name, row in training["settings"].items():
+        step = row["flops"] / row["images"] * 20
+        assert abs(row["flops"] - training["training_flops_of_each"]) <= step, "equal FLOPs, but for a step"
+        assert row["fd_rotation"] >= 0
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert result["machine"]["command"].startswith("python -m benchmarks.gpu.lease --toy")
 
 
 @pytest.mark.slow
 @COMPILER
 def test_steps_are_measured_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ModelParams(model_channels=4, channel_mult=(1,), attention_factors=(), num_head_channels=4, num_classes=0)
-    monkeypatch.setattr(steps, "TOY", {8: (10, small)})
-    steps.run(options(tmp_path / "steps.json", resolution=32, mode=["compiled"], seconds=3000.0))
-    result = json.loads((tmp_path / "steps.json").read_text())
-    assert result["complete"] is True
-    measured = result["modes"]["compiled"]["measured"]
-    assert list(measured) == [name for name in WORKS if "level 2" not in name]
+    monkeypatch.setattr(lease, "PAPER", {8: (10, 2, (300, 600), small)})
+    monkeypatch.setattr(lease, "RESOLUTION", 8)
+    monkeypatch.setattr(lease, "predictions", lambda compiled: {"training, ddpm": 1.0})
+    about: dict[str, Any] = {}
+    lease.measure_steps(True, False, torch.device("cpu"), {"peak_tflops": {"matmul": 1.0}}, about, lambda: None)
+    measured = about["measured"]
+    assert list(measured) == WORKS
     assert measured["training, ddpm"]["first_seconds"] > measured["training, ddpm"]["seconds"]
+    assert measured["training, ddpm"]["predicted_seconds"] == 1.0
+    assert about["goals"].keys() == steps.GOALS.keys()
 
 
 def test_no_time_leaves_a_valid_result(tmp_path: Path) -> None:
-    path = tmp_path / "steps.json"
-    done = run_bare("benchmarks.gpu.steps", "--toy", "--seconds", 0.01, "--mode", "eager", "--out", path)
+    done = run_bare("benchmarks.gpu.lease", "--toy", "--seconds", 0.01, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "--seconds: 0.01 are over" in done.stdout
-    result = json.loads(path.read_text())
-    assert result["complete"] is False
-    assert result["modes"] == {"eager": {"measured": {}}}
+    assert "--images: found none" in done.stdout
+    assert "compiled: its seconds are over" in done.stdout
+    assert read(tmp_path)["parts"] == {"compiled": {"complete": False}, "eager": {"complete": False}}
 
 
-def test_what_was_measured_when_the_time_is_up_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, real, calls = tmp_path / "steps.json", steps.measure, []
+def test_what_was_measured_when_the_time_is_up_is_kept_and_the_next_part_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = lease.measure, []
 
     def hangs_at_the_third(*arguments: object) -> dict[str, float]:
-        calls.append(json.loads(path.read_text())["modes"]["eager"]["measured"])
-        if len(calls) < 3:
-            return real(*arguments)  # type: ignore[arg-type]
-        with steps.limited(0.1):
-            time.sleep(60)
-        raise AssertionError
+        calls.append(list(read(tmp_path)["parts"]["compiled"].get("measured", {})))
+        if len(calls) == 3:
+            with steps.limited(0.1):
+                time.sleep(60)
+        return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(steps, "measure", hangs_at_the_third)
-    steps.run(options(path, mode=["eager", "channels_last"]))
-    assert [list(measured) for measured in calls] == [[], WORKS[:1], WORKS[:2]], "each is written at once"
-    result = json.loads(path.read_text())
-    assert list(result["modes"]["eager"]["measured"]) == WORKS[:2]
-    assert list(result["modes"]["eager"]["summary"]) == ["TFLOP/s at level 0"]
-    assert result["modes"]["channels_last"] == {"measured": {}}
-    assert result["complete"] is False
+    monkeypatch.setattr(lease, "measure", hangs_at_the_third)
+    lease.run(options(tmp_path))
+    assert calls[:3] == [[], WORKS[:1], WORKS[:2]], "each is written at once"
+    compiled, eager = read(tmp_path)["parts"].values()
+    assert list(compiled["measured"]) == WORKS[:2]
+    assert list(compiled["summary"]) == ["TFLOP/s at level 0"]
+    assert not compiled["complete"]
+    assert list(eager["measured"]) == WORKS
+    assert eager["complete"]
+
+
+def test_a_part_that_fails_says_why_and_the_next_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = lease.measure_steps
+
+    def fails(compiled: bool, *arguments: Any) -> None:
+        if compiled:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        real(compiled, *arguments)
+
+    monkeypatch.setattr(lease, "measure_steps", fails)
+    lease.run(options(tmp_path))
+    compiled, eager = read(tmp_path)["parts"].values()
+    assert compiled == {"complete": False, "error": "OutOfMemoryError: CUDA out of memory."}
+    assert eager["complete"]
+    with pytest.raises(UserError, match="--images: found nothing at"):
+        lease.run(options(tmp_path, parts=["training"], images=tmp_path / "gone"))
+    assert "found nothing at" in read(tmp_path)["parts"]["training"]["error"]
+
+
+def test_every_work_has_its_prediction() -> None:
+    parts = json.loads(ROOFLINE.read_text())["networks"]["256 px"]["parts"]
+    for compiled, key in ((False, "seconds"), (True, "seconds_graphed")):
+        found = lease.predictions(compiled)
+        assert set(WORKS) == found.keys()
+        assert found["training, ddpm"] == found["training, level 0"] == parts["step, level 0"][key]
+        assert found["sampling, ddpm"] == pytest.approx(10 * parts["sampler call, level 0"][key])
+        calls = [parts[f"sampler call, level {level}"][key] for level in range(3)]
+        assert found["sampling, dvdp"] == pytest.approx(3 * calls[0] + 3 * calls[1] + 4 * calls[2])
 
 
 def test_time_is_up_wherever_the_work_is() -> None:
@@ -182,23 +233,7 @@ def test_the_commit_can_be_given_where_git_is_missing(monkeypatch: pytest.Monkey
     assert machine()["commit"] == "abc"
 
 
-TOY_RUN = ["--seconds", 1, "--samples", 16, "--sample-steps", 4, "--extractor-epochs", 1, "--toy"]
-
-
-def test_settings_are_scored_at_equal_flops_without_labels_too(tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", pictures(60))
-    out = tmp_path / "out"
-    done = run_bare("benchmarks.gpu.cifar10", "--images", tmp_path / "images.npy", *TOY_RUN, "--out", out)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((out / "result.json").read_text())
-    assert found["extractor"]["task"] == "rotation"
-    assert (found["optimizer"], found["levels_of_a_step"]) == ("muon", "all")
-    assert list(found["settings"]) == ["ddpm", "dvdp-600", "dvdp-400"]
-    for name, row in found["settings"].items():
-        step = row["flops"] / row["images"] * 20
-        assert abs(row["flops"] - found["training_flops_of_each"]) <= step, "equal FLOPs, but for a step"
-        assert row["fd_rotation"] >= 0
-        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+TOY_RUN = ["--parts", "training", "--seconds", 500, "--extractor-epochs", 1, "--toy"]
 
 
 def test_an_archive_is_scored_by_an_extractor_made_before(tmp_path: Path) -> None:
@@ -209,48 +244,34 @@ def test_an_archive_is_scored_by_an_extractor_made_before(tmp_path: Path) -> Non
             member.size = len(png(image))
             archive.addfile(member, io.BytesIO(png(image)))
     pixels, labels = read_images(path)
-    train_extractor(cifar10.ArrayImages(pixels, labels), "labels", 1, "before", tmp_path / "before")
+    train_extractor(equal_flops.ArrayImages(pixels, labels), "labels", 1, "before", tmp_path / "before")
     given = ["--images", path, "--extractor", tmp_path / "before/extractor.safetensors"]
-    done = run_bare("benchmarks.gpu.cifar10", *given, *TOY_RUN, "--out", tmp_path / "out")
+    done = run_bare("benchmarks.gpu.lease", *given, *TOY_RUN, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out/result.json").read_text())
+    found = read(tmp_path / "out")["parts"]["training"]
     assert found["extractor"]["data"] == "before"
     assert all(row["fd_labels"] >= 0 for row in found["settings"].values())
     assert not (tmp_path / "out/extractor.safetensors").exists()
     np.save(tmp_path / "larger.npy", pictures(2, resolution=32))
     given[1] = tmp_path / "larger.npy"
-    done = run_bare("benchmarks.gpu.cifar10", *given, *TOY_RUN, "--out", tmp_path / "out")
+    done = run_bare("benchmarks.gpu.lease", *given, *TOY_RUN, "--out", tmp_path / "out")
     assert done.returncode == 1
     assert done.stderr.strip().startswith("--extractor: found a feature network of 16 px")
 
 
-@pytest.mark.soak
-@COMPILER
-def test_settings_train_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = ModelParams(model_channels=4, channel_mult=(1,), attention_factors=(), num_head_channels=4, num_classes=0)
-    monkeypatch.setattr(cifar10, "TOY_MODEL", small)
-    np.save(tmp_path / "images.npy", pictures(20, resolution=8))
-    given = ["--images", tmp_path / "images.npy", *TOY_RUN, "--compile", "--out", tmp_path]
-    monkeypatch.setattr(sys, "argv", ["cifar10", *map(str, given)])
-    assert cifar10.main() == 0
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert found["compile"] is True
-    assert list(found["settings"]) == ["ddpm", "dvdp-600", "dvdp-400"]
-
-
 def test_a_trial_learns_nothing() -> None:
-    run = steps.make_run((600,), 16, cifar10.TOY_MODEL, cifar10.TOY_TRAINING)
+    run = make_run((600,), 16, equal_flops.TOY_MODEL, equal_flops.TOY_TRAINING)
     pixels = pictures(20).transpose(0, 3, 1, 2).copy()
-    training = steps.start(run, pixels, torch.device("cpu"))
+    training = start(run, pixels, torch.device("cpu"))
     before = [weight.clone() for weight in training.network.parameters()]
-    assert cifar10.trial(training, torch.from_numpy(pixels)) > 0
+    assert equal_flops.trial(training, torch.from_numpy(pixels)) > 0
     assert all(torch.equal(a, b) for a, b in zip(before, training.network.parameters(), strict=True))
 
 
 def test_each_level_always_has_as_many_images() -> None:
     for points in ((600,), (400,)):
-        schedule = steps.make_run(points, 32, cifar10.MODEL, cifar10.TRAINING).build_schedule()
-        counts = {tuple(level_counts(schedule, "all", 0, n, cifar10.TRAINING.batch)) for n in range(50)}
+        schedule = make_run(points, 32, equal_flops.MODEL, equal_flops.TRAINING).build_schedule()
+        counts = {tuple(level_counts(schedule, "all", 0, n, equal_flops.TRAINING.batch)) for n in range(50)}
         assert len(counts) == 1, "or torch.compile makes more of them"
 
 
@@ -304,7 +325,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_images(tmp_path)
 
 
-def test_the_frechet_distance_of_the_gpu_script_is_torch_fidelitys() -> None:
+def test_the_frechet_distance_of_the_script_is_torch_fidelitys() -> None:
     from dvdp.evaluation import fidelity
 
     generator = torch.Generator().manual_seed(0)

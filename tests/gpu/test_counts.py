@@ -75,6 +75,8 @@ def test_a_network_without_a_baseline_is_refused() -> None:
 
 def test_the_committed_roofline_follows_from_the_counts() -> None:
     assert json.loads(ROOFLINE.read_text()) == json.loads(json.dumps(roofline.roofline(BASELINE)))
+    page = roofline.DOCS.read_text()
+    assert roofline.put_in(page, roofline.table(BASELINE)) == page
 
 
 def test_a_part_takes_as_long_as_the_slower_of_gpu_and_host() -> None:

@@ -1,30 +1,16 @@
-"""DDPM, DVDP {600} and DVDP with an earlier turning point on one GPU: equal FLOPs, for as long as there is.
+"""DDPM, DVDP {600} and DVDP with an earlier turning point trained on equal FLOPs and scored, in a given time.
 
-    python3 -m benchmarks.gpu.cifar10 --images cifar10-images.tar.xz --extractor extractor.safetensors --out cifar10
-
-``--images`` is an .npz with ``images`` and perhaps ``labels``, or an .npy: uint8 (n, 3, side, side) or (n, side, side,
-3); or a folder, tar or zip of image files, of which those below a folder ``train`` are taken where there is one, with
-their folders as labels. Archives are read in memory. The time is shared out after a few steps of each setting have been
-timed: all see the same training FLOPs, then samples are drawn and scored with this project's own feature network:
-Frechet distances (``fd_labels``, or ``fd_rotation`` without labels), which compare with each other and nothing else.
-Leaves ``result.json`` and a small picture of samples for each setting, as soon as it is there.
-
-The feature network is trained on the same images, on the CPU, and left in ``extractor.safetensors``; with
-``--extractor`` it is one that was trained before, so that none of the GPU's time goes there. Networks are trained as
-the demo trains them: by Muon, with all levels in a step.
-
-Runs from a bare checkout with torch, numpy, pillow, ruamel.yaml, safetensors and tqdm. With ``--toy`` it takes seconds
-on a CPU, but for the feature network.
+The time is shared out after a few steps of each setting have been timed: all see the same training FLOPs, then samples
+are drawn and scored with this project's own feature network: Frechet distances (``fd_labels``, or ``fd_rotation``
+without labels), which compare with each other and nothing else. The network is trained on the same images, on the CPU,
+unless it was before. Settings are trained as the demo trains them: by Muon, with all levels in a step.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import hashlib
-import json
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,7 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.machine import machine
 from benchmarks.steps import make_run, start
 from benchmarks.timing import clock
 from dvdp.config import ModelParams, TrainingParams
@@ -45,7 +30,6 @@ from dvdp.data.sources import UnreadableImageError, decode
 from dvdp.data.sources.files import image_files
 from dvdp.data.sources.formats import FORMATS
 from dvdp.diffusion.randomness import generator
-from dvdp.diffusion.sampling import sample
 from dvdp.errors import UserError
 from dvdp.evaluation.extractors import (
     FILE,
@@ -56,11 +40,7 @@ from dvdp.evaluation.extractors import (
     train_extractor,
 )
 from dvdp.evaluation.figures import grid, save_png
-from dvdp.files import write_atomically
-from dvdp.models.compilation import explained
-from dvdp.models.denoiser import NetworkDenoiser
 from dvdp.models.flops import mean_flops
-from dvdp.models.pixels import to_uint8
 from dvdp.training.levels import level_counts
 from dvdp.training.loop import Training
 
@@ -75,7 +55,7 @@ MODEL = ModelParams(
     num_classes=0,
 )
 #: As params.yaml: with Muon and all levels in a step the demo scores best for its FLOPs (docs/study.md), and there are
-#: few images here, too. Weights stay in torch's own layout, as Muon takes them for matrices.
+#: few images here, too.
 TRAINING = TrainingParams(
     budget="images",
     # Of which each level has a whole number: torch.compile, and cuDNN's choice of kernels, see one shape a level.
@@ -95,41 +75,39 @@ TOY_MODEL = replace(
 TOY_TRAINING = replace(TRAINING, batch=20, warmup_images=60, ema_halflife_images=200)
 #: Of the time for training and sampling together: the rest is to be safe.
 TRAINING_SHARE, SAMPLING_SHARE = 0.65, 0.2
+#: Of a setting, and of one batch of them; fewer if time is short.
+SAMPLES, SAMPLE_BATCH = 5000, 1000
+SAMPLE_STEPS = 100
+#: Called with a result so far.
+Keep = Callable[[dict[str, Any]], None]
 #: Timed of each setting before the time is shared out, after as many to warm up.
 TRIAL_STEPS = 5
 
 
-def main() -> int:
-    """Train, sample and score each setting."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--extractor", type=Path, help="a feature network trained before")
-    parser.add_argument("--seconds", type=float, default=500.0, help="for everything")
-    parser.add_argument("--samples", type=int, default=5000, help="of each setting, at most; fewer if time is short")
-    parser.add_argument("--sample-steps", type=int, default=100)
-    parser.add_argument("--extractor-epochs", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="training.compile: minutes, and then faster steps")
-    parser.add_argument("--toy", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    try:
-        run_all(options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+def compare_settings(
+    images: Path, extractor: Path | None, epochs: int, time_left: float, out: Path, toy: bool, keep: Keep
+) -> None:
+    """Train, sample and score each setting; ``keep`` is given the whole result whenever one is done.
 
+    Leaves in ``out`` a small picture of samples for each setting, and the feature network if it was trained here.
 
-def run_all(options: argparse.Namespace) -> None:
-    """What :func:`main` was asked for."""
-    began = time.perf_counter()
+    Args:
+        images: see :func:`read_images`.
+        extractor: a feature network trained before.
+        epochs: of the training of one, if there is none.
+        time_left: seconds, for everything.
+        toy: a tiny network for one step.
+
+    Raises:
+        UserError: images or network cannot be read, or do not belong together.
+    """
+    end = time.perf_counter() + time_left
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pixels, labels = read_images(options.images)
-    torch.backends.cudnn.benchmark = True
-    model, settings = (TOY_MODEL, TOY_TRAINING) if options.toy else (MODEL, TRAINING)
-    settings = replace(settings, compile=options.compile)
+    pixels, labels = read_images(images)
+    model, settings = (TOY_MODEL, TOY_TRAINING) if toy else (MODEL, TRAINING)
+    most, steps = (16, 4) if toy else (SAMPLES, SAMPLE_STEPS)
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:12]
-    network, info = feature_network(options, pixels, labels, digest)
+    network, info = feature_network(extractor, epochs, out, pixels, labels, digest)
     features, score = network.to(device), f"fd_{info.task}"
     data = torch.from_numpy(pixels).to(device)
     real = describe(features, data)
@@ -138,65 +116,64 @@ def run_all(options: argparse.Namespace) -> None:
     runs = {name: make_run(points, pixels.shape[-1], model, settings) for name, points in SETTINGS.items()}
     costs = {name: 3 * mean_flops(run) for name, run in runs.items()}
     trainings = {name: start(run, pixels[:1], device) for name, run in runs.items()}
-    with explained() if options.compile else contextlib.nullcontext():
-        paces = {name: trial(training, data) for name, training in trainings.items()}
-    left = max(0.0, options.seconds - (time.perf_counter() - began))
+    paces = {name: trial(training, data) for name, training in trainings.items()}
+    left = max(0.0, end - time.perf_counter())
     # Seconds a FLOP of each setting, added up: what all of them need for one FLOP each.
-    flops = left * TRAINING_SHARE / sum(paces[name] / costs[name] for name in runs)
+    flops = 0.0 if toy else left * TRAINING_SHARE / sum(paces[name] / costs[name] for name in runs)
     # All take a step at least, whatever is left.
     flops = max(flops, settings.batch * max(costs.values()))
     result: dict[str, Any] = {
-        "machine": machine(),
         "images": {"count": len(pixels), "digest": digest},
         "extractor": {"task": info.task, "epochs": info.epochs, "accuracy": info.accuracy, "data": info.data_digest},
         f"{score} of two halves of the images": frechet(*halves),
         "optimizer": settings.optimizer,
         "levels_of_a_step": settings.levels,
-        "compile": settings.compile,
         "training_flops_of_each": flops,
-        "sample_steps": options.sample_steps,
-        "seconds_until_training": time.perf_counter() - began,
+        "sample_steps": steps,
+        "seconds_until_training": time_left - left,
         "settings": {},
     }
     for name, training in trainings.items():
-        images = max(1, round(flops / costs[name] / settings.batch)) * settings.batch
-        training.total = images
+        count = max(1, round(flops / costs[name] / settings.batch)) * settings.batch
+        training.total = count
         trained_from = clock(device)
         train(training, data, name)
         seconds = clock(device) - trained_from
-        samples = draw(training, options, left * SAMPLING_SHARE / len(runs), name)
+        samples = draw(training, most, steps, left * SAMPLING_SHARE / len(runs), name)
         result["settings"][name] = {
             "turning_points": SETTINGS[name],
-            "images": images,
-            "flops": images * costs[name],
+            "images": count,
+            "flops": count * costs[name],
             "training_seconds": seconds,
-            "training_tflops_per_second": images * costs[name] / seconds / 1e12,
+            "training_tflops_per_second": count * costs[name] / seconds / 1e12,
             "samples": len(samples),
             score: frechet(describe(features, samples), real),
         }
-        save_png(grid(samples[:64], columns=8, scale=1), options.out / f"{name}.png")
-        write_atomically(options.out / "result.json", json.dumps(result, indent=2) + "\n")
-    result["seconds"] = time.perf_counter() - began
-    write_atomically(options.out / "result.json", json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+        save_png(grid(samples[:64], columns=8, scale=1), out / f"{name}.png")
+        keep(result)
 
 
 def feature_network(
-    options: argparse.Namespace, pixels: NDArray[np.uint8], labels: NDArray[np.integer] | None, digest: str
+    extractor: Path | None,
+    epochs: int,
+    out: Path,
+    pixels: NDArray[np.uint8],
+    labels: NDArray[np.integer] | None,
+    digest: str,
 ) -> tuple[FeatureNetwork, ExtractorInfo]:
     """The one of ``--extractor``, or one trained on the images.
 
     Raises:
         UserError: the file is none, or of images of another resolution.
     """
-    if options.extractor is None:
+    if extractor is None:
         task: Task = "rotation" if labels is None else "labels"
-        train_extractor(ArrayImages(pixels, labels), task, options.extractor_epochs, digest, options.out)
-        return load_network(options.out / FILE)
-    network, info = load_network(options.extractor)
+        train_extractor(ArrayImages(pixels, labels), task, epochs, digest, out)
+        return load_network(out / FILE)
+    network, info = load_network(extractor)
     if info.resolution != pixels.shape[-1]:
         raise UserError(
-            f"--extractor: found a feature network of {info.resolution} px in '{options.extractor}', expected one of"
+            f"--extractor: found a feature network of {info.resolution} px in '{extractor}', expected one of"
             f" {pixels.shape[-1]} px, as the images have; leave it out to train one."
         )
     return network, info
@@ -282,28 +259,17 @@ def trial(training: Training, data: Tensor) -> float:
     return (clock(data.device) - began) / TRIAL_STEPS / batch
 
 
-def draw(training: Training, options: argparse.Namespace, seconds: float, title: str) -> Tensor:
+def draw(training: Training, most: int, steps: int, seconds: float, title: str) -> Tensor:
     """Samples, uint8, from the averaged weights: batch after batch until the time or the number is reached."""
-    run, began = training.run, time.perf_counter()
     parts: list[Tensor] = []
-    size = min(options.samples, 16 if options.toy else 1000)
-    denoiser = NetworkDenoiser(training.ema.network, training.process, run.resolution, run.model.prediction_type)
-    with tqdm(total=options.samples, desc=f"{title}, samples", unit="image", disable=None) as bar:
-        for first in range(0, options.samples, size):
+    began, size = time.perf_counter(), min(most, SAMPLE_BATCH)
+    options = training.run.sampling.options(steps)
+    with tqdm(total=most, desc=f"{title}, samples", unit="image", disable=None) as bar:
+        for first in range(0, most, size):
             if parts and time.perf_counter() - began > seconds:
                 break
-            count = min(size, options.samples - first)
-            with torch.autocast(training.device.type, torch.bfloat16):
-                images = sample(
-                    training.process,
-                    denoiser,
-                    (count, 3, run.resolution, run.resolution),
-                    steps=options.sample_steps,
-                    first=first,
-                    device=training.device,
-                )
-            parts.append(to_uint8(images))
-            bar.update(count)
+            parts.append(training.model.draw(min(size, most - first), first, options))
+            bar.update(len(parts[-1]))
     return torch.cat(parts)
 
 
@@ -320,7 +286,3 @@ def frechet(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     root = torch.linalg.eigvals(a[1] @ b[1]).real.clamp(min=0).sqrt().sum()
     distance = (a[0] - b[0]).square().sum() + a[1].trace() + b[1].trace() - 2 * root
     return max(0.0, distance.item())
-
-
-if __name__ == "__main__":
-    sys.exit(main())
