@@ -95,6 +95,7 @@ class FakeGpu(TorchDispatchMode):
         #: By the addresses of their memory.
         self._pinned: dict[int, Tensor] = {}
         self._generators: dict[int, torch.Generator] = {}
+        self._known: dict[Any, _Known] = {}
 
     def reset(self) -> None:
         """Forget what was noted."""
@@ -144,6 +145,10 @@ class FakeGpu(TorchDispatchMode):
         if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
             self._copied(args[0], args[1], to_host=True, waits=not (len(args) > 2 and args[2]))
             return args[0].fill_(1)
+        key = _key_of(func, args, kwargs, given)
+        if key is not None and (known := self._known.get(key)) is not None:
+            self._launched(known.kernels, self._line())
+            return known.made(self._fake)
         # As the mode would be asked to if it were entered, which takes as long again.
         out = self._fake.dispatch(func, types, args, kwargs)
         if func in (aten.convolution.default, aten.convolution_backward.default):
@@ -159,12 +164,16 @@ class FakeGpu(TorchDispatchMode):
             if is_copy or tensor.dim():
                 asked = kwargs.get("non_blocking") or (func is aten.copy_.default and len(args) > 2 and args[2])
                 self._copied(tensor, tensor, to_host=False, waits=not (is_copy and asked))
-        line = self._line()
+        launched = [] if is_copy and on_host else kernels(func, args, kwargs, out)
+        self._launched(launched, self._line())
+        if key is not None and launched and all(isinstance(leaf, FakeTensor) or leaf is None for leaf in leaves(out)):
+            self._known[key] = _Known(out, launched)
+        return out
+
+    def _launched(self, launched: Sequence[Kernel], line: Line) -> None:
         if torch.is_grad_enabled():
             self._lines[torch._C._autograd._get_sequence_nr() - 1] = line
-        if not (is_copy and on_host):
-            self.launches += [Launch(kernel, line) for kernel in kernels(func, args, kwargs, out)]
-        return out
+        self.launches += [Launch(kernel, line) for kernel in launched]
 
     def _to_host(self, out: Any, given: Sequence[Tensor], waits: bool) -> Any:
         def real(leaf: object) -> object:
@@ -198,6 +207,53 @@ class FakeGpu(TorchDispatchMode):
                     return line._replace(backward=True)
             frame = frame.f_back
         return Line("?", 0)
+
+
+class _Known:
+    """What an operator returned and launched, for the next call with equal arguments: it halves the time of a step."""
+
+    def __init__(self, out: Any, launched: list[Kernel]) -> None:
+        self.kernels = launched
+        self._type = None if isinstance(out, Tensor) else list if isinstance(out, list) else tuple
+        self._layouts = [
+            None if t is None else (t.shape, t.stride(), t.dtype, t.fake_device)  # type: ignore[attr-defined]
+            for t in leaves(out)
+        ]
+
+    def made(self, mode: FakeTensorMode) -> Any:
+        """New fake tensors like those returned."""
+        made = [
+            None
+            if layout is None
+            else FakeTensor(mode, torch.empty_strided(*layout[:2], dtype=layout[2], device="meta"), layout[3])
+            for layout in self._layouts
+        ]
+        return made[0] if self._type is None else self._type(made)
+
+
+def _key_of(func: Any, args: Any, kwargs: Any, given: Sequence[Tensor]) -> Any:
+    """Equal for calls that return and launch the same: of new tensors, from a few on the GPU; else None."""
+    if len(given) > 8 or not _returns_new(func) or not all(isinstance(t, FakeTensor) for t in given):
+        return None
+    storages = [t.untyped_storage()._cdata for t in given]
+    return func, _key(args), _key(kwargs), tuple(map(storages.index, storages))
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.storage_offset(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    if isinstance(value, dict):
+        return tuple((name, _key(each)) for name, each in value.items())
+    # 1, 1.0 and True are equal; numbers that a generator draws do not matter.
+    return type(value), None if isinstance(value, _REAL_GENERATOR) else value
+
+
+@cache
+def _returns_new(func: torch._ops.OpOverload) -> bool:
+    schema = func._schema
+    return not func.is_view and all(a.alias_info is None for a in (*schema.arguments, *schema.returns))
 
 
 @cache
