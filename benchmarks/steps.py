@@ -38,7 +38,6 @@ from dvdp.diffusion.sampling import Progress, sample
 from dvdp.diffusion.timesteps import share_steps
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
-from dvdp.models.denoiser import NetworkDenoiser
 from dvdp.models.flops import level_flops
 from dvdp.models.unet import ResidualBlock, build_network
 from dvdp.training.levels import level_counts
@@ -308,11 +307,9 @@ def draw(training: Training, batch: int, level_seconds: Sequence[list[float]] = 
         level_seconds[progress.level].append(now - last)
         last = now
 
-    denoiser = NetworkDenoiser(training.ema.network, training.process, run.resolution, run.model.prediction_type)
     shape = (batch, 3, run.resolution, run.resolution)
-    with torch.autocast(training.device.type, torch.bfloat16, enabled=run.training.precision == "bf16"):
-        callback = note if level_seconds else None
-        sample(training.process, denoiser, shape, steps=steps, device=training.device, callback=callback)
+    callback = note if level_seconds else None
+    sample(training.process, training.model.denoiser, shape, steps=steps, device=training.device, callback=callback)
 
 
 if __name__ == "__main__":

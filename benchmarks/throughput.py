@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu.steps import MODES, PAPER, arrange
+from benchmarks.gpu.steps import MODES, PAPER
 from benchmarks.machine import machine
 from benchmarks.steps import TOY, draw, make_run, start, step
 from benchmarks.timing import DTYPES, in_turns, peak_tflops, seconds, spreads, warn_of_allocator
@@ -81,12 +81,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     resolution, (train_batch, sample_batch, turning_points, model) = options.resolution, PAPER[options.resolution]
     if options.toy:
         (resolution, (train_batch, model)), sample_batch = next(iter(TOY.items())), 2
-    settings = TrainingParams(batch=train_batch, optimizer="adamw", precision=options.precision, levels=options.levels)
+    settings = TrainingParams(
+        batch=train_batch,
+        optimizer="adamw",
+        precision=options.precision,
+        levels=options.levels,
+        compile=options.mode == "compiled",
+    )
     runs = {name: make_run(at, resolution, model, settings) for name, at in (("ddpm", ()), ("dvdp", turning_points))}
     pixels = np.random.default_rng(0).integers(0, 256, (train_batch, 3, resolution, resolution), dtype=np.uint8)
     trainings = [start(run, pixels, device) for run in runs.values()]
-    for training in trainings:
-        arrange(training, options.mode)
 
     record: dict[str, Any] = {
         "machine": machine(),

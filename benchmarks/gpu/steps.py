@@ -19,7 +19,6 @@ from benchmarks.timing import peak_memory, seconds, take_turns
 from dvdp.config import ModelParams
 from dvdp.diffusion.timesteps import share_steps
 from dvdp.models.flops import level_flops
-from dvdp.models.compilation import compile_network
 from dvdp.training.levels import level_counts
 from dvdp.training.loop import Training
 
@@ -56,7 +55,7 @@ PAPER = {
     ),
 }
 #: *channels_last*: eager, with weights in that layout; *compiled*: so too, by torch.compile.
-MODES = ("eager", "channels_last", "compiled")
+MODES = ("eager", "compiled")
 #: Steps in one piece of work that is timed.
 REPEATS = 5
 SAMPLE_STEPS = 10
@@ -97,15 +96,6 @@ def limited(time_left: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def arrange(training: Training, mode: str) -> None:
-    """Make its networks run in a mode."""
-    for network in (training.network, training.ema.network):
-        if mode != "eager":
-            network.to(memory_format=torch.channels_last)
-        if mode == "compiled":
-            compile_network(network)
 
 
 def training_works(ddpm: Training, dvdp: Training, images: torch.Tensor, repeats: int) -> dict[str, Work]:

@@ -149,7 +149,7 @@ def sample(
 
 
 def images_together(levels: int, batch: int) -> int:
-    """Images to ask :func:`sample` for, so that of levels 0 .. K the first three have full batches, the others as many."""
+    """Images to ask :func:`sample` for: those of full batches of the coarsest level, but of no coarser one than 2."""
     return batch * min(4**levels, TOGETHER)
 
 
