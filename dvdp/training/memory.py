@@ -89,10 +89,10 @@ def worker_memory(run: Run, ranks: int, gpu: bool) -> int:
         full = most / 4**level
         drawn = drawn + full if settings.levels == "all" else max(drawn, full)
         activations = max(activations, part * activation_bytes(run, level, gpu))
-    if settings.precision == "bf16":
-        activations += weights / 2
+    # Copies of the weights in bf16, and their gradients until they are added to those in fp32.
+    copies = weights if settings.precision == "bf16" else 0
     # Network, average, gradients, optimiser; the noise of the images that wait for their part.
-    state = 3 * weights + optimizer_bytes(run) + round(12 * run.resolution**2 * max(0, drawn - at_once))
+    state = 3 * weights + copies + optimizer_bytes(run) + round(12 * run.resolution**2 * max(0, drawn - at_once))
     if gpu:
         return round(CONTEXT_GPU + state + HOLES_GPU * activations)
     holes = HOLES_CHECKPOINTING if settings.activation_checkpointing else HOLES
@@ -103,46 +103,49 @@ def worker_memory(run: Run, ranks: int, gpu: bool) -> int:
 
 def activation_bytes(run: Run, level: int, gpu: bool) -> int:
     """What one image of a level leaves in memory for the backward pass."""
-    model, resolution, low = run.model, run.resolution >> level, run.training.precision == "bf16"
+    model, resolution, size = run.model, run.resolution >> level, 2 if run.training.precision == "bf16" else 4
     stages, pixels, width = unet_layout(model).stages, resolution**2, model.model_channels
-    size = 2 if low else 4
-    kept = [sum(_kept(layer, model, resolution, low, gpu) for layer in stage) for stage in stages]
+    kept = [sum(_kept(layer, model, resolution, size, gpu) for layer in stage) for stage in stages]
     if run.training.activation_checkpointing:
         outputs = (stage[-1].width * stage[-1].pixels(resolution)[1] for stage in stages[:-1])
         return size * (width * pixels + sum(outputs)) + max(kept)
-    # Sinusoids, what goes into both SiLUs and the second linear layer, and into blocks, which in bf16 copy it.
-    embedding = width * (size * (1 + 4 + 4) + 4 * (4 if low else 8))
+    # Sinusoids, what goes into both linear layers and into the modulations, and into both SiLUs, one of them in fp32.
+    embedding = width * (size * (1 + 4 + 4 + 4) + 4 * 4)
     last = width * model.channel_mult[0]
-    ends = _normalised(last, pixels, low, gpu) + size * (3 + last) * pixels
+    ends = _normalised(last, pixels, size, gpu) + size * (3 + last) * pixels
     return embedding + sum(kept) + ends
 
 
-def _kept(layer: Block | Attention, model: ModelParams, resolution: int, low: bool, gpu: bool) -> int:
-    """Bytes of an image that a layer leaves: an operation keeps its input, copied if autocast casts it."""
-    size, normal = 2 if low else 4, 2 if low and not gpu else 4
+def _kept(layer: Block | Attention, model: ModelParams, resolution: int, size: int, gpu: bool) -> int:
+    """Bytes of an image that a layer leaves, at ``size`` bytes a number: an operation keeps its input."""
     before, after = layer.pixels(resolution)
     if isinstance(layer, Attention):
         values, heads = layer.width * before, attention_heads(layer.width, model.num_head_channels)
         # The first convolution's input, q, k, v and what comes out, which is copied for the last one if heads are many.
-        whole = size * (6 if heads > 1 else 5) * values + 4 * heads * before
-        if low and not gpu and before <= FEW_PIXELS:
+        whole = size * (6 if heads > 1 and not gpu else 5) * values + 4 * heads * before
+        if gpu and size == 2 and (missing := -(layer.width // heads) % 8):
+            # Flash attention takes heads of whole eights.
+            whole += size * (values + 4 * heads * missing * before)
+        if size == 2 and not gpu and before <= FEW_PIXELS:
             # Not fused, the weights are kept, and no copy is made; of one head, k and v stay as views of q's storage.
             whole = size * ((5 if heads > 1 else 6) * values + heads * before**2)
-        return _normalised(layer.width, before, low, gpu) - normal * values + whole
+        # No SiLU follows the norm.
+        return _normalised(layer.width, before, size, gpu) - (0 if gpu else size * values) + whole
     inputs, outputs = layer.inputs * before, layer.width * after
-    kept = _normalised(layer.inputs, before, low, gpu) + _normalised(layer.width, after, low, gpu)
-    # What the scale multiplies; the convolutions' inputs; the scale itself and, in bf16, a copy of the embedding.
-    kept += normal * outputs + size * (layer.inputs * (before if layer.resample == "up" else after) + outputs)
-    kept += size * layer.width + (8 * model.model_channels if low else 0)
+    kept = _normalised(layer.inputs, before, size, gpu) + _normalised(layer.width, after, size, gpu)
+    # The convolutions' inputs; scale and shift, or the scale and what it multiplies.
+    kept += size * (layer.inputs * (before if layer.resample == "up" else after) + outputs)
+    kept += size * (2 * layer.width if gpu else layer.width + outputs)
     if model.dropout:
-        kept += outputs * (1 if gpu else normal)
+        kept += outputs * (1 if gpu else size)
     if gpu and layer.resample == "down":
-        kept += normal * inputs  # Pooling keeps its input where it is no sum of rows.
-    if gpu and low and (layer.resample == "down" or layer.inputs != layer.width):
-        kept += size * inputs  # The other branch does not share the norm's copy.
+        kept += size * inputs  # Pooling keeps its input where it is no sum of rows.
     return kept
 
 
-def _normalised(width: int, pixels: int, low: bool, gpu: bool) -> int:
-    """What group norm and the SiLU after it keep: their inputs, and mean and deviation of each group."""
-    return 2 * (2 if low and not gpu else 4) * width * pixels + 8 * norm_groups(width)
+def _normalised(width: int, pixels: int, size: int, gpu: bool) -> int:
+    """What group norm and the SiLU after it keep: their inputs, and mean and deviation of each group.
+
+    On a GPU they are one operation, which keeps both for every channel.
+    """
+    return size * width * pixels + 8 * width if gpu else 2 * size * width * pixels + 8 * norm_groups(width)

@@ -1,21 +1,24 @@
 """What is counted of memory and disk is what training takes."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
+from benchmarks.gpu.fake import fake_gpu
 from dvdp.config import ModelParams, Run, parse_params
 from dvdp.data.loading import ArrayImages
+from dvdp.models.compute import Computing, arrange
 from dvdp.models.unet import UNet, build_network
 from dvdp.precision import BF16_INSTRUCTIONS, cpu_instructions
 from dvdp.training import checkpoints
@@ -149,15 +152,17 @@ def test_activations_are_those_that_autograd_saves(
     few, more = (_saved(run.model, resolution, precision == "bf16", gpu, images) for images in (2, 4))
     # So that what does not grow with the images, such as weights, does not count.
     total, inputs, *stages = ((b - a) / 2 for a, b in zip(few, more, strict=True))
-    assert activation_bytes(run, 0, gpu) == pytest.approx(total, rel=0.01)
+    # A GPU's kernels round sizes up, which shows in maps of few pixels.
+    close = 0.03 if gpu else 0.01
+    assert activation_bytes(run, 0, gpu) == pytest.approx(total, rel=close)
     again = dataclasses.replace(run, training=dataclasses.replace(run.training, activation_checkpointing=True))
-    assert activation_bytes(again, 0, gpu) == pytest.approx(inputs + max(stages), rel=0.01)
+    assert activation_bytes(again, 0, gpu) == pytest.approx(inputs + max(stages), rel=close)
 
 
 def _saved(model: ModelParams, resolution: int, low: bool, gpu: bool, images: int) -> list[int]:
     """Bytes that a forward pass saves: all of them, the inputs of stages, and those within each stage.
 
-    Of a GPU nothing runs: shapes are those of the meta device, and casts those that CUDA's autocast makes.
+    Of a GPU nothing runs: its tensors have shapes and no numbers.
     """
     inputs: dict[int, int] = {}
     stages: list[dict[int, int]] = [{}]  # And what lies between them.
@@ -174,57 +179,29 @@ def _saved(model: ModelParams, resolution: int, low: bool, gpu: bool, images: in
         return note(tensor, everything, stages[-1])
 
     class Staged(UNet):
-        def _stage(self, layers: torch.nn.Module, embedding: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        def _stage(self, layers: nn.Module, modulations: Iterator[torch.Tensor], *parts: torch.Tensor) -> torch.Tensor:
             for part in parts:
                 note(part, inputs)
             stages.append({})
-            out = super()._stage(layers, embedding, *parts)
+            out = super()._stage(layers, modulations, *parts)
             stages.append({})
             return out
 
-    with torch.device("meta" if gpu else "cpu"):
-        network, x, t = Staged(model), torch.zeros(images, 3, resolution, resolution), torch.zeros(images)
-        labels = torch.zeros(images, dtype=torch.long)
-    casts = _Cuda(low, keep) if gpu else torch.autocast("cpu", torch.bfloat16, enabled=low)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), casts:
-        network(x, t, 0, labels)
+    with fake_gpu() if gpu else contextlib.nullcontext():
+        device = torch.device("cuda" if gpu else "cpu")
+        network = Computing(arrange(Staged(model), device), "bf16" if low else "fp32").network
+        x, t = torch.zeros(images, 3, resolution, resolution).to(device), torch.zeros(images).to(device)
+        labels = torch.zeros(images, dtype=torch.long).to(device)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            network(x, t, 0, labels)
     return [sum(sizes.values()) for sizes in (everything, inputs, *stages[1::2])]
-
-
-class _Cuda(TorchFunctionMode):
-    """Casts, fused attention and masks of CUDA, on a meta device."""
-
-    CASTS: ClassVar = {
-        **dict.fromkeys(("conv2d", "conv_transpose2d", "linear", "scaled_dot_product_attention"), torch.bfloat16),
-        "group_norm": torch.float32,
-    }
-
-    def __init__(self, low: bool, keep: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.low, self.keep = low, keep
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if self.low and name in self.CASTS:
-            args = tuple(value.to(self.CASTS[name]) if isinstance(value, torch.Tensor) else value for value in args)
-        if name == "scaled_dot_product_attention":
-            # What goes in, what comes out, and a sum for each row, but no matrix of weights.
-            out = args[0] + args[1] + args[2]
-            for tensor in (*args[:3], out, torch.empty(out.shape[:-1], device="meta")):
-                self.keep(tensor)
-            return out
-        if name == "dropout" and kwargs and kwargs["p"]:
-            return torch.native_dropout(args[0], 0.5, True)[0]
-        return func(*args, **(kwargs or {}))
 
 
 def test_bf16_halves_activations_and_computing_them_again_leaves_a_third() -> None:
     run = run_of()
     low, again = (run_of(**change) for change in ({"precision": "bf16"}, {"activation_checkpointing": True}))
     assert activation_bytes(low, 0, False) == pytest.approx(activation_bytes(run, 0, False) / 2, rel=0.03)
-    assert activation_bytes(low, 0, True) > activation_bytes(low, 0, False), "CUDA normalises in fp32"
+    assert activation_bytes(low, 0, True) < 0.7 * activation_bytes(low, 0, False), "norm and SiLU keep one input there"
     assert activation_bytes(again, 0, False) < activation_bytes(run, 0, False) / 3
 
 
