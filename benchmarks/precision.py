@@ -51,7 +51,7 @@ def main() -> None:
             run = params.run(setting, params.seeds[0])
             run = replace(run, training=replace(run.training, precision=precision))
             found = trained_and_scored(params, run, store, options.work)
-            trained = training_hash(run, store.metadata.digest, params.dataset.flip, 1)
+            trained = training_hash(run, store.metadata.digest, params.dataset.flip)
             entries = ledger.read(options.work / "runs" / trained / "metrics.jsonl")
             losses[precision] = {entry.images: entry.metrics["loss"] for entry in entries}
             case[precision] = {"loss": losses[precision], "score": found[metric(params)]}

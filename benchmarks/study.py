@@ -92,7 +92,7 @@ def trained(params: Params, settings: Sequence[str], work: Path, store: ImageSto
     found = []
     for seed in params.seeds:
         for run in (params.run(setting, seed) for setting in params.settings if setting in settings):
-            folder = work / "runs" / training_hash(run, store.metadata.digest, params.dataset.flip, 1)
+            folder = work / "runs" / training_hash(run, store.metadata.digest, params.dataset.flip)
             if (folder / "weights.safetensors").exists():
                 found.append((run, folder))
             else:
@@ -118,7 +118,7 @@ def metric(params: Params) -> str:
 
 def trained_and_scored(params: Params, run: Run, store: ImageStore, work: Path) -> dict[str, float]:
     """Seconds and scores of a run; what is trained or sampled already is kept."""
-    trained = training_hash(run, store.metadata.digest, params.dataset.flip, 1)
+    trained = training_hash(run, store.metadata.digest, params.dataset.flip)
     folder = work / "runs" / trained
     start = time.perf_counter()
     told = store.metadata.model_metadata(len(run.turning_points))

@@ -284,6 +284,9 @@ class TrainingParams(Section):
     """What settings have in common: training FLOPs (a cheaper setting sees more images), or images."""
     batch: Batch = 32
     """Images a step, over all ranks and accumulated parts."""
+    groups: Batch | Literal["auto"] = "auto"
+    """Of the images of a step, each with the same number of images at each level. A rank takes whole groups, so that a
+    run can go on with as many ranks as divide them; ``auto`` is ``cluster.num_workers``, see :meth:`Params.run`."""
     accumulation: Batch = 1
     """At most the pixels of 1/accumulation of the batch, at full size, go through the network at once."""
     batch_fit: Flag = False
@@ -318,6 +321,25 @@ class TrainingParams(Section):
     preview_count: Annotated[Whole, Field(ge=1, le=10_000)] = 16
     preview_steps: Timesteps = 50
     loader_workers: Processes = 0
+
+    def groups_on(self, ranks: int) -> int:
+        """Groups of a step's images, in which ``auto`` is one for each rank.
+
+        Raises:
+            UserError: the batch does not divide over them, or they not over the ranks.
+        """
+        groups = ranks if self.groups == "auto" else self.groups
+        if groups % ranks:
+            raise UserError(
+                f"training.groups: found {groups}, expected a multiple of the {ranks} ranks; change it or"
+                " cluster.num_workers."
+            )
+        if self.batch % groups:
+            raise UserError(
+                f"training.batch: found {self.batch}, expected a multiple of training.groups, {groups} (auto:"
+                " cluster.num_workers); change one of them."
+            )
+        return groups
 
 
 @section
@@ -450,7 +472,8 @@ class Params(Section):
     def run(self, name: str, seed: int) -> Run:
         """The setting of a name with its overrides; turning points that are ``auto`` are left out.
 
-        A precision that is ``auto`` becomes that of this machine, or of GPUs if ``cluster.gpu``: the run records it.
+        A precision that is ``auto`` becomes that of this machine, or of GPUs if ``cluster.gpu``, and groups that are
+        become ``cluster.num_workers``: the run records them.
 
         Raises:
             UserError: what the setting asks for does not fit together (turning points, resolutions, steps).
@@ -477,6 +500,8 @@ class Params(Section):
         if sections["training"].precision == "auto":
             fastest = fastest_precision(self.cluster.gpu)
             sections["training"] = dataclasses.replace(sections["training"], precision=fastest)
+        if sections["training"].groups == "auto":
+            sections["training"] = dataclasses.replace(sections["training"], groups=self.cluster.num_workers)
         points = () if isinstance(setting.turning_points, str) else setting.turning_points
         run = Run(name, seed, setting.process, points, self.dataset.resolution, **sections, reference_model=self.model)
         if isinstance(setting.turning_points, str) and not isinstance(run.sampling.share, str):
@@ -749,7 +774,7 @@ def _short(text: str) -> str:
 
 def _keys(location: tuple[int | str, ...]) -> list[int | str]:
     """The keys of the tree in where pydantic found an error: without the kinds of value that it tried."""
-    return [part for part in location if not re.match(r"tuple\[|literal\[|\[key\]", str(part))]
+    return [part for part in location if not re.match(r"tuple\[|literal\[|function-|\[key\]", str(part))]
 
 
 def _known_keys(kind: Any, path: Collection[Any]) -> list[str]:

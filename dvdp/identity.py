@@ -57,15 +57,14 @@ def training_identity(run: Run) -> dict[str, Any]:
     }
 
 
-def training_hash(run: Run, dataset_digest: str, flip: bool, world_size: int) -> str:
+def training_hash(run: Run, dataset_digest: str, flip: bool) -> str:
     """Names the run: its folder, its checkpoints and its Ray run, and a tag of its MLflow run.
 
     Args:
         dataset_digest: of the LMDB's content.
         flip: whether images are mirrored at random.
-        world_size: number of ranks; each draws its own noise.
     """
-    data = {"dataset": dataset_digest, "flip": flip, "world_size": world_size}
+    data = {"dataset": dataset_digest, "flip": flip}
     return _digest({**training_identity(run), **data, "sources": _sources(TRAINING_SOURCES)})
 
 

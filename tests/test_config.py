@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from dvdp import UserError, config
-from dvdp.config import Params, check_says_every_key, parse_overrides, parse_params, read_params
+from dvdp.config import Params, Run, TrainingParams, check_says_every_key, parse_overrides, parse_params, read_params
 from dvdp.diffusion.schedule import ATTENUATIONS
 from dvdp.diffusion.solvers import SOLVERS
 from dvdp.diffusion.timesteps import TIMESTEP_SPACINGS
@@ -91,6 +91,8 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
     "no stages": ({"model": {"channel_mult": []}}, ["model.channel_mult: found []"]),
     "attention nowhere": ({"model": {"attention_factors": [64]}}, ["model.attention_factors: found factor 64"]),
     "odd heads": ({"model": {"num_head_channels": 48}}, ["model.num_head_channels: found 48"]),
+    "no groups": ({"training": {"groups": 0}}, ["training.groups: found 0"]),
+    "groups by a word": ({"training": {"groups": "all"}}, ["training.groups: found 'all'"]),
     "no ranks": ({"cluster": {"num_workers": 0}}, ["cluster.num_workers: found 0"]),
     "turning points out of order": (setting(turning_points=[600, 300]), ["settings.a.turning_points", "[600, 300]"]),
     "turning point twice": (setting(turning_points=[300, 300]), ["settings.a.turning_points", "[300, 300]"]),
@@ -432,7 +434,7 @@ def test_file_says_everything_and_numbers_may_be_written_as_yaml_writes_them(tmp
 def test_overrides_apply_to_their_setting_alone() -> None:
     params = parse_params(
         {
-            "training": {"precision": "fp32"},
+            "training": {"precision": "fp32", "groups": 1},
             "settings": {
                 "plain": {"process": "ddpm"},
                 "a": {
@@ -535,3 +537,18 @@ def test_names_of_data_sets_settings_and_models_are_file_names(name: object) -> 
         with pytest.raises(UserError, match=r"name|model|settings"):
             parse_params(tree)
     assert parse_params({"dataset": {"name": "600"}}).dataset.name == "600"
+
+
+def test_groups_are_as_many_as_ranks_where_params_do_not_say() -> None:
+    def run(**sections: Any) -> Run:
+        return parse_params({"settings": {"ddpm": {"process": "ddpm"}}, **sections}).runs()[0]
+
+    auto, said = run(cluster={"num_workers": 4}), run(cluster={"num_workers": 2}, training={"groups": 4})
+    assert auto.training.groups == 4
+    assert auto == said, "so that it goes on with other ranks"
+    assert [auto.training.groups_on(ranks) for ranks in (1, 2, 4)] == [4, 4, 4]
+    with pytest.raises(UserError, match=r"training\.groups: found 4, expected a multiple of the 3 ranks"):
+        auto.training.groups_on(3)
+    assert TrainingParams(batch=12).groups_on(3) == 3
+    with pytest.raises(UserError, match=r"training\.batch: found 12, expected a multiple of training\.groups, 5"):
+        TrainingParams(batch=12).groups_on(5)

@@ -82,7 +82,7 @@ def test_a_run_records_the_precision_that_auto_was_and_its_hash_is_that_of_the_p
         assert auto == said
         assert auto.describe()["training"]["precision"] == expected
         assert Run.from_description(auto.describe()) == auto
-        hashes[expected] = training_hash(auto, "digest", False, 1)
+        hashes[expected] = training_hash(auto, "digest", False)
     assert hashes["fp32"] != hashes["bf16"]
     machine(WITHOUT[0])
     assert _run({"cluster": {"gpu": True}}).training.precision == "bf16"

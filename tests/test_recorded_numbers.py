@@ -564,7 +564,7 @@ def rank(number: int, folder: str) -> None:
         meet = f"file://{folder}.meet"
         dist.init_process_group("gloo", init_method=meet, rank=number, world_size=2, timeout=timedelta(seconds=120))
         try:
-            options = {**RUNS["dvdp v"], "accumulation": 2}
+            options = {**RUNS["dvdp v"], "accumulation": 2, "groups": 2}
             train_run(make_run(**options), training_images_of(options), Path(folder))
         finally:
             dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """Random numbers as a function of what they are for.
 
 No stream is ever continued: every draw starts from a seed derived from its purpose (the run's seed, the step, the
-rank, the image). So nothing depends on batching, on the number of workers or on an interruption.
+level, the image). So nothing depends on batching, on the number of workers or on an interruption.
 """
 
 from __future__ import annotations

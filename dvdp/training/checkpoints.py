@@ -18,7 +18,7 @@ KIND = "dvdp checkpoint 1"
 class Checkpoint(NamedTuple):
     """State after a number of images. Tensors are named ``model.*``, ``ema.*``, ``optimizer.*``, ``window.*``.
 
-    The random state of every rank is no part of it: each step draws from a seed made of (run seed, step, rank).
+    Tensors are whole, on whatever number of ranks. Random states are no part of it: a step draws from its own seeds.
     """
 
     images: int

@@ -1,7 +1,8 @@
 """How a training step spreads its images over the levels, and what of them goes through the network at once.
 
 Either way t is uniform over 1 .. T in the long run, which is our choice: the paper's eq. 12 leaves the share of each
-level open. All ranks do the same; if they drew independently, the slowest rank would set the pace.
+level open. The images of a step come in groups, which all have the same number of images at each level, and a rank
+takes whole groups. So all ranks do the same; if they drew independently, the slowest rank would set the pace.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BLOCK = 100
 
 
 def level_counts(schedule: Schedule, draw: LevelDraw, seed: int, step: int, images: int) -> list[int]:
-    """Images of each level, finest first, among the ``images`` that a rank sees at ``step`` (from 0).
+    """Images of each level, finest first, among the ``images`` of a group at ``step`` (from 0).
 
     With "all" a count is its level's share of the images, rounded up or down and right on average: the images' places
     lie evenly over the range of t, from an offset drawn from (seed, step). With "one" all images are of one level, its
@@ -68,24 +69,45 @@ class Draws(NamedTuple):
         return self.t[places], self.noise[level][places.start - before : places.stop - before]
 
 
-def draw(schedule: Schedule, counts: Sequence[int], resolution: int, device: torch.device) -> Draws:
-    """Timesteps and noise of a step from the global generator, before anything is cut: parts do not shape them.
+def draw(
+    schedule: Schedule,
+    counts: Sequence[int],
+    resolution: int,
+    device: torch.device,
+    *,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    world_size: int = 1,
+    groups: int = 1,
+) -> Draws:
+    """Timesteps and noise of a rank's images of a step, before anything is cut: parts do not shape them.
 
-    Of each level one timestep from each of as many equal strata as it has images: less noise in the loss (Kingma et al.
-    2021, app. I.1).
+    Of each level one timestep from each of as many equal strata as all ranks have images of it: less noise in the loss
+    (Kingma et al. 2021, app. I.1). The strata lie at an offset drawn from (seed, step, level), and the noise of each
+    group of images is drawn from (seed, step, level, group): a step is the same on any number of ranks.
 
     Args:
-        counts: images of each level, finest first.
+        counts: images of each level that this rank has, finest first. Image i of a level is image i // m of group
+            rank + world_size * (i % m), where m is groups / world_size.
         resolution: of full-size images, in pixels.
+        groups: of images of the step, over all ranks; see :attr:`dvdp.config.TrainingParams.groups`.
     """
     t, noise = [], []
+    mine = range(rank, groups, world_size)
     for level, count in enumerate(counts):
         low, high = schedule.span(level)
         side = resolution >> level
         if count:
-            strata = torch.arange(count, device=device) + torch.rand((), dtype=torch.float64, device=device)
-            t.append((low + 1 + strata / count * (high - low)).long().clamp(max=high))
-        noise.append(torch.randn((count, 3, side, side), device=device))
+            strata = torch.arange(count, device=device, dtype=torch.float64) * world_size
+            strata += rank + derive_seed(seed, "timesteps", step, level) / 2**63
+            t.append((low + 1 + strata / (count * world_size) * (high - low)).long().clamp(max=high))
+        shape = (count // len(mine), 3, side, side)
+        drawn = [
+            torch.randn(shape, device=device, generator=generator(seed, "noise", step, level, group, device=device))
+            for group in mine
+        ]
+        noise.append(torch.stack(drawn, dim=1).flatten(0, 1) if len(mine) > 1 else drawn[0])
     return Draws(torch.cat(t), noise)
 
 

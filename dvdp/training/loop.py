@@ -1,7 +1,8 @@
 """The training loop: progress counted in images, resumed to the bit.
 
 Runs in any process, alone or as one rank of an initialised ``torch.distributed`` group. Everything random in a step
-is a function of (run seed, step, rank), so an interrupted run goes on as if nothing had happened.
+is a function of (run seed, step) and an image's place in it, dropout of (run seed, step, rank), so an interrupted run
+goes on as if nothing had happened, and without dropout so does one on another number of ranks, up to rounding.
 """
 
 from __future__ import annotations
@@ -157,6 +158,7 @@ class Training:
         self.run, self.images, self.folder, self.hash = run, images, folder, training_hash
         self.flip, self.device, self.preview = flip, device, preview
         self.rank, self.world_size = _rank(), dist.get_world_size() if dist.is_initialized() else 1
+        self.groups = run.training.groups_on(self.world_size)
         self.total = training_images(run)
         self.description = {
             **(description or {}),
@@ -253,8 +255,15 @@ class Training:
         self.learning_rate = self._learning_rate(step)
         self.part_size.seen = step * self.run.training.batch
         torch.manual_seed(derive_seed(self.run.seed, "step", step, self.rank))
-        counts = level_counts(self.process.schedule, self.run.training.levels, self.run.seed, step, images=len(images))
-        self.update(images, counts, labels)
+        self.update(images, self._counts(step), labels, step)
+
+    def _counts(self, step: int) -> list[int]:
+        """Images of each level, finest first, that this rank has at a step."""
+        settings = self.run.training
+        each = level_counts(
+            self.process.schedule, settings.levels, self.run.seed, step, images=settings.batch // self.groups
+        )
+        return [count * (self.groups // self.world_size) for count in each]
 
     def _learning_rate(self, step: int) -> float:
         """Of a step: rises over the warm-up, falls over the cool-down."""
@@ -264,13 +273,14 @@ class Training:
         down = (self.total - before) / (settings.cooldown * self.total) if settings.cooldown else 1.0
         return settings.learning_rate * min(1.0, up, down)
 
-    def update(self, images: Tensor, counts: Sequence[int], labels: Tensor | None = None) -> None:
+    def update(self, images: Tensor, counts: Sequence[int], labels: Tensor | None = None, step: int = 0) -> None:
         """One step of the optimisers at :attr:`learning_rate`; nothing is synchronised.
 
         Args:
             images: of this rank, uint8 (b, 3, H, W).
             counts: how many of them to take for each level, finest first.
             labels: (b,) their classes, -1 for none; needed by a class-conditional network.
+            step: its number, from which timesteps and noise are drawn.
 
         Raises:
             UserError: there is no such class, or no labels for a class-conditional network.
@@ -283,16 +293,16 @@ class Training:
             )
         self.computing.zero_grad()
         self.computing.refresh()
-        self._gradients(images, counts, labels)
+        self._gradients(images, counts, labels, step)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.run.training.clip_norm)
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = self.learning_rate
             optimizer.step()
         self.window[:, -1] += torch.stack([norm.detach(), torch.ones_like(norm)])
 
-    def _gradients(self, images: Tensor, counts: Sequence[int], labels: Tensor | None) -> None:
+    def _gradients(self, images: Tensor, counts: Sequence[int], labels: Tensor | None, step: int) -> None:
         """Gradients of a step, the mean over ranks; with ``batch_fit`` in parts that fit into the memory of all."""
-        passes = partial(self._backward, self.live, images, counts, labels)
+        passes = partial(self._backward, self.live, images, counts, labels, step)
         if not self.run.training.batch_fit:
             passes()
             return
@@ -301,17 +311,20 @@ class Training:
             self.computing.zero_grad()
             self.window.copy_(window)
             release()
-            torch.manual_seed(torch.initial_seed())  # What the step has drawn it draws again.
+            torch.manual_seed(torch.initial_seed())  # Dropout draws again what it has drawn.
         if self.world_size > 1:
             average_gradients(self.network)
 
     def _backward(
-        self, network: nn.Module, images: Tensor, counts: Sequence[int], labels: Tensor | None = None
+        self, network: nn.Module, images: Tensor, counts: Sequence[int], labels: Tensor | None = None, step: int = 0
     ) -> None:
         """Gradients of the mean loss of a batch."""
         images = images.to(self.device, non_blocking=True)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
-        drawn = draw(self.process.schedule, counts, self.run.resolution, self.device)
+        drawn = draw(
+            self.process.schedule, counts, self.run.resolution, self.device,
+            seed=self.run.seed, step=step, rank=self.rank, world_size=self.world_size, groups=self.groups,
+        )  # fmt: skip
         taken = parts(counts, self.part_size.now)
         for i, (level, places) in enumerate(taken):
             part = images[places]
@@ -376,7 +389,7 @@ class Training:
         settings, schedule = self.run.training, self.process.schedule
         size = settings.batch // self.world_size
         if settings.levels == "all":
-            return [(1.0, level_counts(schedule, "all", self.run.seed, 0, images=size))]
+            return [(1.0, self._counts(0))]
         levels = range(self.process.levels + 1)
         return [(share, [size if k == i else 0 for k in levels]) for i, share in enumerate(schedule.shares())]
 

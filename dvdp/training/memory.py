@@ -76,14 +76,16 @@ def worker_memory(run: Run, ranks: int, gpu: bool) -> int:
     See :func:`dvdp.training.estimate.peak_memory`. On a GPU it is not measured.
     """
     weights, settings = 4 * parameter_count(run), run.training
-    images = math.ceil(settings.batch / ranks)
-    at_once = math.ceil(images / settings.accumulation)
+    groups = ranks if settings.groups == "auto" else max(ranks, settings.groups)
+    # Of a group, of which a rank has several.
+    images, several = math.ceil(settings.batch / groups), math.ceil(groups / ranks)
+    at_once = math.ceil(images * several / settings.accumulation)
     activations: float = 0
     batches, drawn = 0, 0.0
     for level, (low, high) in enumerate(level_spans(run.turning_points, run.schedule.timesteps)):
         # The most that a step has of this level, and how many of them go through the network at once.
         share = images * (high - low) if settings.levels == "all" else images * run.schedule.timesteps
-        most = -(-share // run.schedule.timesteps)
+        most = several * -(-share // run.schedule.timesteps)
         batches += 2 if share % run.schedule.timesteps else 1
         part = math.ceil(most / math.ceil(most / (at_once * 4**level)))
         full = most / 4**level

@@ -66,7 +66,7 @@ class Job(Sampled):
     @cached_property
     def training_hash(self) -> str:
         """Names the run; see :mod:`dvdp.identity`."""
-        return training_hash(self.run, self.dataset_digest, self.params.dataset.flip, self.params.cluster.num_workers)
+        return training_hash(self.run, self.dataset_digest, self.params.dataset.flip)
 
     @property
     def trained(self) -> str:
@@ -108,7 +108,7 @@ def jobs(params: Params) -> list[Job]:
 
     Raises:
         UserError: the data set is not prepared, or was prepared with another resolution; a batch does not divide
-            over the ranks.
+            over groups of images, or these not over the ranks.
     """
     store = prepared_store(params)
     runs, ranks, classes = params.runs(), params.cluster.num_workers, len(store.metadata.labels)
@@ -119,9 +119,8 @@ def jobs(params: Params) -> list[Job]:
                 f"model.num_classes: found {run.model.num_classes} for {run.setting}, expected {known}"
                 f" {DataPaths.of(params).store}; change it."
             )
-        if run.training.batch % ranks:
-            raise UserError(
-                f"training.batch: found {run.training.batch} for {run.setting}, expected a multiple of"
-                f" cluster.num_workers, {ranks}; change one of them."
-            )
+        try:
+            run.training.groups_on(ranks)
+        except UserError as error:
+            raise UserError(f"{str(error).rstrip('.')}, in setting '{run.setting}'.") from None
     return [Job(params, run, store.metadata.digest) for run in runs]

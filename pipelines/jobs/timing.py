@@ -101,7 +101,8 @@ def untrained(
     run: Run, images: Images, ranks: int, device: torch.device, folder: Path = Path(), flip: bool = False
 ) -> Training:
     """One rank's part of a setting at its first step."""
-    settings = replace(run.training, batch=run.training.batch // ranks)
+    groups = run.training.groups_on(ranks) // ranks
+    settings = replace(run.training, batch=run.training.batch // ranks, groups=groups)
     # No data is known to lift with.
     run = replace(run, training=settings, sampling=replace(run.sampling, lift="noise"))
     about = {"label_counts": [1] * run.model.num_classes + [0]}

@@ -167,7 +167,18 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(answer: Answer, tmp_path
         tree["settings"]["dvdp-600"]["overrides"] = odd
         tree["cluster"]["num_workers"] = 2
 
-    assert answer("train", change=two_ranks).startswith("training.batch: found 15 for dvdp-600")
+    said = answer("train", change=two_ranks)
+    assert said.startswith("training.batch: found 15, expected a multiple of training.groups, 2")
+    assert said.endswith("in setting 'dvdp-600'.")
+    assert answer("train", change=section("training", groups=3)).startswith("training.batch: found 16")
+
+    def three_ranks(tree: dict[str, Any]) -> None:
+        tree["training"]["groups"] = 2
+        tree["cluster"]["num_workers"] = 3
+
+    assert answer("train", change=three_ranks).startswith(
+        "training.groups: found 2, expected a multiple of the 3 ranks"
+    )
 
 
 def test_going_on_without_a_state_is_refused(answer: Answer, tmp_path: Path, store: Path) -> None:

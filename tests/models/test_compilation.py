@@ -78,4 +78,4 @@ def test_weights_of_a_compiled_run_have_a_name_of_their_own() -> None:
 
     runs = [tiny_run(compiled=compiled) for compiled in (True, False)]
     assert dataclasses.replace(runs[0], training=runs[1].training) == runs[1]
-    assert len({training_hash(run, "digest", False, 1) for run in runs}) == 2
+    assert len({training_hash(run, "digest", False) for run in runs}) == 2

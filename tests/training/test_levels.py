@@ -90,8 +90,7 @@ def test_levels_of_fewer_pixels_are_cut_into_fewer_parts() -> None:
 def test_timesteps_of_a_level_are_one_from_each_of_equal_strata_and_noise_has_the_resolution_of_its_level() -> None:
     schedule, seen = Schedule.dvdp([300, 600]), []
     for step in range(200):
-        torch.manual_seed(step)
-        drawn = draw(schedule, [0, 4, 2], 16, torch.device("cpu"))
+        drawn = draw(schedule, [0, 4, 2], 16, torch.device("cpu"), seed=0, step=step)
         assert [tuple(noise.shape) for noise in drawn.noise] == [(0, 3, 16, 16), (4, 3, 8, 8), (2, 3, 4, 4)]
         assert 600 < drawn.t[4:].min() <= 800 < drawn.t[5:].min() <= 1000
         seen.append(drawn.t[:4])
@@ -104,9 +103,26 @@ def test_timesteps_of_a_level_are_one_from_each_of_equal_strata_and_noise_has_th
 @pytest.mark.parametrize("most", [1, 3, 100])
 def test_what_is_drawn_for_an_image_does_not_depend_on_the_parts_of_its_step(most: int) -> None:
     counts = [5, 0, 17]
-    drawn = draw(Schedule.dvdp([300, 600]), counts, 16, torch.device("cpu"))
+    drawn = draw(Schedule.dvdp([300, 600]), counts, 16, torch.device("cpu"), seed=0, step=0)
     cut = [(level, *drawn.of(level, places)) for level, places in parts(counts, most)]
     assert torch.equal(torch.cat([t for _, t, _ in cut]), drawn.t)
     for level in range(3):
         noise = [part for at, _, part in cut if at == level]
         assert torch.equal(torch.cat([drawn.noise[level][:0], *noise]), drawn.noise[level])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_ranks_share_what_one_of_them_would_draw(world_size: int) -> None:
+    schedule, counts = Schedule.dvdp([300, 600]), [6, 0, 12]
+    how = {"seed": 4, "step": 2, "groups": 6}
+    whole = draw(schedule, counts, 16, torch.device("cpu"), **how)
+    for rank in range(world_size):
+        share = [count // world_size for count in counts]
+        drawn = draw(schedule, share, 16, torch.device("cpu"), rank=rank, world_size=world_size, **how)
+        assert torch.equal(drawn.t, whole.t[rank::world_size])
+        assert all(
+            torch.equal(part, all_[rank::world_size]) for part, all_ in zip(drawn.noise, whole.noise, strict=True)
+        )
+    assert len(whole.noise[2].unique()) == whole.noise[2].numel(), "no two images have the same noise"
+    other = draw(schedule, counts, 16, torch.device("cpu"), **{**how, "step": 3})
+    assert not torch.equal(other.noise[0], whole.noise[0])
