@@ -352,6 +352,9 @@ class ClusterParams(Section):
     """CPU threads a worker."""
     gpu: Flag = False
     """One GPU for each worker."""
+    shard: Flag = False
+    """Ranks of a training run share weights, gradients, optimiser and average between them, where a GPU cannot hold
+    them all; see :mod:`dvdp.training.ranks`."""
     busy: Literal["wait", "leave", "share"] = "wait"
     """What a run does while another one uses the cores of this machine; nothing on a cluster of ``RAY_ADDRESS``."""
     max_failures: Annotated[Whole, Field(ge=0, le=100)] = 2

@@ -20,7 +20,7 @@ TRAINING_SOURCES = (
     "diffusion/randomness.py",
     "models/pixels.py", "models/ops.py", "models/norms.py", "models/norm_kernels.py",
     "models/unet.py", "models/denoiser.py", "models/compute.py", "models/compilation.py",
-    "training/levels.py", "training/optimizer.py", "training/ema.py", "training/fit.py",
+    "training/levels.py", "training/ranks.py", "training/optimizer.py", "training/ema.py", "training/fit.py",
     "training/loop.py",
     "data/transforms.py", "data/loading.py",
 )  # fmt: skip

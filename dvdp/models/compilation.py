@@ -13,15 +13,21 @@ from dvdp.errors import UserError
 SHAPES = 64
 
 
-def compile_network(network: nn.Module) -> None:
+def compile_network(*modules: nn.Module) -> None:
     """Have torch.compile make each shape that the network is given its own code, when it first comes.
 
     The state dict stays as it is; a copy of the network is not compiled.
+
+    Args:
+        modules: the network, or parts of it that are compiled by themselves.
     """
     import torch._dynamo
 
-    torch._dynamo.config.recompile_limit = SHAPES
-    network.compile(dynamic=False)
+    limit = SHAPES * len(modules)
+    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.config.accumulated_recompile_limit = max(limit, torch._dynamo.config.accumulated_recompile_limit)
+    for module in modules:
+        module.compile(dynamic=False)
 
 
 @contextlib.contextmanager

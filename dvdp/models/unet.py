@@ -49,22 +49,25 @@ class UNet(nn.Module):
             nn.init.zeros_(self.classes.weight)
         self.width = width
 
-        def stage(layers: layout.Stage) -> nn.ModuleList:
-            return nn.ModuleList(
-                ResidualBlock(layer.inputs, layer.width, embedding, params.dropout, layer.resample)
+        def stage(layers: layout.Stage) -> Stage:
+            return Stage(
+                ResidualBlock(layer.inputs, layer.width, params.dropout, layer.resample)
                 if isinstance(layer, layout.Block)
                 else Attention(layer.width, params.num_head_channels)
                 for layer in layers
             )
 
         stages = layout.unet_layout(params)
+        # Of all residual blocks, and not in them: the backward pass comes to these last, and ranks exchange gradients
+        # of neighbours together.
+        self.modulations = nn.ModuleList(
+            nn.Linear(embedding, 2 * layer.width) for layer in stages.layers if isinstance(layer, layout.Block)
+        )
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.encoder = nn.ModuleList(map(stage, stages.encoder))
         self.middle = stage(stages.middle)
         self.decoder = nn.ModuleList(map(stage, stages.decoder))
         width *= params.channel_mult[0]
-        # A plain list, as the blocks have their place among the stages.
-        self._blocks = [block for block in self.modules() if isinstance(block, ResidualBlock)]
         self.head = nn.Sequential(norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor, level: int, labels: Tensor | None = None) -> Tensor:
@@ -100,15 +103,27 @@ class UNet(nn.Module):
 
     def _modulations(self, embedding: Tensor) -> Iterator[Tensor]:
         """Of every residual block, in the order that they run in: one product in place of forty small ones."""
-        layers = [block.modulation for block in self._blocks]
+        layers = [cast(nn.Linear, layer) for layer in self.modulations]
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
         return iter(F.linear(embedding, weight, bias).split([layer.out_features for layer in layers], dim=1))
 
     def _stage(self, layers: nn.Module, modulations: Iterator[Tensor], *parts: Tensor) -> Tensor:
         own = [next(modulations) for layer in layers.children() if isinstance(layer, ResidualBlock)]
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, layers, own, *parts, use_reentrant=False)
-        return run(layers, own, *parts)
+            return checkpoint(layers, own, *parts, use_reentrant=False)
+        return layers(own, *parts)
+
+
+class Stage(nn.ModuleList):
+    """Layers one after the other: what is computed again, compiled and shared between ranks as a whole."""
+
+    def forward(self, modulations: Sequence[Tensor], *parts: Tensor) -> Tensor:
+        """Apply the layers to the joined parts, giving each residual block its modulation."""
+        h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        left = iter(modulations)
+        for layer in self:
+            h = layer(h, next(left)) if isinstance(layer, ResidualBlock) else layer(h)
+        return h
 
 
 class LevelNetworks(nn.Module):
@@ -132,19 +147,13 @@ def build_network(params: ModelParams, levels: int, activation_checkpointing: bo
 
 
 class ResidualBlock(nn.Module):
-    """BigGAN residual block: resampling inside both branches, scale and shift from the embedding.
+    """BigGAN residual block: resampling inside both branches, scale and shift from the embedding by the network."""
 
-    The network applies :attr:`modulation`, the layer that makes them, for all blocks at once.
-    """
-
-    def __init__(
-        self, inputs: int, outputs: int, embedding: int, dropout: float, resample: layout.Resample = None
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, dropout: float, resample: layout.Resample = None) -> None:
         super().__init__()
         self.resample = resample
         self.norm1 = norm(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.modulation = nn.Linear(embedding, 2 * outputs)
         self.norm2 = norm(outputs)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
@@ -176,15 +185,6 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         q, k, v = self.qkv(group_norm(x, self.norm)).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
         return x + self.out(attend(q, k, v).reshape(b, c, h, w))
-
-
-def run(layers: nn.Module, modulations: Sequence[Tensor], *parts: Tensor) -> Tensor:
-    """Apply a stage's layers to the joined parts, giving each residual block its modulation."""
-    h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-    left = iter(modulations)
-    for layer in layers.children():
-        h = layer(h, next(left)) if isinstance(layer, ResidualBlock) else layer(h)
-    return h
 
 
 def norm(width: int) -> nn.GroupNorm:

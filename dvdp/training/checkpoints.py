@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dvdp import tensors
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
+from dvdp.training.ranks import share_like
 
 KIND = "dvdp checkpoint 1"
 
@@ -68,6 +69,8 @@ def pack(prefix: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def unpack(prefix: str, module: nn.Module, packed: Mapping[str, Tensor]) -> None:
-    """The inverse of :func:`pack`."""
+    """The inverse of :func:`pack`, from whole tensors."""
     start = prefix + "."
-    module.load_state_dict({k.removeprefix(start): v for k, v in packed.items() if k.startswith(start)})
+    state = module.state_dict()
+    named = ((k.removeprefix(start), v) for k, v in packed.items() if k.startswith(start))
+    module.load_state_dict({name: share_like(tensor, state[name]) for name, tensor in named})

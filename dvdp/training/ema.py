@@ -15,10 +15,11 @@ class EMA:
         halflife: images after which an old weight counts half.
         ramp: the half-life is at most this share of the images seen (Karras et al. 2022), so that the start of a
             run is forgotten.
+        average: a copy of the network, which will hold the averages; made here where there is none.
     """
 
-    def __init__(self, network: nn.Module, halflife: float, ramp: float) -> None:
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+    def __init__(self, network: nn.Module, halflife: float, ramp: float, average: nn.Module | None = None) -> None:
+        self.network = (copy.deepcopy(network) if average is None else average).eval().requires_grad_(False)
         self.halflife = halflife
         self.ramp = ramp
         self._live: list[torch.Tensor] = list(network.parameters())

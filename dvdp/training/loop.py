@@ -8,11 +8,12 @@ goes on as if nothing had happened, and without dropout so does one on another n
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
@@ -37,7 +38,7 @@ from dvdp.models.flops import mean_flops, training_flops, training_images
 from dvdp.models.pixels import to_float
 from dvdp.models.unet import build_network
 from dvdp.out_of_memory import in_batches, release
-from dvdp.training import checkpoints, ledger
+from dvdp.training import checkpoints, ledger, ranks
 from dvdp.training.ema import EMA
 from dvdp.training.estimate import Estimate, median_seconds, peak_memory
 from dvdp.training.fit import PartSize, average_gradients
@@ -72,6 +73,7 @@ def train(
     device: torch.device | str = "cpu",
     description: Mapping[str, Any] | None = None,
     preview: Preview | None = None,
+    sharded: bool = False,
 ) -> None:
     """Train a run to its end, going on from its newest checkpoint.
 
@@ -86,6 +88,7 @@ def train(
         description: goes into the header of the weights, beside the run; see :meth:`TrainedModel.of
             <dvdp.models.export.TrainedModel.of>` for what of the data it has to tell.
         preview: turns samples from the EMA weights into a picture.
+        sharded: spread weights, gradients, optimiser and average over the ranks, if there are several.
 
     Raises:
         UserError: a checkpoint is damaged or of another configuration, the batch does not divide over ranks, the
@@ -104,12 +107,12 @@ def train(
             if trained != training_hash:
                 raise UserError(f"'{folder}' holds the finished run {trained}, expected {training_hash}.")
             return
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
         with (
             explained() if run.training.compile else contextlib.nullcontext(),
-            explained_shortage(run, ranks, device),
+            explained_shortage(run, world_size, device),
         ):
-            training = Training(run, images, folder, training_hash, flip, device, preview, description)
+            training = Training(run, images, folder, training_hash, flip, device, preview, description, sharded)
             training.run_to_end(seen)
 
 
@@ -154,6 +157,7 @@ class Training:
         device: torch.device,
         preview: Preview | None,
         description: Mapping[str, Any] | None = None,
+        sharded: bool = False,
     ) -> None:
         self.run, self.images, self.folder, self.hash = run, images, folder, training_hash
         self.flip, self.device, self.preview = flip, device, preview
@@ -168,24 +172,36 @@ class Training:
         }
         torch.manual_seed(derive_seed(run.seed, "weights"))
         network = build_network(run.model, len(run.turning_points), run.training.activation_checkpointing)
-        self.network = arrange(network, device)
-        self.computing = Computing(self.network, run.training.precision)
-        self.ema = EMA(self.network, run.training.ema_halflife_images, run.training.ema_ramp)
-        self.model = TrainedModel.of(run, self.description, self.ema.network, device)
+        average, here = None, run
+        self.sharded = sharded and self.world_size > 1
+        if self.sharded:
+            if run.training.batch_fit:
+                raise UserError(
+                    "training.batch_fit: found true beside cluster.shard, expected false, as ranks that gather shares"
+                    " for each part cannot try other parts; set training.accumulation instead."
+                )
+            # Shares are cast as they are gathered, and a stage is compiled without what gathers it.
+            here = replace(run, training=replace(run.training, precision="fp32", compile=False))
+            average = copy.deepcopy(network)
+            if run.training.compile:
+                compile_network(*ranks.stages(network))
+            for each in (network, average):
+                ranks.shard(each, device, run.training.precision)
+            self.network: nn.Module = network
+        else:
+            self.network = arrange(network, device)
+        self.computing = Computing(self.network, here.training.precision)
+        self.ema = EMA(self.network, run.training.ema_halflife_images, run.training.ema_ramp, average)
+        self.model = TrainedModel.of(here, self.description, self.ema.network, device)
         self.process = self.model.process
         self.optimizers = build_optimizers(self.network, run.training)
         self.learning_rate = run.training.learning_rate
-        if run.training.compile:
+        if here.training.compile:
             compile_network(self.computing.network)
         self.live: nn.Module = self.computing.network
         self.part_size = PartSize(run, device, self.world_size)
-        if self.world_size > 1 and not run.training.batch_fit:
-            self.live = DistributedDataParallel(
-                self.live,
-                device_ids=[device] if device.type == "cuda" else None,
-                # Otherwise it regroups the gradients after its first step, and a resumed run adds in another order.
-                find_unused_parameters=True,
-            )
+        if self.world_size > 1 and not self.sharded and not run.training.batch_fit:
+            self.live = ranks.replicate(self.live, device)
         # Since the last log: the losses of each level's images and, last, the gradient norms; their sums and numbers.
         self.window = torch.zeros(2, self.process.levels + 2, dtype=torch.float64, device=device)
 
@@ -220,14 +236,16 @@ class Training:
                 rate = (seen - clocked) / (time.perf_counter() - clock)
                 self._log(seen, rate)
                 clock, clocked = time.perf_counter(), seen
-            if self.preview and self.rank == 0 and due(settings.preview_images):
+            # All ranks draw with what is spread over them.
+            if self.preview and (self.rank == 0 or self.sharded) and due(settings.preview_images):
                 paused = time.perf_counter()
                 self._preview(seen, self.preview)
                 clock += time.perf_counter() - paused
             if due(settings.checkpoint_images):
                 self._checkpoint(seen)
+        weights = ranks.gather(self.ema.network.state_dict())
         if self.rank == 0:
-            save_model(folder / "weights.safetensors", self.ema.network.state_dict(), self.description)
+            save_model(folder / "weights.safetensors", weights, self.description)
         if self.world_size > 1:
             # No rank leaves before the result is there.
             dist.barrier()
@@ -294,7 +312,7 @@ class Training:
         self.computing.zero_grad()
         self.computing.refresh()
         self._gradients(images, counts, labels, step)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.run.training.clip_norm)
+        norm = ranks.whole(nn.utils.clip_grad_norm_(self.network.parameters(), self.run.training.clip_norm))
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = self.learning_rate
             optimizer.step()
@@ -370,7 +388,10 @@ class Training:
             training_flops(self.run),
             seconds,
             worker_memory(
-                cut_to(self.run, self.world_size, self.part_size.now), self.world_size, self.device.type == "cuda"
+                cut_to(self.run, self.world_size, self.part_size.now),
+                self.world_size,
+                self.device.type == "cuda",
+                self.sharded,
             ),
             run_bytes(self.run),
         )
@@ -437,13 +458,15 @@ class Training:
             dist.all_reduce(self.window)
             if self.rank:
                 self.window.zero_()
-        if self.rank == 0:
-            tensors = {
+        tensors = ranks.gather(
+            {
                 **checkpoints.pack("model", self.network),
                 **checkpoints.pack("ema", self.ema.network),
                 **pack_optimizers(self.optimizers),
                 "window": self.window,
             }
+        )
+        if self.rank == 0:
             checkpoints.write(
                 self.folder / "checkpoints",
                 checkpoints.Checkpoint(seen, tensors),
@@ -469,7 +492,9 @@ class Training:
             return self.model.draw(size, first, options).cpu()
 
         parts = in_batches(draw_some, 0, count, count, self.device, "training.preview_count")
-        show(seen, torch.cat([samples for _, samples in parts]), self.folder / "previews" / f"{seen:09d}.png")
+        drawn = torch.cat([samples for _, samples in parts])
+        if self.rank == 0:
+            show(seen, drawn, self.folder / "previews" / f"{seen:09d}.png")
 
     def _name(self) -> str:
         return f"{self.run.setting} seed {self.run.seed}"

@@ -35,21 +35,30 @@ def parameter_count(run: Run) -> int:
 def _parameters(run: Run) -> tuple[int, int]:
     """Those that Muon is for, and the others."""
     model, levels = run.model, len(run.turning_points) + 1
-    width, embedding, layers = model.model_channels, 4 * model.model_channels, unet_layout(model).layers
+    width, embedding = model.model_channels, 4 * model.model_channels
     networks, rows = (levels, 1) if model.networks == "per_level" else (1, levels)
     rows += model.num_classes + 1 if model.num_classes else 0
-    matrices, others = embedding * (width + embedding), embedding * (2 + rows)
-    for layer in layers:
-        if isinstance(layer, Attention):
-            matrices += 4 * layer.width**2
-            others += 6 * layer.width
-        else:
-            inputs, outputs, skip = layer.inputs, layer.width, int(layer.inputs != layer.width)
-            matrices += outputs * ((9 + skip) * inputs + 9 * outputs + 2 * embedding)
-            others += 2 * inputs + (6 + skip) * outputs
+    layers = [_layer_parameters(layer, embedding) for layer in unet_layout(model).layers]
+    matrices = embedding * (width + embedding) + sum(of_layer for of_layer, _ in layers)
     # The first and the last convolution, and the norm before that.
-    others += 28 * width + 29 * width * model.channel_mult[0] + 3
-    return networks * matrices, networks * others
+    others = embedding * (2 + rows) + 28 * width + 29 * width * model.channel_mult[0] + 3
+    return networks * matrices, networks * (others + sum(of_layer for _, of_layer in layers))
+
+
+def _layer_parameters(layer: Block | Attention, embedding: int) -> tuple[int, int]:
+    """Those that Muon is for, and the others."""
+    if isinstance(layer, Attention):
+        return 4 * layer.width**2, 6 * layer.width
+    inputs, outputs, skip = layer.inputs, layer.width, int(layer.inputs != layer.width)
+    return outputs * ((9 + skip) * inputs + 9 * outputs + 2 * embedding), 2 * inputs + (6 + skip) * outputs
+
+
+def _largest_stage(run: Run) -> int:
+    """Its parameters."""
+    embedding = 4 * run.model.model_channels
+    return max(
+        sum(sum(_layer_parameters(layer, embedding)) for layer in stage) for stage in unet_layout(run.model).stages
+    )
 
 
 def optimizer_bytes(run: Run) -> int:
@@ -70,7 +79,7 @@ def run_bytes(run: Run) -> int:
     return kept + 4 * parameter_count(run) + run.sampling.count * 3 * run.resolution**2
 
 
-def worker_memory(run: Run, ranks: int, gpu: bool) -> int:
+def worker_memory(run: Run, ranks: int, gpu: bool, sharded: bool = False) -> int:
     """Peak of one training worker: of its GPU, else of its process, Ray's part included and pages of files left out.
 
     See :func:`dvdp.training.estimate.peak_memory`. On a GPU it is not measured.
@@ -91,10 +100,16 @@ def worker_memory(run: Run, ranks: int, gpu: bool) -> int:
         full = most / 4**level
         drawn = drawn + full if settings.levels == "all" else max(drawn, full)
         activations = max(activations, part * activation_bytes(run, level, gpu))
-    # Copies of the weights in bf16, and their gradients until they are added to those in fp32.
-    copies = weights if settings.precision == "bf16" else 0
-    # Network, average, gradients, optimiser; the noise of the images that wait for their part.
-    state = 3 * weights + copies + optimizer_bytes(run) + round(12 * run.resolution**2 * max(0, drawn - at_once))
+    # Network, average, gradients, optimiser.
+    state: float = 3 * weights + optimizer_bytes(run)
+    if sharded and ranks > 1:
+        # And weights and gradients of a stage that computes, and of the one before or after it.
+        state = state / ranks + 16 * _largest_stage(run)
+    elif settings.precision == "bf16":
+        # Copies of the weights, and their gradients until they are added to those in fp32.
+        state += weights
+    # The noise of the images that wait for their part.
+    state += round(12 * run.resolution**2 * max(0, drawn - at_once))
     if gpu:
         return round(CONTEXT_GPU + state + HOLES_GPU * activations)
     holes = HOLES_CHECKPOINTING if settings.activation_checkpointing else HOLES

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dvdp.config import TrainingParams
+from dvdp.training.ranks import share_like, whole
 
 #: Layers next to the pixels, which Muon is not for.
 _ENDS = {"stem", "head"}
@@ -67,11 +68,12 @@ class Muon(torch.optim.Optimizer):
             averages = [self.state[weight]["momentum_buffer"] for weight in weights]
             torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
             # Nesterov's: the average as another step with this gradient would make it.
-            updates = torch.stack(torch._foreach_lerp(gradients, averages, MOMENTUM))
+            updates = torch.stack([whole(update) for update in torch._foreach_lerp(gradients, averages, MOMENTUM)])
             updates = orthogonal(updates.flatten(2)).to(updates.dtype).view(updates.shape)
             torch._foreach_mul_(weights, 1 - rate * decay)
             scale = 0.2 * math.sqrt(max(len(weights[0]), shape[1:].numel()))
-            torch._foreach_add_(weights, updates.unbind(), alpha=-rate * scale)
+            shares = [share_like(update, weight) for update, weight in zip(updates, weights, strict=True)]
+            torch._foreach_add_(weights, shares, alpha=-rate * scale)
 
 
 #: As those of ``torch.optim.Muon``: of the average of gradients; of the iteration that makes matrices orthogonal.
@@ -114,6 +116,6 @@ def unpack_optimizers(optimizers: Sequence[torch.optim.Optimizer], packed: Mappi
                 weight = weights[int(index)]
                 if tensor.shape == weight.shape:
                     # Fused kernels want the weight's layout, which a file does not have.
-                    tensor = torch.empty_like(weight, requires_grad=False).copy_(tensor)
+                    tensor = torch.empty_like(weight, requires_grad=False).copy_(share_like(tensor, weight))
                 state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

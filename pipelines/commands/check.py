@@ -103,7 +103,7 @@ def check(params: Params, gpu: str | None, price: float | None, trial: bool) -> 
 
 def _cost(run: Run, trial: Trial | None, params: Params, gpu: str | None) -> Cost:
     ranks = params.cluster.num_workers
-    memory = trial.memory_bytes if trial else worker_memory(run, ranks, params.cluster.gpu)
+    memory = trial.memory_bytes if trial else worker_memory(run, ranks, params.cluster.gpu, params.cluster.shard)
     images, count = training_images(run), run.sampling.count
     seconds: tuple[float | None, float | None] = (None, None)
     if trial:

@@ -95,6 +95,7 @@ def train_on_workers(
         "description": dict(description),
         "threads": params.threads,
         "gpu": params.gpu,
+        "shard": params.shard,
         "devices": params.num_workers * (1 if params.gpu else params.threads),
     }
     failures = 0
@@ -181,6 +182,7 @@ def worker(config: dict[str, Any]) -> None:
                 device=get_device(),
                 description=config["description"],
                 preview=preview,
+                sharded=config["shard"],
             )
     except Exception as error:
         Raised.of(error).write(folder / f"failure-{config['attempt']}-{rank}.json")
