@@ -22,7 +22,7 @@ from dvdp.models.compilation import compile_network, explained
 from dvdp.models.compute import Computing, arrange, precision_of
 from dvdp.models.denoiser import NetworkDenoiser
 from dvdp.models.pixels import to_uint8
-from dvdp.models.unet import build_network
+from dvdp.models.unet import ResidualBlock, UNet, build_network
 from dvdp.out_of_memory import in_batches
 
 KIND = "dvdp model 1"
@@ -190,6 +190,19 @@ def load_model(
     if sampling is not None:
         run = replace(run, sampling=sampling)
     network = build_network(run.model, len(run.turning_points))
-    network.load_state_dict(weights)
+    network.load_state_dict(_renamed(weights, network))
     device = torch.device(device)
     return TrainedModel.of(run, description, arrange(network, device).eval().requires_grad_(False), device)
+
+
+def _renamed(weights: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Weights by their names now: earlier releases had a block's modulation in the block."""
+    now = {}
+    for name, unet in network.named_modules():
+        if isinstance(unet, UNet):
+            start = f"{name}." if name else ""
+            blocks = [block for block, module in unet.named_modules() if isinstance(module, ResidualBlock)]
+            for place, block in enumerate(blocks):
+                for part in ("weight", "bias"):
+                    now[f"{start}{block}.modulation.{part}"] = f"{start}modulations.{place}.{part}"
+    return {now.get(name, name): weight for name, weight in weights.items()}

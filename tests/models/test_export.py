@@ -1,6 +1,9 @@
-"""How many images a model draws at once."""
+"""How many images a model draws at once, and what its file may be."""
 
 from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torch import Tensor
 
 from dvdp.config import parse_params
 from dvdp.diffusion.sampling import images_together
-from dvdp.models.export import TrainedModel
+from dvdp.models.export import TrainedModel, load_model, save_model
 from dvdp.models.unet import build_network
 
 
@@ -68,3 +71,23 @@ def test_samples_come_in_draws_of_several_batches_and_do_not_depend_on_the_batch
 @pytest.mark.parametrize(("points", "expected"), [((), 3), ((300,), 12), ((300, 600), 48), ((200, 400, 600), 48)])
 def test_at_most_sixteen_batches_are_drawn_together(points: tuple[int, ...], expected: int) -> None:
     assert images_together(len(points), 3) == expected
+
+
+def test_a_file_of_an_earlier_release_whose_blocks_had_their_modulations_still_loads(tmp_path: Path) -> None:
+    model = {
+        "model_channels": 4, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_factors": [2],
+        "num_head_channels": 4, "num_classes": 0, "networks": "per_level",
+    }  # fmt: skip
+    settings = {"small": {"process": "subspace", "turning_points": [300]}}
+    (run,) = parse_params({"dataset": {"resolution": 8}, "settings": settings, "model": model}).runs()
+    network = build_network(run.model, 1)
+    blocks = ["encoder.0.0", "encoder.1.0", "encoder.2.0", "middle.0", "middle.2"]
+    blocks += ["decoder.0.0", "decoder.1.0", "decoder.1.2", "decoder.2.0", "decoder.3.0"]
+    old = network.state_dict()
+    for part, level, (place, block) in product(("weight", "bias"), (0, 1), enumerate(blocks)):
+        old[f"networks.{level}.{block}.modulation.{part}"] = old.pop(f"networks.{level}.modulations.{place}.{part}")
+    assert not [name for name in old if "modulations" in name]
+    save_model(tmp_path / "weights.safetensors", old, {"run": run.describe()})
+    loaded = load_model(tmp_path / "weights.safetensors")
+    for name, weight in loaded.denoiser.network.state_dict().items():
+        assert torch.equal(weight, network.state_dict()[name])
