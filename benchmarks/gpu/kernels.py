@@ -2,12 +2,7 @@
 
 By default an operator is one kernel that reads each tensor given and writes each tensor returned once. :data:`PASSES`
 says what is otherwise, from torch's sources and from profiles of cuDNN; an operator of our own that is more than one
-kernel is one more function there:
-
-    @passes("dvdp::group_norm_silu")
-    def _(call: Call) -> list[Kernel]:
-        x, y = call.tensor("x"), call.made[0]
-        return [call.kernel("group norm", reads=[x]), call.kernel("group norm, apply", reads=[x], writes=[y])]
+kernel, or reads a tensor twice, is one more function there.
 """
 
 from __future__ import annotations
@@ -215,6 +210,24 @@ def _group_norm_backward(call: Call) -> list[Kernel]:
     if any(of_weights):
         found.append(call.kernel("group norm backward, weight gradients", call.tensors("mean", "rstd"), made))
     return found
+
+
+@passes("dvdp::group_norm_silu")
+def _group_norm_silu(call: Call) -> list[Kernel]:
+    """One kernel, which reads the images for their statistics and again for the result."""
+    x, (y, mean, rstd) = call.tensor("x"), call.made
+    return [call.kernel("group norm to SiLU", [x, x, *call.tensors("weight", "bias", "modulation")], [y, mean, rstd])]
+
+
+@passes("dvdp::group_norm_silu_backward")
+def _group_norm_silu_backward(call: Call) -> list[Kernel]:
+    """One kernel, which reads images and gradients for their sums and again, and one for the weights' gradients."""
+    dy, x, (dx, *of_weights) = call.tensor("dy"), call.tensor("x"), call.made
+    affine, sums = call.tensors("weight", "bias", "modulation"), call.tensors("mean", "rstd")
+    return [
+        call.kernel("group norm to SiLU backward", [dy, x, dy, x, *affine, *sums], [dx, *sums]),
+        call.kernel("group norm to SiLU backward, weights", [*sums, *affine], [t for t in of_weights if t.numel()]),
+    ]
 
 
 @passes("_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_efficient_attention_backward")

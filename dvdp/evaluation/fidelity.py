@@ -98,12 +98,17 @@ _FLAGS = threading.Lock()
 
 @contextlib.contextmanager
 def _exact() -> Iterator[None]:
-    """Deterministic convolutions without TF32: a score repeats, and hardly depends on the device.
+    """Deterministic convolutions, and no TF32: a score repeats, and hardly depends on the device.
 
     One thread is in it at a time: the first of two to leave would take the flags from the other.
     """
     with _FLAGS, torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def _network(extractor: Extractor, gpu: bool) -> Callable[[Tensor], tuple[Tensor, ...]]:

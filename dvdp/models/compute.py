@@ -2,7 +2,7 @@
 
 The weights that are trained and averaged are in fp32. With the precision ``bf16`` another network does the forward and
 the backward pass: its convolutions and linear layers are copies in bf16, made once a step and not once a call as
-autocast makes them, and it shares everything else with the network of the fp32 weights.
+autocast makes them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ def arrange(network: nn.Module, device: torch.device) -> nn.Module:
     """Bring a network to a device, in the layout that its convolutions are fastest in.
 
     On a GPU that is channels last: cuDNN would transpose activations before and after its kernels otherwise. On a CPU
-    torch's own layout is faster in training, see docs/performance.md.
+    torch's own layout is faster in training, see docs/performance.md. From then on this process lets cuDNN try its
+    kernels for each size, and computes products in fp32 as TF32, as cuDNN does convolutions.
     """
     network = network.to(device)
-    return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network
+    if device.type != "cuda":
+        return network
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    return network.to(memory_format=torch.channels_last)
 
 
 def precision_of(trained: Precision, device: torch.device) -> Precision:
@@ -40,12 +45,16 @@ class Computing:
     """
 
     def __init__(self, weights: nn.Module, precision: Precision) -> None:
-        self._weights = lowered(weights) if precision == "bf16" else []
-        self._copies = [nn.Parameter(w.detach().bfloat16(), requires_grad=w.requires_grad) for w in self._weights]
-        # A deep copy takes what its memo names instead of copying it.
+        # All of them, so that the gradients of a step's parts are added in a few kernels.
+        self._weights: list[Tensor] = [*weights.parameters()] if precision == "bf16" else []
+        low = {id(weight) for weight in lowered(weights)}
+        self._copies = [
+            nn.Parameter(w.detach().bfloat16() if id(w) in low else w.detach().clone(), requires_grad=w.requires_grad)
+            for w in self._weights
+        ]
         self._network = weights
-        memo: dict[int, Tensor] = {id(parameter): parameter for parameter in weights.parameters()}
-        memo |= {id(weight): made for weight, made in zip(self._weights, self._copies, strict=True)}
+        # A deep copy takes what its memo names instead of copying it.
+        memo = {id(weight): made for weight, made in zip(self._weights, self._copies, strict=True)}
         self.network: nn.Module = copy.deepcopy(weights, memo) if self._weights else weights
         """The one to call; with ``fp32``, the network of the weights itself."""
 

@@ -242,7 +242,9 @@ def test_a_shard_is_a_batch_of_any_size_and_on_a_cpu_no_more_than_leaves_some_fo
     job = Job(asked, replace(run, sampling=replace(run.sampling, count=1200, batch=1024)), "digest")
     assert missing_shards(job) == [(0, 256), (256, 256), (512, 256), (768, 256), (1024, 176)]
     on_gpu = replace(job, params=replace(asked, cluster=replace(asked.cluster, gpu=True)))
-    assert missing_shards(on_gpu) == [(0, 1200)], "of which the level of half the resolution has four times as many at once"
+    assert missing_shards(on_gpu) == [(0, 1200)], (
+        "of which the level of half the resolution has four times as many at once"
+    )
 
 
 def test_a_registered_model_samples_by_default_as_its_own_setting_does(tmp_path: Path) -> None:
