@@ -115,7 +115,7 @@ def count(network: Network, each_level: bool = True) -> dict[str, Any]:
             parts[f"sampler call, level {progress.level}"] = without_rows(found) if progress.level else found
             gpu.reset()
 
-        options = {**run.sampling.options(), "steps": 2 * levels, "share": (2,) * levels}
+        options = {**run.sampling.options(), "steps": 2 * levels, "share": (2,) * levels, "batch": network.sampled}
         training.model.draw(network.sampled, options=options, callback=between)
     return {
         "batch": batch,

@@ -263,12 +263,12 @@ def draw(training: Training, most: int, steps: int, seconds: float, title: str) 
     """Samples, uint8, from the averaged weights: batch after batch until the time or the number is reached."""
     parts: list[Tensor] = []
     began, size = time.perf_counter(), min(most, SAMPLE_BATCH)
-    options = training.run.sampling.options(steps)
+    options, model = {**training.run.sampling.options(steps), "batch": size}, training.model
     with tqdm(total=most, desc=f"{title}, samples", unit="image", disable=None) as bar:
         for first in range(0, most, size):
             if parts and time.perf_counter() - began > seconds:
                 break
-            parts.append(training.model.draw(min(size, most - first), first, options))
+            parts.append(model.draw(min(size, most - first), first, options))
             bar.update(len(parts[-1]))
     return torch.cat(parts)
 

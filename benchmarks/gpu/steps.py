@@ -125,7 +125,7 @@ def sampling_works(ddpm: Training, dvdp: Training, batch: int) -> dict[str, Work
     for name, training in (("ddpm", ddpm), ("dvdp", dvdp)):
         calls = share_steps(training.process.schedule, SAMPLE_STEPS)
         cost = sum(n * each for n, each in zip(calls, level_flops(training.run), strict=True)) * batch / 1e12
-        options = training.run.sampling.options(SAMPLE_STEPS)
+        options = {**training.run.sampling.options(SAMPLE_STEPS), "batch": batch}
         works[f"sampling, {name}"] = Work(partial(training.model.draw, batch, options=options), cost, 1)
     return works
 

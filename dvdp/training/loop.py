@@ -192,8 +192,8 @@ class Training:
             self.network = arrange(network, device)
         self.computing = Computing(self.network, here.training.precision)
         self.ema = EMA(self.network, run.training.ema_halflife_images, run.training.ema_ramp, average)
-        self.model = TrainedModel.of(here, self.description, self.ema.network, device)
-        self.process = self.model.process
+        self._model = TrainedModel.of(here, self.description, self.ema.network, device)
+        self.process = self._model.process
         self.optimizers = build_optimizers(self.network, run.training)
         self.learning_rate = run.training.learning_rate
         if here.training.compile:
@@ -204,6 +204,12 @@ class Training:
             self.live = ranks.replicate(self.live, device)
         # Since the last log: the losses of each level's images and, last, the gradient norms; their sums and numbers.
         self.window = torch.zeros(2, self.process.levels + 2, dtype=torch.float64, device=device)
+
+    @property
+    def model(self) -> TrainedModel:
+        """The averaged weights as they are now, to draw with."""
+        self._model.refresh()
+        return self._model
 
     def run_to_end(self, seen: int) -> None:
         """Train, log, preview, checkpoint; then write the weights.
@@ -485,11 +491,11 @@ class Training:
             logger.info("%s: going on after %s of %s images", self._name(), f"{seen:,}", f"{self.total:,}")
 
     def _preview(self, seen: int, show: Preview) -> None:
-        count, options = self.run.training.preview_count, self.run.sampling.options(self.run.training.preview_steps)
-        self.model.refresh()
+        model, count = self.model, self.run.training.preview_count
+        options = self.run.sampling.options(self.run.training.preview_steps)
 
         def draw_some(first: int, size: int) -> Tensor:
-            return self.model.draw(size, first, options).cpu()
+            return model.draw(size, first, options).cpu()
 
         parts = in_batches(draw_some, 0, count, count, self.device, "training.preview_count")
         drawn = torch.cat([samples for _, samples in parts])
