@@ -262,9 +262,9 @@ def two_ranks(folder: Path, run: Run, limit: int | None = None) -> None:
 
 def test_a_rank_that_runs_out_is_waited_for_by_none_and_all_go_on_in_its_parts(tmp_path: Path) -> None:
     """To the bits of two ranks with these parts from the start, which exchange gradients within the backward pass."""
-    two_ranks(tmp_path / "fitting", run_of(batch_fit=True), limit=1)
+    two_ranks(tmp_path / "fitting", run_of(batch_fit=True, groups=2), limit=1)
     assert json.loads((tmp_path / "fitting" / FILE).read_text()) == [[0, 1]]
-    two_ranks(tmp_path / "parted", run_of(accumulation=8))
+    two_ranks(tmp_path / "parted", run_of(accumulation=8, groups=2))
     assert_same(tmp_path / "fitting", tmp_path / "parted")
 
 
@@ -274,7 +274,7 @@ def test_ranks_of_which_one_has_no_memory_for_an_image_raise_the_same_sentence(t
             rank(number, folder, run, limit)
         (tmp_path / f"{number}.txt").write_text(str(caught.value))
 
-    run = run_of(points=(), batch_fit=True)
+    run = run_of(points=(), batch_fit=True, groups=2)
     other = mp.get_context("fork").Process(target=end, args=(1, tmp_path / "run", run, -1))
     other.start()
     end(0, tmp_path / "run", run, -1)

@@ -210,4 +210,8 @@ def test_memory_falls_with_accumulation_ranks_and_levels() -> None:
     assert worker_memory(run_of(batch=64, accumulation=4), 1, False) < whole
     assert worker_memory(run_of(batch=64), 4, False) == worker_memory(run_of(batch=16), 1, False)
     assert worker_memory(run_of([300, 600], batch=64), 1, False) < whole
+    wide = run_of(model={"model_channels": 256, "channel_mult": [1, 1, 2, 2, 4]}, batch=8)
+    state = 12 * parameter_count(wide) + optimizer_bytes(wide)
+    saved = worker_memory(wide, 8, True) - worker_memory(wide, 8, True, sharded=True)
+    assert 0.6 * state < saved < 7 / 8 * state
     assert worker_memory(run_of([300, 600], batch=64, levels="one"), 1, False) >= whole

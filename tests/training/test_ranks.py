@@ -18,7 +18,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from dvdp import UserError
 from dvdp.config import Run, parse_params
 from dvdp.data.loading import ArrayImages
 from dvdp.models.unet import build_network
@@ -93,7 +95,7 @@ def changing_ranks(number: int, folder: Path, sharded: bool, training: dict[str,
         if world_size > 1:
             meet = f"file://{folder}.{world_size}"
             dist.init_process_group("gloo", init_method=meet, rank=number, world_size=world_size)
-        with gradients_kept() as kept:
+        with gradients_kept() as kept, compiled_fast():
             train(run, pixels, folder, "abc", sharded=sharded, preview=lambda *_: None)
         held[world_size] = kept
         if world_size > 1:
@@ -101,8 +103,15 @@ def changing_ranks(number: int, folder: Path, sharded: bool, training: dict[str,
             dist.destroy_process_group()
             if number == 0:
                 (folder / "weights.safetensors").unlink()
-    train(run, pixels, folder.with_name("alone"), "abc")
+    with compiled_fast():
+        train(run, pixels, folder.with_name("alone"), "abc")
     folder.with_name("held.json").write_text(json.dumps(held))
+
+
+def compiled_fast() -> contextlib.AbstractContextManager[object]:
+    """Within it, graphs are cut and differentiated as for g++, which would take minutes, and then run as they are."""
+    compiling = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    return mock.patch.object(torch.nn.Module, "compile", compiling)
 
 
 @contextlib.contextmanager
@@ -138,7 +147,8 @@ def gradients_kept() -> Iterator[dict[str, int]]:
     [
         (False, {}, {}),
         (True, {"optimizer": "muon"}, {}),
-        (True, {"activation_checkpointing": True, "levels": "one"}, {"networks": "per_level"}),
+        (True, {"precision": "bf16"}, {}),
+        (True, {"activation_checkpointing": True, "levels": "one", "compile": True}, {"networks": "per_level"}),
     ],
 )
 def test_a_run_goes_on_with_fewer_ranks_as_one_rank_would_have(
@@ -148,12 +158,14 @@ def test_a_run_goes_on_with_fewer_ranks_as_one_rank_would_have(
     mp.spawn(changing_ranks, (changing, sharded, training, model), nprocs=4)
     losses = [[e.metrics["loss"] for e in ledger.read(f / "metrics.jsonl")] for f in (changing, alone)]
     assert len(losses[0]) == 6
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    # In bf16, a norm's weights too are rounded where they are shared.
+    rounded = training.get("precision") == "bf16"
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2 if rounded else 1e-4)
     one, two = (load_file(folder / "weights.safetensors") for folder in (changing, alone))
     assert one.keys() == two.keys()
     for name, weight in one.items():
         # Muon brings gradients that are hardly more than rounding, as before a layer of zeros, to the size of others.
-        assert (weight - two[name]).norm() <= 0.1 * weight.norm() + 1e-3, name
+        assert (weight - two[name]).norm() <= (0.3 if rounded else 0.1) * weight.norm() + 1e-3, name
     held = json.loads((tmp_path / "held.json").read_text())
     for kind, whole in held["1"].items():
         for world_size in (2, 4):
@@ -193,13 +205,12 @@ def order_of_gradients(number: int, folder: Path, compiled: bool) -> None:
     """Notes when a bucket of gradients is sent to the other rank, and when those of the first layer are ready."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
-    # Of several buckets of 1 MiB. What g++ would make of a graph does not move where it is cut.
+    # Of several buckets of 1 MiB.
     run = small_run(compile=compiled, activation_checkpointing=True)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, model_channels=64, num_res_blocks=1))
     pixels = ArrayImages(np.zeros((12, 3, 16, 16), np.uint8))
     smaller = mock.patch.object(ranks, "DistributedDataParallel", partial(DistributedDataParallel, bucket_cap_mb=1))
-    faster = partialmethod(torch.nn.Module.compile, backend="aot_eager")
-    with smaller, mock.patch.object(torch.nn.Module, "compile", faster):
+    with smaller, compiled_fast():
         training = Training(run, pixels, folder, "abc", False, torch.device("cpu"), None)
     events: list[str] = []
 
@@ -228,3 +239,13 @@ def test_ranks_exchange_gradients_while_the_backward_pass_goes_on(tmp_path: Path
     # Parts before the last exchange nothing.
     assert "bucket" not in events[: events.index("stem")]
     assert events[:last].count("bucket") > events[last:].count("bucket") > 0, events
+
+
+def test_parts_that_are_found_by_trying_and_shares_exclude_each_other(tmp_path: Path) -> None:
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        run, pixels = small_run(batch_fit=True), ArrayImages(np.zeros((12, 3, 16, 16), np.uint8))
+        with pytest.raises(UserError, match=r"^training\.batch_fit: found true beside cluster\.shard, expected false"):
+            Training(run, pixels, tmp_path, "abc", False, torch.device("cpu"), None, sharded=True)
+    finally:
+        dist.destroy_process_group()
