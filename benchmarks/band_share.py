@@ -114,7 +114,7 @@ def measure(resolution: int, turns: int) -> dict[str, Any]:
 
 def remove_network(training: Training) -> None:
     """Leave of ``update`` and of sampling what is outside the network and the optimiser."""
-    training.network = training.live = training.ema.network = NoNetwork()
+    training.network = training.live = training.model.denoiser.network = NoNetwork()
     training.optimizers = []
 
 

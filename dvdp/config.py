@@ -492,6 +492,12 @@ class Params(Section):
                 key = f"settings.{name}.overrides.{key}"
             raise UserError(f"{key}: {rest}, in setting '{name}'.") from None
 
+    def without_auto(self, training: TrainingParams) -> TrainingParams:
+        """With what is ``auto`` of it as it is on this cluster; see :meth:`run`."""
+        precision = fastest_precision(self.cluster.gpu) if training.precision == "auto" else training.precision
+        groups = self.cluster.num_workers if training.groups == "auto" else training.groups
+        return dataclasses.replace(training, precision=precision, groups=groups)
+
     def _run(self, name: str, seed: int) -> Run:
         setting, sections = self.settings[name], {}
         for section in typing.get_args(Overridable):
@@ -500,11 +506,7 @@ class Params(Section):
                 sections[section] = type(getattr(self, section))(**values)
             except UserError as error:
                 raise UserError(f"{section}.{error}") from None
-        if sections["training"].precision == "auto":
-            fastest = fastest_precision(self.cluster.gpu)
-            sections["training"] = dataclasses.replace(sections["training"], precision=fastest)
-        if sections["training"].groups == "auto":
-            sections["training"] = dataclasses.replace(sections["training"], groups=self.cluster.num_workers)
+        sections["training"] = self.without_auto(sections["training"])
         points = () if isinstance(setting.turning_points, str) else setting.turning_points
         run = Run(name, seed, setting.process, points, self.dataset.resolution, **sections, reference_model=self.model)
         if isinstance(setting.turning_points, str) and not isinstance(run.sampling.share, str):

@@ -106,7 +106,9 @@ def make_references(params: Params) -> None:
     from pipelines.jobs.score import extractor_of, for_worker, reference_on_worker
 
     places = DataPaths.of(params)
-    asked = places.store.resolve(), for_worker(extractor_of(params)), places.reference.resolve()
+    # Whoever lacks both is told of what comes first.
+    store = ImageStore(places.store).path
+    asked = store.resolve(), for_worker(extractor_of(params)), places.reference.resolve()
     if params.cluster.gpu:
         with cluster(params.cluster) as slots, slots.hold(1):
             reference = on_worker(params.cluster, reference_on_worker, *asked, worker_device(params.cluster))

@@ -27,7 +27,10 @@ MAY_IMPORT = {
     "dvdp.yaml_files": {"dvdp.errors"},
     "dvdp.config": {"dvdp.errors", "dvdp.precision", "dvdp.yaml_files", "dvdp.diffusion", "dvdp.data"},
     "dvdp.data": {"dvdp.errors", "dvdp.files", "dvdp.text", "dvdp.diffusion"},
-    "dvdp.models": {"dvdp.errors", "dvdp.files", "dvdp.tensors", "dvdp.config", "dvdp.diffusion", "dvdp.out_of_memory"},
+    "dvdp.models": {
+        "dvdp.errors", "dvdp.files", "dvdp.tensors", "dvdp.config", "dvdp.diffusion", "dvdp.out_of_memory",
+        "dvdp.precision",
+    },
     "dvdp.training": {
         "dvdp.errors", "dvdp.files", "dvdp.tensors", "dvdp.config", "dvdp.diffusion", "dvdp.models", "dvdp.data",
         "dvdp.out_of_memory",

@@ -19,7 +19,6 @@ from dvdp.planning.figure import draw_plan
 from dvdp.planning.fisher import orthogonal_divergences
 from dvdp.planning.planner import Plan, Planner
 from dvdp.planning.search import PAPER_CHOICES, candidate_points, cheapest, frontier, most_levels, search
-from dvdp.precision import fastest_precision
 from pipelines.jobs.job import prepared_store
 from pipelines.reports.text_tables import as_text
 from pipelines.tracking.history import Trained, trained_settings
@@ -154,7 +153,7 @@ def _plain_run(params: Params) -> Run:
         resolution=params.dataset.resolution,
         schedule=params.schedule,
         model=params.model,
-        training=dataclasses.replace(params.training, precision=fastest_precision(params.cluster.gpu)),
+        training=params.without_auto(params.training),
         sampling=sampling,
         reference_model=params.model,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import multiprocessing as mp
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from dvdp.config import Run, parse_params
@@ -251,13 +251,7 @@ def rank(number: int, folder: Path, run: Run, limit: int | None) -> None:
 
 
 def two_ranks(folder: Path, run: Run, limit: int | None = None) -> None:
-    other = mp.get_context("fork").Process(target=rank, args=(1, folder, run, limit))
-    other.start()
-    try:
-        rank(0, folder, run, limit)
-    finally:
-        other.join(60)
-    assert other.exitcode == 0
+    mp.spawn(rank, (folder, run, limit), nprocs=2)
 
 
 def test_a_rank_that_runs_out_is_waited_for_by_none_and_all_go_on_in_its_parts(tmp_path: Path) -> None:
@@ -268,17 +262,15 @@ def test_a_rank_that_runs_out_is_waited_for_by_none_and_all_go_on_in_its_parts(t
     assert_same(tmp_path / "fitting", tmp_path / "parted")
 
 
-def test_ranks_of_which_one_has_no_memory_for_an_image_raise_the_same_sentence(tmp_path: Path) -> None:
-    def end(number: int, folder: Path, run: Run, limit: int) -> None:
-        with pytest.raises(UserError) as caught:
-            rank(number, folder, run, limit)
-        (tmp_path / f"{number}.txt").write_text(str(caught.value))
+def end(number: int, folder: Path, run: Run, limit: int) -> None:
+    """Write what it raises beside the folder."""
+    with pytest.raises(UserError) as caught:
+        rank(number, folder, run, limit)
+    (folder.parent / f"{number}.txt").write_text(str(caught.value))
 
-    run = run_of(points=(), batch_fit=True, groups=2)
-    other = mp.get_context("fork").Process(target=end, args=(1, tmp_path / "run", run, -1))
-    other.start()
-    end(0, tmp_path / "run", run, -1)
-    other.join(60)
+
+def test_ranks_of_which_one_has_no_memory_for_an_image_raise_the_same_sentence(tmp_path: Path) -> None:
+    mp.spawn(end, (tmp_path / "run", run_of(points=(), batch_fit=True, groups=2), -1), nprocs=2)
     said = [(tmp_path / f"{number}.txt").read_text() for number in (0, 1)]
     assert said[0] == said[1]
     assert "at level 0, in a part of 1 image of rank 1, with" in said[0]
