@@ -56,7 +56,7 @@ def test_without_a_compiler_one_sentence_says_what_to_do(tmp_path: Path) -> None
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from tests.training.test_compilation import IMAGES, tiny_run\n"
+        "from tests.models.test_compilation import IMAGES, tiny_run\n"
         "from dvdp.errors import UserError\n"
         "from dvdp.training.loop import train\n"
         "try: train(tiny_run(compiled=True), IMAGES, Path(sys.argv[1]), 'abc')\n"
