@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dvdp.errors import UserError
 
-#: Name of the operator, with its arguments.
+#: Arguments of the operators.
 SCHEMA = "(Tensor x, Tensor weight, Tensor bias, Tensor? modulation, int groups, float eps, bool silu)"
 BACKWARD_SCHEMA = (
     "(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? modulation, Tensor mean, Tensor rstd, int groups,"

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -186,11 +187,7 @@ def counted_part(run: Run, part: int, memory: int, slope: float, limit: int) -> 
 
 def least(holds: Callable[[int], bool], known: int) -> int:
     """The least of 1 .. ``known`` for which something holds that holds for all above it, and for ``known``."""
-    low, high = 1, known
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    return high
+    return bisect_left(range(known + 1), True, lo=1, hi=known, key=holds)
 
 
 def _try(training: Training, batches: Iterator[Batch], part: int) -> bool:
@@ -206,7 +203,7 @@ def _try(training: Training, batches: Iterator[Batch], part: int) -> bool:
             raise
     else:
         return True
-    training.network.zero_grad()
+    training.computing.zero_grad()
     release()
     return False
 
