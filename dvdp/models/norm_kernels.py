@@ -26,23 +26,20 @@ def forward_kernel(
     MODULATED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """``y``, and mean and 1 / deviation of every channel's group."""
-    image, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    channel = tl.program_id(1) * TAKEN + lane
-    inside = (lane < TAKEN) & (channel < channels)
+    image, channel, inside = _own(channels, TAKEN, WIDTH)
     # A value of the channel is taken off first, so that squares stay small where the mean is far from 0.
     first = tl.load(x_ptr + image * pixels * channels + channel, mask=inside, other=0.0).to(tl.float32)
     sums, squares = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, pixels, ROWS):
-        row = start + tl.arange(0, ROWS)
-        mask = (row < pixels)[:, None] & inside[None, :]
-        place = (image * pixels + row)[:, None] * channels + channel[None, :]
+        place, mask = _tile(start, pixels, image, channel, channels, inside, ROWS)
         x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
         off = tl.where(mask, x - first[None, :], 0.0)
         sums += off
         squares += off * off
     total, square = tl.sum(sums, 0), tl.sum(squares, 0)
     own_mean, own_square = first + total / pixels, square - total * total / pixels
-    same = ((lane // SIZE)[:, None] == (lane // SIZE)[None, :]) & inside[None, :]
+    group = tl.arange(0, WIDTH) // SIZE
+    same = (group[:, None] == group[None, :]) & inside[None, :]
     mean = tl.sum(tl.where(same, own_mean[None, :], 0.0), 1) / SIZE
     off = own_mean[None, :] - mean[:, None]
     variance = tl.sum(tl.where(same, own_square[None, :] + pixels * off * off, 0.0), 1) / (pixels * SIZE)
@@ -51,9 +48,7 @@ def forward_kernel(
     tl.store(rstd_ptr + image * channels + channel, rstd, mask=inside)
     gain, offset = _affine(weight_ptr, bias_ptr, modulation_ptr, image, channel, channels, stride, inside, MODULATED)
     for start in range(0, pixels, ROWS):
-        row = start + tl.arange(0, ROWS)
-        mask = (row < pixels)[:, None] & inside[None, :]
-        place = (image * pixels + row)[:, None] * channels + channel[None, :]
+        place, mask = _tile(start, pixels, image, channel, channels, inside, ROWS)
         x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
         y = (x - mean[None, :]) * rstd[None, :] * gain[None, :] + offset[None, :]
         if SILU:
@@ -69,30 +64,25 @@ def backward_kernel(
     MODULATED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """``dx``; with dz what comes to the result before SiLU, the sums over pixels of dz and of dz times the norm."""
-    image, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    channel = tl.program_id(1) * TAKEN + lane
-    inside = (lane < TAKEN) & (channel < channels)
+    image, channel, inside = _own(channels, TAKEN, WIDTH)
     mean = tl.load(mean_ptr + image * channels + channel, mask=inside, other=0.0)
     rstd = tl.load(rstd_ptr + image * channels + channel, mask=inside, other=0.0)
     gain, offset = _affine(weight_ptr, bias_ptr, modulation_ptr, image, channel, channels, stride, inside, MODULATED)
     sums, products = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, pixels, ROWS):
-        row = start + tl.arange(0, ROWS)
-        mask = (row < pixels)[:, None] & inside[None, :]
-        place = (image * pixels + row)[:, None] * channels + channel[None, :]
+        place, mask = _tile(start, pixels, image, channel, channels, inside, ROWS)
         normal, dz = _before_silu(x_ptr, dy_ptr, place, mask, mean, rstd, gain, offset, SILU)
         sums += dz
         products += dz * normal
     total, product = tl.sum(sums, 0), tl.sum(products, 0)
     tl.store(sum_ptr + image * channels + channel, total, mask=inside)
     tl.store(product_ptr + image * channels + channel, product, mask=inside)
-    same = ((lane // SIZE)[:, None] == (lane // SIZE)[None, :]) & inside[None, :]
+    group = tl.arange(0, WIDTH) // SIZE
+    same = (group[:, None] == group[None, :]) & inside[None, :]
     of_mean = tl.sum(tl.where(same, (gain * total)[None, :], 0.0), 1) / (pixels * SIZE)
     of_deviation = tl.sum(tl.where(same, (gain * product)[None, :], 0.0), 1) / (pixels * SIZE)
     for start in range(0, pixels, ROWS):
-        row = start + tl.arange(0, ROWS)
-        mask = (row < pixels)[:, None] & inside[None, :]
-        place = (image * pixels + row)[:, None] * channels + channel[None, :]
+        place, mask = _tile(start, pixels, image, channel, channels, inside, ROWS)
         normal, dz = _before_silu(x_ptr, dy_ptr, place, mask, mean, rstd, gain, offset, SILU)
         dx = rstd[None, :] * (gain[None, :] * dz - of_mean[None, :] - normal * of_deviation[None, :])
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -125,6 +115,22 @@ def weights_kernel(
             dbias += total
     tl.store(dweight_ptr + channel, dweight, mask=inside)
     tl.store(dbias_ptr + channel, dbias, mask=inside)
+
+
+@triton.jit
+def _own(channels, TAKEN: tl.constexpr, WIDTH: tl.constexpr):
+    """The image and the channels of a program, and which of these there are."""
+    lane = tl.arange(0, WIDTH)
+    channel = tl.program_id(1) * TAKEN + lane
+    return tl.program_id(0).to(tl.int64), channel, (lane < TAKEN) & (channel < channels)
+
+
+@triton.jit
+def _tile(start, pixels, image, channel, channels, inside, ROWS: tl.constexpr):
+    """Places of the next pixels in memory, and which of them there are."""
+    row = start + tl.arange(0, ROWS)
+    place = (image * pixels + row)[:, None] * channels + channel[None, :]
+    return place, (row < pixels)[:, None] & inside[None, :]
 
 
 @triton.jit
