@@ -43,6 +43,16 @@ class Row:
     seconds_per_sample: str = ""
     sampling_speedup: str = ""
 
+    @property
+    def lift(self) -> str:
+        """``sampling.lift`` of the paper that the process comes from: Jing et al. add the variance of the data."""
+        return "data" if self.process == "subspace" else "noise"
+
+    @property
+    def training_images(self) -> int:
+        """Those of our preset of this size: the paper does not say how long it trained."""
+        return 64_000_000 if self.resolution == 32 else 12_000_000 if self.resolution >= 256 else 6_400_000
+
     def is_on(self, name: str) -> bool:
         """Whether a data set of this name is the row's, e.g. ``church``, ``lsun-church256`` or ``cifar10-images``."""
         pattern = rf"{_NAMES[self.data_set]}([-_]?{self.resolution}(px)?)?([-_](images|train|aligned))*"

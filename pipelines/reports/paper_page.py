@@ -112,11 +112,12 @@ def _legend(filled: Filled) -> list[str]:
     shown = sum(len(line.seeds) for lines in filled.lines.values() for line in lines)
     left_out = ", ".join(f"{count} of {name}" for name, count in sorted(filled.left_out.items()))
     return [
-        "The paper's: FID of 50,000 samples (10,000 at 1024 px), T = 1000, seconds on one A100; its training length and"
-        " network sizes are not known here.",
+        "The paper's: FID of 50,000 samples (10,000 at 1024 px), T = 1000, seconds on one A100; its training length,"
+        " network sizes, attenuation and floor are not known here.",
         "Ours: torch-fidelity on samples from the EMA weights, mean and standard deviation over seeds. In each table,"
         " all cells of a data set are of runs trained alike and scored on the same terms. A score without a mark is"
-        " measured as the paper's; how long and how large a network was trained may differ all the same.",
+        " made as the paper's and, where the paper does not say how, as by our presets of its size; the network may be"
+        " of another size all the same.",
         "Our speed-ups: over our DDPM in the same table, each run as it measured itself, perhaps beside other work; not"
         " on the paper's hardware.",
         f"Scored runs in the tables: {shown}, from MLflow's experiment '{filled.experiment}'. Left out, as they are of"

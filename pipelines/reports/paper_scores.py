@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from dvdp.config import Params
+from dvdp.config import Params, Run, ScheduleParams
+from dvdp.diffusion.timesteps import share_steps
 from dvdp.evaluation.records import ScoreRecord, mean_and_spread, score_differences
 from dvdp.models.flops import relative_flops, training_images
 from pipelines.reports.comparison import reliable, sampling_bound
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Params in MLflow that tell runs of one setting apart.
 _OF_A_SETTING = ("turning_points", "seed")
+#: The linear base is the paper's; of the attenuation it tells no shape and no floor, so they are the presets'.
+_PAPER = ScheduleParams()
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,8 @@ def _fill(table: Table, found: Iterable[tuple[Row, Measured]]) -> list[Line]:
     # Of groups that rank alike the newest stays first.
     for group in sorted(groups, key=lambda group: _rank(table, group), reverse=True):
         rows: dict[Row, dict[int, Measured]] = {}
-        for row, measured in group:
-            # The newest come first.
+        # Of runs of a setting and seed the one nearest to the paper, and of these the newest, which come first.
+        for row, measured in sorted(group, key=lambda entry: len(_differences(table, *entry))):
             rows.setdefault(row, {}).setdefault(measured.run.seed, measured)
         chosen.setdefault((group[0][0].data_set, group[0][0].resolution), rows)
     return [_line(table, row, chosen.get((row.data_set, row.resolution), {})) for row in table.rows]
@@ -139,9 +142,13 @@ def _belong_together(a: tuple[Row, Measured], b: tuple[Row, Measured]) -> bool:
 
 
 def _terms(row: Row, measured: Measured) -> ScoreRecord:
-    if row.sampling is None:
-        return measured.record
-    kept = {key: value for key, value in measured.record.sampling.items() if key not in ("solver", "steps")}
+    """What a run was scored on, without what rows of a table differ in by themselves."""
+    own = {"solver", "steps"} if row.sampling else set()
+    own |= {"lift"} if row.process == "subspace" else set()
+    kept = {key: value for key, value in measured.record.sampling.items() if key not in own}
+    # A DVDP that lifts as the paper does is beside a subspace diffusion that lifts as its own paper does.
+    if kept.get("lift") == row.lift:
+        del kept["lift"]
     return replace(measured.record, sampling=kept)
 
 
@@ -169,20 +176,42 @@ def _line(table: Table, row: Row, group: dict[Row, dict[int, Measured]]) -> Line
 
 
 def _differences(table: Table, row: Row, measured: Measured) -> list[str]:
-    """What keeps a score from being compared with the paper's."""
+    """What keeps a score from being compared with the paper's, or with ours of the presets where it does not say."""
     run, record = measured.run, measured.record
+    schedule, sampling, images = run.schedule, run.sampling, training_images(run)
     solver, steps = row.sampling or ("ddpm", TIMESTEPS)
     networks, other = ("per_level", "shared") if table.two_networks else ("shared", "per_level")
     words = {"shared": "one network for all levels", "per_level": "one for each level"}
+    lifts = {"noise": "a lift without the variance of the data", "data": "a lift with the variance of the data"}
+    attenuated, lifted = run.process == "dvdp" and bool(run.turning_points), bool(run.turning_points)
+    ancestral = sampling.solver == "ddpm"
     checks = (
         (record.extractor == "inception", f"{record.headline}, which is not FID"),
         (record.samples == table.samples, f"{record.samples:,} samples, not {table.samples:,}"),
-        (run.sampling.steps == steps, f"{run.sampling.steps} steps, not {steps}"),
-        (run.sampling.solver == solver, f"{run.sampling.solver}, not {solver}"),
-        (run.sampling.timestep_spacing == "uniform", f"{run.sampling.timestep_spacing} timesteps"),
-        (run.sampling.lift == "noise", "a lift with the variance of the data"),
+        (sampling.steps == steps, f"{sampling.steps} steps, not {steps}"),
+        (sampling.solver == solver, f"{sampling.solver}, not {solver}"),
+        (not ancestral or sampling.variance == "fixed_large", f"variance {sampling.variance}, not fixed_large"),
+        (sampling.solver != "ddim" or sampling.eta == 0, f"eta = {sampling.eta:g}, not 0"),
+        (sampling.clip, "predicted images that are not clipped"),
+        (sampling.timestep_spacing == "uniform", f"{sampling.timestep_spacing} timesteps"),
+        (not lifted or _shares_by_length(run), "steps that are not shared by the lengths of the levels"),
+        (not lifted or sampling.lift == row.lift, lifts[sampling.lift]),
         (not run.model.num_classes, "a class-conditional network"),
-        (run.schedule.timesteps == TIMESTEPS, f"T = {run.schedule.timesteps}, not {TIMESTEPS}"),
-        (not run.turning_points or run.model.networks == networks, f"{words[other]}, not {words[networks]}"),
+        (run.model.prediction_type == "epsilon", f"the target {run.model.prediction_type}, not epsilon"),
+        (schedule.timesteps == TIMESTEPS, f"T = {schedule.timesteps}, not {TIMESTEPS}"),
+        (schedule.base == _PAPER.base, f"a {schedule.base} base, not {_PAPER.base}"),
+        (schedule.shift == _PAPER.shift, f"a shift of the log-SNR by {schedule.shift:g}"),
+        (
+            not attenuated or schedule.attenuation == _PAPER.attenuation,
+            f"attenuation {schedule.attenuation}, not {_PAPER.attenuation}",
+        ),
+        (not attenuated or schedule.floor == _PAPER.floor, f"a floor of {schedule.floor:g}, not {_PAPER.floor:g}"),
+        (not lifted or run.model.networks == networks, f"{words[other]}, not {words[networks]}"),
+        (images == row.training_images, f"{images:,} training images, not {row.training_images:,}"),
     )
     return [text for same, text in checks if not same]
+
+
+def _shares_by_length(run: Run) -> bool:
+    schedule, steps, spacing = run.build_schedule(), run.sampling.steps, run.sampling.timestep_spacing
+    return share_steps(schedule, steps, spacing, run.sampling.share) == share_steps(schedule, steps, spacing)

@@ -12,22 +12,26 @@ from dvdp.evaluation.records import score_differences
 from dvdp.models.flops import relative_flops
 from pipelines.reports.comparison import Result, Row
 from pipelines.reports.sweep_figures import Scored, draw_over_first_turning_point, draw_over_levels
-from pipelines.tracking.history import Trained, trained_settings
+from pipelines.tracking.history import Trained, comparable, lifts_with_the_data, trained_settings
 
 
 def known_settings(results: Sequence[Result]) -> list[Trained]:
     """Settings of these results, and what MLflow knows beside: trained alike, and scored on the same terms.
 
-    Alike is all but process, turning points and seed. Where MLflow is unavailable, the results alone.
+    Alike is all but process, turning points and seed; subspace diffusion may also lift as its own paper does. Where
+    MLflow is unavailable, the results alone.
     """
     first = results[0].job
     terms = results[0].record
     found: dict[tuple[str, tuple[int, ...]], Trained] = {}
-    for result in results:
+    # Where subspace diffusion was drawn with both lifts, the one of its paper comes first.
+    for result in sorted(results, key=lambda each: not lifts_with_the_data(each.job.run.process, each.record)):
         run, score = result.job.run, result.record.metrics[result.record.headline]
-        if _as(run, first.run) != first.run or score_differences(terms, result.record):
+        if _as(run, first.run) != first.run or not comparable(terms, run.process, result.record):
             continue
         known = found.get((run.process, run.turning_points))
+        if known and score_differences(known.record, result.record):
+            continue
         scores = (*known.scores, score) if known else (score,)
         found[run.process, run.turning_points] = Trained(run.process, run.turning_points, scores, result.record)
     try:
@@ -42,10 +46,11 @@ def known_settings(results: Sequence[Result]) -> list[Trained]:
 
 
 def _as(run: Run, other: Run) -> Run:
-    """With the name, process, turning points and seed of another."""
+    """With the name, process, turning points and seed of another; how it is sampled, the terms of the score say."""
     return replace(
-        run, setting=other.setting, process=other.process, turning_points=other.turning_points, seed=other.seed
-    )
+        run, setting=other.setting, process=other.process, turning_points=other.turning_points, seed=other.seed,
+        sampling=other.sampling,
+    )  # fmt: skip
 
 
 def draw_sweeps(

@@ -50,30 +50,50 @@ def trained_settings(params: Params, run: Run, digest: str, terms: ScoreRecord |
 
     Args:
         digest: of the data set.
-        terms: on which they must have been scored (extractor, samples, solver, steps); by default those that most
-            settings share.
+        terms: on which they must have been scored (extractor, samples, solver, steps), see :func:`comparable`; by
+            default those that most settings share.
 
     Raises:
         UserError: MLflow does not answer.
     """
     if not there_is_a_store():
         return []
-    groups: list[list[tuple[Run, ScoreRecord]]] = []
-    for alike, record in _scored_runs(params, run, digest):
-        if terms is not None and score_differences(terms, record):
-            continue
-        group = next((group for group in groups if not score_differences(group[0][1], record)), None)
-        if group is None:
-            groups.append(group := [])
-        group.append((alike, record))
+    found = _scored_runs(params, run, digest)
+    if terms is None:
+        shown = _largest_group(found)
+    else:
+        shown = [(alike, record) for alike, record in found if comparable(terms, alike.process, record)]
     settings: dict[tuple[ProcessName, tuple[int, ...]], dict[int, ScoreRecord]] = {}
-    for alike, record in max(groups, key=_count_settings, default=[]):
-        # The newest come first.
+    # The newest come first, after those that lift as their paper does.
+    for alike, record in sorted(shown, key=lambda each: not lifts_with_the_data(each[0].process, each[1])):
         settings.setdefault((alike.process, alike.turning_points), {}).setdefault(alike.seed, record)
     return [
         Trained(kind, points, tuple(r.metrics[r.headline] for r in seeds.values()), next(iter(seeds.values())))
         for (kind, points), seeds in sorted(settings.items(), key=lambda item: (item[0][0], item[0][1]))
     ]
+
+
+def comparable(terms: ScoreRecord, process: ProcessName, record: ScoreRecord) -> bool:
+    """Whether a score was made on the same terms, or on those but for the lift of subspace diffusion's own paper."""
+    if lifts_with_the_data(process, record) and "lift" in terms.sampling:
+        record = replace(record, sampling={**record.sampling, "lift": terms.sampling["lift"]})
+    return not score_differences(terms, record)
+
+
+def lifts_with_the_data(process: ProcessName, record: ScoreRecord) -> bool:
+    """Whether it is subspace diffusion with the variance of the data in its lift, as Jing et al. have it."""
+    return process == "subspace" and record.sampling.get("lift") == "data"
+
+
+def _largest_group(found: Iterator[tuple[Run, ScoreRecord]]) -> list[tuple[Run, ScoreRecord]]:
+    """Of runs scored on the same terms, those that are of most settings."""
+    groups: list[list[tuple[Run, ScoreRecord]]] = []
+    for alike, record in found:
+        group = next((group for group in groups if not score_differences(group[0][1], record)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append((alike, record))
+    return max(groups, key=_count_settings, default=[])
 
 
 def _count_settings(group: Sequence[tuple[Run, ScoreRecord]]) -> int:

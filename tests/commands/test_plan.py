@@ -207,7 +207,7 @@ def train(
 ) -> None:
     """Put into MLflow what the experiment does of trained settings, one score a seed."""
     name, digest = "".join(map(str, points)), ImageStore("data/stripes/store").metadata.digest
-    setting = {"process": "dvdp" if points else "ddpm", "turning_points": list(points)}
+    setting = {"process": how.get("process", "dvdp" if points else "ddpm"), "turning_points": list(points)}
     seeds = list(range(len(scores)))
     params = parse_params({**TREE, "settings": {"s": setting}, "seeds": seeds, **how.get("params", {})})
     for run, score in zip(params.runs(), scores, strict=True):
@@ -244,6 +244,21 @@ def test_only_settings_trained_alike_and_scored_on_the_same_terms_are_taken(proj
     assert found[0].spread == pytest.approx(2**0.5)
     (other,) = known(dataclasses.replace(SCORE, sampling={"solver": "ddim", "steps": 50}))
     assert other.turning_points == (450,)
+
+
+def test_subspace_diffusion_lifts_as_its_own_paper_does_where_it_was_drawn_so(project: Path) -> None:
+    client = empty_store(project)
+    lifts = [{**SCORE.sampling, "lift": lift} for lift in ("noise", "data")]
+    train(client, (300,), [8.0], terms={"sampling": lifts[0]})
+    train(client, (300,), [9.0], process="subspace", terms={"sampling": lifts[1]})
+    train(client, (300,), [7.0], process="subspace", terms={"sampling": lifts[0]})
+    train(client, (600,), [6.0], process="subspace", terms={"sampling": lifts[0]})
+    found = known(dataclasses.replace(SCORE, sampling=lifts[0]))
+    assert [(entry.process, entry.turning_points, entry.scores) for entry in found] == [
+        ("dvdp", (300,), (8.0,)),
+        ("subspace", (300,), (9.0,)),
+        ("subspace", (600,), (6.0,)),
+    ]
 
 
 SWEEP = ((), (200,), (300,), (400,), (500,), (600,), (700,), (300, 600), (250, 500))

@@ -26,7 +26,14 @@ from pipelines.reports.paper_scores import fill_tables
 from pipelines.tracking.runs import DATASET, DATASET_DIGEST, SAMPLING_HASH, SETTING, TrackedRun, open_run
 from tests.tracking.support import empty_store
 
-SMALL = {"model_channels": 8, "channel_mult": [1, 2], "attention_factors": [], "num_head_channels": 8, "num_classes": 0}
+SMALL = {
+    "model_channels": 8,
+    "channel_mult": [1, 2],
+    "attention_factors": [],
+    "num_head_channels": 8,
+    "num_classes": 0,
+    "prediction_type": "epsilon",
+}
 SCORE = ScoreRecord({"fid": 1.0}, "inception", "e", 50_000, 50_000, "r", "none", 32, 1000, "torch-fidelity")
 
 
@@ -57,13 +64,14 @@ def ran(
     """
     name, resolution = data
     process = process or ("dvdp" if points else "ddpm")
-    sampled = {"solver": "ddpm", "steps": 1000, "count": 50_000, **(sampling or {})}
+    sampled = {"solver": "ddpm", "steps": 1000, "count": 50_000, "variance": "fixed_large", **(sampling or {})}
+    images = {32: 64_000_000, 64: 6_400_000}.get(resolution, 12_000_000)
     tree = {
         "dataset": {"name": name, "resolution": resolution},
         "settings": {"s": {"process": process, "turning_points": list(points)}},
         "seeds": list(range(len(scores))),
         "model": SMALL,
-        "training": {"images": 640, "batch": 16, "budget": "images"},
+        "training": {"images": images, "batch": 16, "budget": "images"},
         "sampling": sampled,
         **sections,
     }
@@ -73,7 +81,7 @@ def ran(
         entry = open_run(client, "mine", SAMPLING_HASH, key, "s")
         entry.log_params({**training_identity(run), "flip": False})
         entry.set_tags({DATASET: name, DATASET_DIGEST: f"digest of {name}", SETTING: "s"})
-        told = {**run.sampling.options(), "lift": "noise"}
+        told = {**run.sampling.options(), "lift": run.sampling.lift}
         record = dataclasses.replace(SCORE, metrics={"fid": score}, resolution=resolution, sampling=told)
         record = dataclasses.replace(record, **(terms or {}))
         entry.set_metrics({next(iter(record.metrics)): score}, step=640)
@@ -137,7 +145,17 @@ def test_runs_fill_the_cells_of_their_data_set_and_setting_and_no_others(project
     ddpm, dvdp = ("Table 1", "CIFAR-10 32", "DDPM"), ("Table 1", "CIFAR-10 32", "DVDP {600}")
     assert filled(lines) == {ddpm: 3.5, dvdp: 4.5}
     told = ("metric", "spread", "seeds", "samples", "extractor", "solver", "steps", "training_images", "differs")
-    assert [lines[dvdp][name] for name in told] == ["fid", "1.0", "3", "50000", "inception", "ddpm", "1000", "640", ""]
+    assert [lines[dvdp][name] for name in told] == [
+        "fid",
+        "1.0",
+        "3",
+        "50000",
+        "inception",
+        "ddpm",
+        "1000",
+        "64000000",
+        "",
+    ]
     assert [lines[dvdp][f"{what}_speedup"] for what in ("training", "sampling")] == ["1.25", ""]
     text = Path("out/tables.md").read_text()
     assert "| 3.24 | 4.50 ± 1.00 | 0.15 s, 1.2x | 1.25x | 0.26 s, 1.3x |  | fid (inception), 50,000 samples" in text
@@ -173,6 +191,26 @@ def test_scores_on_other_terms_are_marked_and_the_footnote_says_what_differs(pro
         ({"sampling": {"solver": "ddim"}}, "ddim, not ddpm"),
         ({"sampling": {"timestep_spacing": "quadratic"}}, "quadratic timesteps"),
         ({"sampling": {"lift": "data"}}, "a lift with the variance of the data"),
+        ({"sampling": {"variance": "fixed_small"}}, "variance fixed_small, not fixed_large"),
+        ({"sampling": {"clip": False}}, "predicted images that are not clipped"),
+        (
+            {"sampling": {"steps": 500, "share": [250, 250]}},
+            "500 steps, not 1000; steps that are not shared by the lengths of the levels",
+        ),
+        (
+            {"sampling": {"steps": 500, "share": "cost"}},
+            "500 steps, not 1000; steps that are not shared by the lengths of the levels",
+        ),
+        ({"sampling": {"share": [600, 400]}}, ""),
+        ({"schedule": {"base": "cosine"}}, "a cosine base, not linear"),
+        ({"schedule": {"shift": -2.0}}, "a shift of the log-SNR by -2"),
+        ({"schedule": {"attenuation": "linear"}}, "attenuation linear, not cosine"),
+        ({"schedule": {"floor": 0.3}}, "a floor of 0.3, not 0.1"),
+        ({"model": {**SMALL, "prediction_type": "v_prediction"}}, "the target v_prediction, not epsilon"),
+        (
+            {"training": {"images": 1280, "batch": 16, "budget": "images"}},
+            "1,280 training images, not 64,000,000",
+        ),
         ({"model": {**SMALL, "networks": "per_level"}}, "one for each level, not one network for all levels"),
         ({"model": {**SMALL, "num_classes": 10}}, "a class-conditional network"),
     ],
@@ -182,6 +220,28 @@ def test_true_fid_by_other_means_than_the_papers_is_marked_too(
 ) -> None:
     ran(empty_store(project), (600,), [3.0], **change)
     assert report()["Table 1", "CIFAR-10 32", "DVDP {600}"]["differs"] == differs
+
+
+def test_what_a_process_does_not_have_is_no_difference(project: Path) -> None:
+    ran(empty_store(project), (), [3.0], schedule={"attenuation": "linear", "floor": 0.3}, sampling={"share": "cost"})
+    assert report()["Table 1", "CIFAR-10 32", "DDPM"]["differs"] == ""
+
+
+def test_of_figure_4_each_process_is_shown_with_the_lift_of_its_own_paper(project: Path) -> None:
+    client, celeba, two = empty_store(project), ("celeba64", 64), {**SMALL, "networks": "per_level"}
+    ran(client, (100,), [4.0], data=celeba, model=two)
+    for process, lift, score in (("subspace", "data", 6.0), ("dvdp", "data", 5.0), ("subspace", "noise", 7.0)):
+        ran(client, (100,), [score], process, celeba, sampling={"lift": lift}, model=two)
+    # Where subspace diffusion was not drawn as its paper does, it is shown beside DVDP all the same, and marked.
+    ran(client, (200,), [8.0], "subspace", celeba, model=two)
+    lines = report()
+    shown = {name: (line["score"], line["differs"]) for (_, _, name), line in lines.items() if line["score"]}
+    assert shown == {
+        "DVDP {100}": ("4.0", ""),
+        "subspace {100}": ("6.0", ""),
+        "subspace {200}": ("8.0", "a lift without the variance of the data"),
+    }
+    assert Path("out/figure4.png").is_file()
 
 
 def test_of_several_groups_of_runs_the_one_nearest_to_the_paper_is_shown_whole(project: Path) -> None:
