@@ -11,6 +11,8 @@ from dvdp.config import DatasetParams, Params, SettingParams, read_params
 from dvdp.data.prepare import prepare
 from dvdp.data.sources import SOURCES
 from dvdp.errors import UserError
+from dvdp.models.flops import training_images
+from pipelines.reports.paper import TABLES
 
 PROJECT = Path(__file__).parents[1]
 
@@ -48,9 +50,40 @@ def test_presets_of_the_papers_size_add_the_noise_of_its_equation_2() -> None:
     presets = {path.stem: read_params(path) for path in (PROJECT / "presets").glob("*.yaml")}
     runs = [(name, run) for name, params in presets.items() if params.cluster.gpu for run in params.runs()]
     ancestral = [(name, run) for name, run in runs if run.sampling.solver == "ddpm" and run.sampling.steps >= 1000]
-    names = {"cifar10-32", "fig4-celeba64", "folder-256", "table2-ffhq1024", "table3-celeba128"}
+    names = {
+        "cifar10-32",
+        "fig4-celeba64",
+        "bedroom-256",
+        "church-256",
+        "cat-256",
+        "ffhq-256",
+        "table2-ffhq1024",
+        "table3-celeba128",
+    }
     assert {name for name, _ in ancestral} == names
     assert {run.sampling.variance for _, run in ancestral} == {"fixed_large"}
+
+
+@pytest.mark.parametrize("name", ["bedroom", "church", "cat", "ffhq"])
+def test_a_preset_of_table_1_fills_its_cells_by_the_papers_recipe(name: str) -> None:
+    params = read_params(PROJECT / f"presets/{name}-256.yaml")
+    rows = [row for row in TABLES[0].rows if row.resolution == 256 and row.is_on(params.dataset.name)]
+    runs = [(run.process, run.turning_points, run.resolution) for run in params.runs()]
+    assert runs == [(row.process, row.turning_points, row.resolution) for row in rows]
+    assert params.evaluation.samples == TABLES[0].samples
+    assert {training_images(run) for run in params.runs()} == {row.training_images for row in rows}
+
+
+def test_a_preset_for_own_images_takes_what_the_studies_found_best() -> None:
+    (ddpm, dvdp) = read_params(PROJECT / "presets/folder-256.yaml").runs()
+    for run in (ddpm, dvdp):
+        found = (run.model.prediction_type, run.training.optimizer, run.training.levels)
+        assert found == ("v_prediction", "muon", "all")
+        assert (run.sampling.solver, run.sampling.timestep_spacing, run.sampling.steps) == (
+            "sde-dpm++2m",
+            "quadratic",
+            50,
+        )
 
 
 def test_links_between_documents_lead_somewhere() -> None:

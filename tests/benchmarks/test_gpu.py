@@ -77,7 +77,7 @@ def test_what_runs_on_a_gpu_imports_nothing_that_a_bare_machine_lacks() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("resolution", "preset"), [(256, "folder-256"), (32, "cifar10-32")])
+@pytest.mark.parametrize(("resolution", "preset"), [(256, "church-256"), (32, "cifar10-32")])
 def test_the_networks_measured_are_those_of_the_presets(resolution: int, preset: str) -> None:
     params = read_params(PROJECT / "presets" / f"{preset}.yaml")
     batch, sampled, turning_points, model = steps.PAPER[resolution]

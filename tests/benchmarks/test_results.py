@@ -109,7 +109,7 @@ def test_the_benchmark_that_make_runs_has_its_baseline() -> None:
     assert result["machine"]["threads"] == 1
 
 
-@pytest.mark.parametrize(("resolution", "preset"), [(32, "cifar10-32"), (256, "folder-256")])
+@pytest.mark.parametrize(("resolution", "preset"), [(32, "cifar10-32"), (256, "church-256")])
 def test_the_papers_protocol_is_that_of_the_presets(resolution: int, preset: str) -> None:
     params = read_params(PROJECT / f"presets/{preset}.yaml")
     batch, sampling_batch, turning_points, model = throughput.PAPER[resolution]
