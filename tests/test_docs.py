@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dvdp.config import DatasetParams, Params, SettingParams, read_params
+from dvdp.config import DatasetParams, Params, ScheduleParams, SettingParams, read_params
 from dvdp.data.prepare import prepare
 from dvdp.data.sources import SOURCES
 from dvdp.errors import UserError
@@ -64,14 +64,25 @@ def test_presets_of_the_papers_size_add_the_noise_of_its_equation_2() -> None:
     assert {run.sampling.variance for _, run in ancestral} == {"fixed_large"}
 
 
-@pytest.mark.parametrize("name", ["bedroom", "church", "cat", "ffhq"])
-def test_a_preset_of_table_1_fills_its_cells_by_the_papers_recipe(name: str) -> None:
-    params = read_params(PROJECT / f"presets/{name}-256.yaml")
-    rows = [row for row in TABLES[0].rows if row.resolution == 256 and row.is_on(params.dataset.name)]
-    runs = [(run.process, run.turning_points, run.resolution) for run in params.runs()]
-    assert runs == [(row.process, row.turning_points, row.resolution) for row in rows]
-    assert params.evaluation.samples == TABLES[0].samples
-    assert {training_images(run) for run in params.runs()} == {row.training_images for row in rows}
+PAPER_PRESETS = {
+    "cifar10-32": 0, "bedroom-256": 0, "church-256": 0, "cat-256": 0, "ffhq-256": 0, "table2-ffhq1024": 1,
+    "table3-celeba128": 2, "fig4-celeba64": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "table"), PAPER_PRESETS.items())
+def test_a_preset_of_the_paper_fills_cells_of_its_table_by_the_recipe_of_the_report(name: str, table: int) -> None:
+    params = read_params(PROJECT / f"presets/{name}.yaml")
+    assert params.evaluation.samples == TABLES[table].samples
+    rows = {(row.process, row.turning_points): row for row in TABLES[table].rows if row.is_on(params.dataset.name)}
+    for run in params.runs():
+        row = rows.get((run.process, run.turning_points))
+        assert row or (name, run.process) == ("fig4-celeba64", "ddpm"), "Fig. 4 has no DDPM"
+        assert run.schedule == ScheduleParams()
+        if row:
+            assert row.resolution == run.resolution
+            assert training_images(run) == row.training_images
+            assert run.sampling.lift == row.lift
 
 
 def test_a_preset_for_own_images_takes_what_the_studies_found_best() -> None:

@@ -227,6 +227,16 @@ def test_what_a_process_does_not_have_is_no_difference(project: Path) -> None:
     assert report()["Table 1", "CIFAR-10 32", "DDPM"]["differs"] == ""
 
 
+def test_the_variance_of_a_deterministic_solver_is_no_difference_and_its_eta_is(project: Path) -> None:
+    client, points, terms = empty_store(project), (200, 400, 600, 800), {"samples": 10_000}
+    how = {"solver": "ddim", "steps": 675, "variance": "fixed_small"}
+    cell = ("Table 2", "FFHQ 1024", "DVDP {200, 400, 600, 800}, DDIM")
+    ran(client, points, [12.0], data=("ffhq1024", 1024), sampling={**how, "eta": 0.5}, terms=terms)
+    assert report()[cell]["differs"] == "eta = 0.5, not 0"
+    ran(client, points, [12.0], data=("ffhq1024", 1024), sampling=how, terms=terms)
+    assert report()[cell]["differs"] == ""
+
+
 def test_of_figure_4_each_process_is_shown_with_the_lift_of_its_own_paper(project: Path) -> None:
     client, celeba, two = empty_store(project), ("celeba64", 64), {**SMALL, "networks": "per_level"}
     ran(client, (100,), [4.0], data=celeba, model=two)
