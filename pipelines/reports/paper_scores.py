@@ -130,7 +130,10 @@ def _fill(table: Table, found: Iterable[tuple[Row, Measured]]) -> list[Line]:
         rows: dict[Row, dict[int, Measured]] = {}
         # Of runs of a setting and seed the one nearest to the paper, and of these the newest, which come first.
         for row, measured in sorted(group, key=lambda entry: len(_differences(table, *entry))):
-            rows.setdefault(row, {}).setdefault(measured.run.seed, measured)
+            seeds = rows.setdefault(row, {})
+            # No mean over two lifts.
+            if not seeds or not score_differences(next(iter(seeds.values())).record, measured.record):
+                seeds.setdefault(measured.run.seed, measured)
         chosen.setdefault((group[0][0].data_set, group[0][0].resolution), rows)
     return [_line(table, row, chosen.get((row.data_set, row.resolution), {})) for row in table.rows]
 

@@ -40,9 +40,14 @@ def known_settings(results: Sequence[Result]) -> list[Trained]:
         elsewhere = []
     for setting in elsewhere:
         here = found.get((setting.process, setting.turning_points))
-        if here is None or len(setting.scores) > len(here.scores):
+        if here is None or _worth(setting) > _worth(here):
             found[setting.process, setting.turning_points] = setting
     return sorted(found.values(), key=lambda setting: (setting.process, setting.turning_points))
+
+
+def _worth(setting: Trained) -> tuple[bool, int]:
+    """The lift of its paper first, then seeds."""
+    return lifts_with_the_data(setting.process, setting.record), len(setting.scores)
 
 
 def _as(run: Run, other: Run) -> Run:

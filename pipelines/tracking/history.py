@@ -66,7 +66,10 @@ def trained_settings(params: Params, run: Run, digest: str, terms: ScoreRecord |
     settings: dict[tuple[ProcessName, tuple[int, ...]], dict[int, ScoreRecord]] = {}
     # The newest come first, after those that lift as their paper does.
     for alike, record in sorted(shown, key=lambda each: not lifts_with_the_data(each[0].process, each[1])):
-        settings.setdefault((alike.process, alike.turning_points), {}).setdefault(alike.seed, record)
+        seeds = settings.setdefault((alike.process, alike.turning_points), {})
+        # No mean over two lifts.
+        if not seeds or not score_differences(next(iter(seeds.values())), record):
+            seeds.setdefault(alike.seed, record)
     return [
         Trained(kind, points, tuple(r.metrics[r.headline] for r in seeds.values()), next(iter(seeds.values())))
         for (kind, points), seeds in sorted(settings.items(), key=lambda item: (item[0][0], item[0][1]))

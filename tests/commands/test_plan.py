@@ -251,7 +251,7 @@ def test_subspace_diffusion_lifts_as_its_own_paper_does_where_it_was_drawn_so(pr
     lifts = [{**SCORE.sampling, "lift": lift} for lift in ("noise", "data")]
     train(client, (300,), [8.0], terms={"sampling": lifts[0]})
     train(client, (300,), [9.0], process="subspace", terms={"sampling": lifts[1]})
-    train(client, (300,), [7.0], process="subspace", terms={"sampling": lifts[0]})
+    train(client, (300,), [7.0, 7.5], process="subspace", terms={"sampling": lifts[0]})
     train(client, (600,), [6.0], process="subspace", terms={"sampling": lifts[0]})
     found = known(dataclasses.replace(SCORE, sampling=lifts[0]))
     assert [(entry.process, entry.turning_points, entry.scores) for entry in found] == [
