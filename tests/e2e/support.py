@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import psutil
@@ -156,15 +157,20 @@ class Project:
 
     def run(self, *command: str, status: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
         """A command to its end, which must be ``status``."""
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.environment(**more),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=2 * LIMIT,
-        )
+        # Files, as a pipe stays open until the last worker that a command leaves behind has ended.
+        with TemporaryFile("w+") as printed, TemporaryFile("w+") as errors:
+            done = subprocess.run(
+                command,
+                cwd=self.folder,
+                env=self.environment(**more),
+                stdout=printed,
+                stderr=errors,
+                check=False,
+                timeout=2 * LIMIT,
+            )
+            printed.seek(0)
+            errors.seek(0)
+            done.stdout, done.stderr = printed.read(), errors.read()
         shown = f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
         assert done.returncode == status, f"exit status {done.returncode} of {shown}"
         return done
@@ -218,13 +224,18 @@ class Project:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to a command and whatever is left of its process group and its children."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+    kill_children(process.pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def kill_children(pid: int) -> None:
+    """SIGKILL to a process's children and theirs."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
