@@ -61,6 +61,8 @@ class Launch(NamedTuple):
 
     kernel: Kernel
     line: Line
+    graphed: bool = False
+    """Whether a CUDA graph launched it, with others."""
 
 
 class Copy(NamedTuple):
@@ -89,6 +91,7 @@ class FakeGpu(TorchDispatchMode):
         self.launches: list[Launch] = []
         self.copies: list[Copy] = []
         self.waits: list[Wait] = []
+        self.replays = 0
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         #: Lines of the forward pass by the number of their autograd node.
         self._lines: dict[int, Line] = {}
@@ -100,11 +103,17 @@ class FakeGpu(TorchDispatchMode):
     def reset(self) -> None:
         """Forget what was noted."""
         self.launches, self.copies, self.waits = [], [], []
+        self.replays = 0
 
     @property
     def kernels(self) -> int:
-        """Number of launches."""
+        """Number of kernels, whoever launched them."""
         return sum(launch.kernel.launches for launch in self.launches)
+
+    @property
+    def launched(self) -> int:
+        """How often the host launched something: a kernel, or a CUDA graph."""
+        return self.replays + sum(launch.kernel.launches for launch in self.launches if not launch.graphed)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator of numbers; that of a GPU is a CPU's, as fake tensors draw none."""
@@ -317,6 +326,32 @@ class _Queue:
     def __exit__(self, *_: object) -> None: ...
 
 
+class _Graph:
+    """A CUDA graph: what is launched while it is captured, which a replay launches again."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self._gpu = gpu
+        self._launches: list[Launch] = []
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """Within it, nothing is launched, and what no graph can hold is refused."""
+        gpu = self._gpu
+        waits, copies, start = len(gpu.waits), len(gpu.copies), len(gpu.launches)
+        yield
+        # From pinned memory a graph can copy, but always from the same.
+        forbidden = [*gpu.waits[waits:], *gpu.copies[copies:]]
+        if forbidden:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {forbidden[0]}")
+        self._launches = [launch._replace(graphed=True) for launch in gpu.launches[start:]]
+        del gpu.launches[start:]
+
+    def replay(self) -> None:
+        """All of it as one launch."""
+        self._gpu.replays += 1
+        self._gpu.launches += self._launches
+
+
 class _Properties:
     """What torch asks of a device: those of an H200."""
 
@@ -404,6 +439,9 @@ def fake_gpu() -> Iterator[FakeGpu]:
         "get_device_properties": lambda *_: _Properties(),
         "get_device_capability": lambda *_: (9, 0),
         "get_device_name": lambda *_: "fake H200",
+        "CUDAGraph": lambda: _Graph(gpu),
+        "graph": lambda graph, **_: graph.capture(),
+        "graph_pool_handle": lambda: (0, 1),
     }
     with contextlib.ExitStack() as stack:
         for name, stand_in in of_cuda.items():

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu.roofline    # benchmarks/results/gpu_roofline.json and the docs anew from gpu_counts.json
 
 A kernel takes as long as its bytes or its FLOPs, whichever is longer, and at least :data:`SHORTEST_KERNEL`. A piece of
-work takes as long as its kernels one after the other (bound by the GPU), or as the host takes to launch them in eager
-mode (bound by the host). Launched by CUDA graphs, it takes its kernels' time. Compiled code also moves fewer bytes,
-which is not predicted. All constants are assumptions; :mod:`benchmarks.gpu.lease` measures what is predicted here.
+work takes as long as its kernels one after the other (bound by the GPU), or as the host takes to launch them and the
+CUDA graphs of a training step's parts (bound by the host). If graphs launched all, it would take its kernels' time.
+Compiled code is not predicted. All constants are assumptions; :mod:`benchmarks.gpu.lease` measures what is predicted.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def table(record: Mapping[str, Any]) -> str:
             f"{every['launches']:,}",
         ]
         for key in ("iteration_seconds", "training_ddpm_over_dvdp", "seconds_of_an_image_of_1000_steps"):
-            cells.append(f"{found[key]:.3g}, graphed {found[f'{key}_graphed']:.3g}")
+            now, graphed = f"{found[key]:.3g}", f"{found[f'{key}_graphed']:.3g}"
+            cells.append(now if now == graphed else f"{now}, all graphed {graphed}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -48,13 +48,14 @@ class Computing:
         # All of them, so that the gradients of a step's parts are added in a few kernels.
         self._weights: list[Tensor] = [*weights.parameters()] if precision == "bf16" else []
         low = {id(weight) for weight in lowered(weights)}
-        self._copies = [
+        self.copies: list[Tensor] = [
             nn.Parameter(w.detach().bfloat16() if id(w) in low else w.detach().clone(), requires_grad=w.requires_grad)
             for w in self._weights
         ]
+        """In the place of the weights, in the order of its parameters; none with ``fp32``."""
         self._network = weights
         # A deep copy takes what its memo names instead of copying it.
-        memo = {id(weight): made for weight, made in zip(self._weights, self._copies, strict=True)}
+        memo = {id(weight): made for weight, made in zip(self._weights, self.copies, strict=True)}
         self.network: nn.Module = copy.deepcopy(weights, memo) if self._weights else weights
         """The one to call; with ``fp32``, the network of the weights itself."""
 
@@ -67,12 +68,12 @@ class Computing:
     def refresh(self) -> None:
         """Take over what the fp32 weights have become."""
         if self._weights:
-            torch._foreach_copy_([*self._copies], self._weights)
+            torch._foreach_copy_([*self.copies], self._weights)
 
     @torch.no_grad()
     def collect(self) -> None:
         """Add the gradients of the copies to those of the fp32 weights, and drop them."""
-        pairs = zip(self._weights, self._copies, strict=True)
+        pairs = zip(self._weights, self.copies, strict=True)
         found = [(weight, made, made.grad) for weight, made in pairs if made.grad is not None]
         if not found:
             return

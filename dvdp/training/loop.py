@@ -42,8 +42,9 @@ from dvdp.training import checkpoints, ledger, ranks
 from dvdp.training.ema import EMA
 from dvdp.training.estimate import Estimate, median_seconds, peak_memory
 from dvdp.training.fit import PartSize, average_gradients
+from dvdp.training.graphs import PartGraphs
 from dvdp.training.levels import draw, level_counts, parts
-from dvdp.training.memory import run_bytes, worker_memory
+from dvdp.training.memory import activation_bytes, run_bytes, worker_memory
 from dvdp.training.optimizer import build_optimizers, pack_optimizers, unpack_optimizers
 from dvdp.training.shortage import cut_to, part_of
 from dvdp.training.shortage import explained as explained_shortage
@@ -202,6 +203,11 @@ class Training:
         self.part_size = PartSize(run, device, self.world_size)
         if self.world_size > 1 and not self.sharded and not run.training.batch_fit:
             self.live = ranks.replicate(self.live, device)
+        settings, self.graphs = run.training, None
+        # What is not captured: an exchange between ranks, states of generators, memory that runs out.
+        one_by_one = self.world_size > 1 or settings.activation_checkpointing or settings.batch_fit
+        if device.type == "cuda" and self.computing.copies and not one_by_one:
+            self.graphs = PartGraphs(self.computing.copies)
         # Since the last log: the losses of each level's images and, last, the gradient norms; their sums and numbers.
         self.window = torch.zeros(2, self.process.levels + 2, dtype=torch.float64, device=device)
 
@@ -356,16 +362,25 @@ class Training:
             quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if isinstance(network, DistributedDataParallel) and i < len(taken) - 1:
                 quiet = network.no_sync()
+            passes = partial(self._pass, network, level, len(part) / len(images))
+            inputs = part, *drawn.of(level, places), None if labels is None else labels[places]
             with quiet, part_of(level, len(part)):
-                loss = self._loss(
-                    network, level, part, *drawn.of(level, places), None if labels is None else labels[places]
-                )
-                (loss * (len(part) / len(images))).backward()
+                if self.graphs is None:
+                    loss = passes(*inputs)
+                else:
+                    kept = len(part) * activation_bytes(self.run, level, gpu=True)
+                    loss = self.graphs.run((level, len(part), len(images)), passes, inputs, kept)
             if i == len(taken) - 1 or not isinstance(network, DistributedDataParallel):
                 # In fp32, in which many parts add up.
                 self.computing.collect()
-            self.window[0, level] += loss.detach() * len(part)
+            self.window[0, level] += loss * len(part)
             self.window[1, level] += len(part)
+
+    def _pass(self, network: nn.Module, level: int, share: float, *inputs: Any) -> Tensor:
+        """The loss of a part of a step, which leaves the gradients of ``share`` times it."""
+        loss = self._loss(network, level, *inputs)
+        (loss * share).backward()
+        return loss.detach()
 
     def _loss(
         self,

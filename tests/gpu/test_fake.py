@@ -142,5 +142,5 @@ def test_an_operator_of_ours_is_one_kernel_unless_the_table_says_more() -> None:
             x = torch.ones(8, device=GPU)
             gpu.reset()
             torch.ops.fake_gpu_test.twice(x)
-            ((kernel, _),) = gpu.launches
+            ((kernel, *_),) = gpu.launches
             assert kernel[:3] == ("fake_gpu_test::twice", 32, 32)

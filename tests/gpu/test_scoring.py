@@ -35,7 +35,7 @@ def test_features_are_computed_on_the_gpu_and_brought_back(tmp_path: Path) -> No
     extractor = load_extractor(tmp_path)
     with fake_gpu() as gpu:
         found = fidelity.features_of(Pixels(), extractor, gpu=True)
-        assert {(k.dtype, line.function.split()[0]) for k, line in gpu.launches if k.operator == "convolution"} == {
+        assert {(k.dtype, line.function.split()[0]) for k, line, _ in gpu.launches if k.operator == "convolution"} == {
             (torch.float32, "dvdp/evaluation/extractors.py")
         }
         assert sum(copy.to_host for copy in gpu.copies) == 2, "features and logits of the one batch"
@@ -55,7 +55,7 @@ def test_inception_of_torch_fidelity_runs_on_the_gpu(tmp_path: Path, monkeypatch
     with fake_gpu() as gpu, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = fidelity.features_of(Pixels(), inception_extractor(weights), gpu=True)
-        assert sum(k.flops for k, _ in gpu.launches) > 40 * 5e9
+        assert sum(k.flops for k, *_ in gpu.launches) > 40 * 5e9
     assert found.pooled.shape == (40, 2048)
 
 

@@ -15,7 +15,7 @@ from benchmarks.gpu.fake import FakeGpu, fake_gpu
 from dvdp.diffusion.process import Process
 from dvdp.models.export import load_model
 from dvdp.models.layout import unet_layout
-from dvdp.training import ledger
+from dvdp.training import graphs, ledger
 from dvdp.training.loop import Training, train
 from tests.gpu.support import ABOUT, GPU, IMAGES, SMALL, batch, start, take_steps, tiny_run
 from tests.logs import InterruptedHere, stop_after
@@ -38,7 +38,7 @@ def test_a_step_keeps_to_its_device_and_waits_for_nothing(optimizer: str, precis
         training = start(tiny_run(optimizer=optimizer, precision=precision))
         take_steps(training, gpu)
         check_step(gpu, training)
-        used = {k.dtype for k, _ in gpu.launches if k.operator == "convolution"}
+        used = {k.dtype for k, *_ in gpu.launches if k.operator == "convolution"}
         assert used == {torch.bfloat16 if precision == "bf16" else torch.float32}
 
 
@@ -56,6 +56,53 @@ def test_a_step_of_every_kind_waits_for_nothing(model: dict[str, Any], settings:
         training = start(tiny_run(model, precision="bf16", optimizer="adamw", **settings))
         take_steps(training, gpu, number=4 if "levels" in settings else 2)
         check_step(gpu, training)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"), [({}, 2), ({"accumulation": 4}, 3)], ids=["whole levels", "accumulated"]
+)
+def test_parts_that_come_again_are_launched_as_one(
+    settings: dict[str, Any], parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for before in (100, 2):
+        monkeypatch.setattr(graphs, "RUNS_BEFORE", before)
+        with fake_gpu() as gpu:
+            training = start(tiny_run(SMALL, precision="bf16", optimizer="adamw", **settings))
+            take_steps(training, gpu, number=4)
+            check_step(gpu, training)
+            found.append((gpu.replays, gpu.launched, gpu.kernels))
+    by_host, graphed = found
+    assert (by_host[0], graphed[0]) == (0, parts)
+    assert by_host[1] == by_host[2]
+    assert graphed[1] < by_host[1] / 2.5
+    assert graphed[2] - by_host[2] == 4 * parts, "what copies images, timesteps, noise and labels for the graph"
+
+
+@pytest.mark.parametrize("settings", [{"activation_checkpointing": True}, {"batch_fit": True}, {"precision": "fp32"}])
+def test_what_a_graph_cannot_hold_is_launched_by_the_host(settings: dict[str, Any]) -> None:
+    with fake_gpu() as gpu:
+        training = start(tiny_run(SMALL, **{"precision": "bf16", **settings}))
+        take_steps(training, gpu, number=4)
+        assert (gpu.replays, gpu.launched) == (0, gpu.kernels)
+
+
+def test_a_part_that_looks_at_a_number_is_launched_by_the_host(caplog: pytest.LogCaptureFixture) -> None:
+    real = torch.nn.functional.mse_loss
+
+    def looking(*tensors: Tensor) -> Tensor:
+        loss = real(*tensors)
+        assert loss.item() >= 0
+        return loss
+
+    with fake_gpu() as gpu, mock.patch.object(torch.nn.functional, "mse_loss", looking):
+        take_steps(start(tiny_run(SMALL, precision="bf16")), gpu, number=5)
+        assert gpu.replays == 0
+    assert caplog.messages == [
+        "training goes on without CUDA graphs, each kernel launched by the host: operation not permitted when stream is"
+        " capturing: Wait(what='item', line=" + caplog.messages[0].split("line=", 1)[1]
+    ]
+    assert "test_training" in caplog.messages[0] or "dvdp/training/loop.py" in caplog.messages[0]
 
 
 def test_recomputed_activations_are_launched_again() -> None:
