@@ -191,7 +191,7 @@ def inception_extractor(weights: Path | None = None) -> Extractor:
             f"evaluation.inception_weights: found no file '{path}', expected torch-fidelity's Inception weights;"
             " give their path, or set evaluation.extractor to labels or rotation."
         )
-    # torch-fidelity unpickles this file: nothing but the known one may get there.
+    # torch-fidelity would unpickle this file: nothing but the known one may get there.
     found = file_sha256(path)
     if found != INCEPTION_SHA256:
         raise UserError(

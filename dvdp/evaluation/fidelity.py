@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from dvdp.diffusion.randomness import generator
 from dvdp.evaluation.coverage import NEIGHBOURS, precision_recall, recall
-from dvdp.evaluation.extractors import Extractor, load_network
+from dvdp.evaluation.extractors import Extractor, inception_extractor, load_network
 from dvdp.evaluation.intervals import PARTS, parts_error, share_error
 from dvdp.evaluation.published import Statistics
 from dvdp.out_of_memory import in_batches
@@ -111,16 +112,33 @@ def _exact() -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Let torch.load refuse all but tensors, whatever it is asked for: torch-fidelity would unpickle anything."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    with _FLAGS:
+        before = os.environ.get(name)
+        os.environ[name] = "1"
+        try:
+            yield
+        finally:
+            os.environ.pop(name)
+            if before is not None:
+                os.environ[name] = before
+
+
 def _network(extractor: Extractor, gpu: bool) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """uint8 images -> their features and logits."""
     if extractor.name == "inception":
-        network: Callable[[Tensor], tuple[Tensor, ...]] = create_feature_extractor(
-            "inception-v3-compat",
-            ["2048", "logits_unbiased"],
-            cuda=gpu,
-            feature_extractor_weights_path=str(extractor.path),
-            verbose=False,
-        )
+        inception_extractor(extractor.path)  # It may be another file by now.
+        with _weights_only():
+            network: Callable[[Tensor], tuple[Tensor, ...]] = create_feature_extractor(
+                "inception-v3-compat",
+                ["2048", "logits_unbiased"],
+                cuda=gpu,
+                feature_extractor_weights_path=str(extractor.path),
+                verbose=False,
+            )
         return network
     own, _ = load_network(extractor.path)
     own = own.cuda() if gpu else own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 import statistics
@@ -377,6 +378,50 @@ def test_a_reference_that_somebody_else_made_is_never_unpickled(
     about.write_text(json.dumps(described))
     with pytest.raises(UserError, match=r"no whole safetensors file .* run `dvdp reference` again"):
         score(samples, tmp_path / "reference", scoring.extractor)
+
+
+class Touches:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_reference_of_the_earlier_format_is_refused_without_running_it(
+    scoring: Scoring, samples: Path, tmp_path: Path
+) -> None:
+    """Its features were pickles, named in ``reference.json`` with their SHA-256, in torch-fidelity's cache."""
+    folder = tmp_path / "reference"
+    folder.mkdir()
+    about = json.loads((scoring.reference / "reference.json").read_text())
+    name = f"labels-{about['count']}x{about['resolution']}px-{'0' * 32}"
+    for kind in ("features-pooled", "stat-fid-pooled"):
+        torch.save(Touches(tmp_path / "run"), folder / f"{name}-dvdp-convnet-{kind}.pt")
+    files = {path.name: extractors.file_sha256(path) for path in folder.glob("*.pt")}
+    del about["sha256"]
+    (folder / "reference.json").write_text(json.dumps({**about, "anchors": {}, "files": files}))
+    with pytest.raises(UserError, match=r"describes none, expected one of ours; run `dvdp reference` again\.$"):
+        score(samples, folder, scoring.extractor)
+    assert not (tmp_path / "run").exists()
+
+
+def test_inception_weights_that_are_swapped_after_their_check_do_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save(Touches(tmp_path / "run"), weights)
+    swapped = Extractor("inception", weights, extractors.INCEPTION_SHA256, 2048, "", None)
+    with pytest.raises(UserError, match=r"^evaluation\.inception_weights: found SHA-256 "):
+        fidelity._network(swapped, False)
+    # Even where the digest is that of the planted file.
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors.file_sha256(weights))
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        fidelity._network(swapped, False)
+    assert not (tmp_path / "run").exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 def test_a_missing_or_foreign_reference_is_an_error(scoring: Scoring, samples: Path, tmp_path: Path) -> None:
