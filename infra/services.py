@@ -12,10 +12,12 @@ hangs. ``.services/<name>.log`` is the log.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -34,8 +36,9 @@ from supervisor.xmlrpc import SupervisorTransport
 from dvdp.errors import UserError
 from dvdp.files import locked, write_atomically
 from infra.launch import MARK, service_processes
-from pipelines.addresses import FOLDER, healthy, read_environment, services_environment
+from pipelines.addresses import FOLDER, PREFECT_SECRET, healthy, read_environment, services_environment
 from pipelines.environment import reach_loopback_directly, temporary_folder
+from pipelines.prefect_server import SERVER_SECRET, new_secret
 
 __all__ = ["down", "services_environment", "up"]
 
@@ -82,6 +85,7 @@ def up(project: Path, mlflow_port: int = 5000, prefect_port: int = 4200) -> None
     reach_loopback_directly()  # The services inherit it.
     folder = project.resolve() / FOLDER
     folder.mkdir(exist_ok=True)
+    folder.chmod(0o700)  # It holds the secret, logs and Prefect's database.
     with locked(folder / "lock"):  # two calls of up would start everything twice
         supervisor = connect(folder)
         missing = [name for name in SERVICES if not (supervisor and supervisor.getProcessInfo(name)["pid"])]
@@ -100,6 +104,7 @@ def up(project: Path, mlflow_port: int = 5000, prefect_port: int = 4200) -> None
                 )
         try:
             supervisor = supervisor or _start_supervisor(folder, addresses)
+            addresses |= read_environment(folder / "env")
             for name in SERVICES:  # one after the other: the worker needs the Prefect server
                 if name == "worker" and name not in missing and _hangs(supervisor, addresses):
                     print(f"worker: no heartbeat for {SILENCE} s, it is ended", flush=True)
@@ -110,12 +115,14 @@ def up(project: Path, mlflow_port: int = 5000, prefect_port: int = 4200) -> None
                     with contextlib.suppress(Fault):  # It may wait to be started again.
                         supervisor.stopProcess(name)
                     supervisor.startProcess(name, False)
-                ready = _wait(folder, supervisor, name, addresses[SERVICES[name]])
+                ready = _wait(folder, supervisor, name, addresses)
                 print(f"{name}: {ready if name in missing else 'already running'}", flush=True)
         except BaseException:
             _end(folder, missing)
             raise
     print(f"pages: {addresses['MLFLOW_TRACKING_URI']} and {addresses['PREFECT_API_URL'].removesuffix('/api')}")
+    if PREFECT_SECRET in addresses:
+        print(f"Prefect's page asks for the line in {folder / 'secret'}")
     print(f'for a shell: eval "$({sys.executable} -m infra.services env)"')
 
 
@@ -140,7 +147,24 @@ def status(project: Path) -> None:
     if supervisor and "PREFECT_API_URL" in answering and _hangs(supervisor, answering):
         print(f"worker: no heartbeat for {SILENCE} s, it hangs; `make services` starts it again")
     for name, value in answering.items():
-        print(f"{name}={value}")
+        if name != PREFECT_SECRET:
+            print(f"{name}={value}")
+
+
+def _secret(file: Path) -> str:
+    """What Prefect's server asks for: made once, and for the eyes of this user alone."""
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as out:
+            out.write(f"{new_secret()}\n")
+    file.chmod(0o600)
+    secret = file.read_text().strip()
+    if not re.fullmatch(r"[\w-]+:[\w-]{20,}", secret):
+        raise UserError(
+            f"services: found no name and password in '{file}', expected a line such as dvdp:.. of at least 20 letters,"
+            " digits, '-' and '_'; remove the file, and a new one is made."
+        )
+    return secret
 
 
 def connect(folder: Path) -> Any:
@@ -166,11 +190,12 @@ def _socket(folder: Path) -> Path:
 
 
 def _start_supervisor(folder: Path, addresses: dict[str, str]) -> Any:
-    here = Path(__file__).resolve().parent
+    here, addresses = Path(__file__).resolve().parent, addresses | {PREFECT_SECRET: _secret(folder / "secret")}
     _socket(folder).parent.mkdir(mode=0o700, exist_ok=True)
     environment = {
         **os.environ,
         **addresses,
+        SERVER_SECRET: addresses[PREFECT_SECRET],
         MARK: str(folder),
         "DVDP_SERVICES_SOCKET": str(_socket(folder)),
         "DVDP_SERVICES_LAUNCHER": str(here / "launch.py"),
@@ -186,6 +211,7 @@ def _start_supervisor(folder: Path, addresses: dict[str, str]) -> Any:
     # A shell in which the environment is not active finds prefect, dvc and dvdp, too.
     exported["PATH"] = f'{shlex.quote(str(Path(sys.executable).parent))}:"$PATH"'
     write_atomically(folder / "env", "".join(f"export {name}={value}\n" for name, value in exported.items()))
+    (folder / "env").chmod(0o600)
     with (folder / "supervisord.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "supervisor.supervisord", "-c", str(here / "supervisord.conf")],
@@ -203,11 +229,11 @@ def _start_supervisor(folder: Path, addresses: dict[str, str]) -> Any:
     return supervisor
 
 
-def _wait(folder: Path, supervisor: Any, name: str, address: str) -> str:
+def _wait(folder: Path, supervisor: Any, name: str, addresses: dict[str, str]) -> str:
     """Return once it works; in words."""
     began = said = time.monotonic()
     process = supervisor.getProcessInfo(name)
-    while not _works(folder, name, address, process):
+    while not _works(folder, name, addresses, process):
         now = time.monotonic()
         if supervisor.getProcessInfo(name)["pid"] != process["pid"]:
             raise UserError(f"services: {name} ended at once, expected it to run; {_last_words(folder, name)}")
@@ -217,32 +243,34 @@ def _wait(folder: Path, supervisor: Any, name: str, address: str) -> str:
             print(f"{name}: {now - began:.0f} s, not ready yet", flush=True)
             said = now
         time.sleep(0.3)
-    return f"ready after {time.monotonic() - began:.0f} s, {address}, pid {process['pid']}"
+    return f"ready after {time.monotonic() - began:.0f} s, {addresses[SERVICES[name]]}, pid {process['pid']}"
 
 
-def _works(folder: Path, name: str, address: str, process: dict[str, Any]) -> bool:
+def _works(folder: Path, name: str, addresses: dict[str, str], process: dict[str, Any]) -> bool:
     """Whether the process that supervisord runs does its work, and not one that an earlier start left behind."""
     if name == "worker":
-        return _worker_works(address, process["start"])
+        return _worker_works(addresses, process["start"])
     try:
         began = psutil.Process(process["pid"]).create_time()
         left_behind = any(other.create_time() < began for other in service_processes(str(folder), name))
     except psutil.NoSuchProcess:
         return False
-    return not left_behind and healthy(f"{address}/health", 2)
+    return not left_behind and healthy(f"{addresses[SERVICES[name]]}/health", 2)
 
 
 def _hangs(supervisor: Any, addresses: dict[str, str]) -> bool:
     """Whether a worker that has run for some time has not been heard of."""
     process, since = supervisor.getProcessInfo("worker"), time.time() - SILENCE
     old = bool(process["pid"]) and process["start"] < since
-    return old and not _worker_works(addresses["PREFECT_API_URL"], since)
+    return old and not _worker_works(addresses, since)
 
 
-def _worker_works(api: str, started: float) -> bool:
+def _worker_works(addresses: dict[str, str], started: float) -> bool:
     """Whether the server has heard from a worker since then, in unix seconds."""
     header = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{api}/work_pools/dvdp/workers/filter", b"{}", header)
+    if secret := addresses.get(PREFECT_SECRET):
+        header["Authorization"] = f"Basic {base64.b64encode(secret.encode()).decode()}"
+    request = urllib.request.Request(f"{addresses['PREFECT_API_URL']}/work_pools/dvdp/workers/filter", b"{}", header)
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=2) as answer:
             workers = json.load(answer)

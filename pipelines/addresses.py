@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = ".services"
+#: In the environment of a client of Prefect: the name and password that the server asks for.
+PREFECT_SECRET = "PREFECT_API_AUTH_STRING"
 #: Where `make ui` shows MLflow.
 LOCAL_PAGE = "http://127.0.0.1:5000"
 #: Paths that answer once a service is healthy, below the address that the variable holds.
@@ -21,16 +23,22 @@ HEALTH = {"MLFLOW_TRACKING_URI": "/health", "PREFECT_API_URL": "/health"}
 def services_environment(project: Path | str = ".", timeout: float = 0.8) -> dict[str, str]:
     """``MLFLOW_TRACKING_URI`` and ``PREFECT_API_URL`` of the services of this project folder that answer now.
 
+    With the latter comes :data:`PREFECT_SECRET`.
+
     Args:
         timeout: seconds to wait for them, in all.
 
     Returns:
         Variables to set; empty where no services are up.
     """
-    addresses = read_environment(Path(project) / FOLDER / "env")
+    known = read_environment(Path(project) / FOLDER / "env")
+    addresses = {name: known[name] for name in HEALTH if name in known}
     with ThreadPoolExecutor(max_workers=len(HEALTH)) as pool:
         answers = pool.map(lambda name: healthy(addresses[name] + HEALTH[name], timeout), addresses)
-        return {name: addresses[name] for name, answer in zip(addresses, answers, strict=True) if answer}
+        found = {name: addresses[name] for name, answer in zip(addresses, answers, strict=True) if answer}
+    if "PREFECT_API_URL" in found and PREFECT_SECRET in known:
+        found[PREFECT_SECRET] = known[PREFECT_SECRET]
+    return found
 
 
 def read_environment(file: Path) -> dict[str, str]:
@@ -38,7 +46,7 @@ def read_environment(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     pairs = (line.removeprefix("export ").split("=", 1) for line in file.read_text().splitlines() if "=" in line)
-    return {name: value for name, value in pairs if name in HEALTH}
+    return {name: value for name, value in pairs if name in (*HEALTH, PREFECT_SECRET)}
 
 
 def healthy(address: str, timeout: float) -> bool:

@@ -104,13 +104,16 @@ def _sentence(error: typer.TyperException) -> str:
 def _read(file: str, changes: Sequence[str], services: bool = False) -> Params:
     """The params; with ``services`` MLflow and Prefect are those of this project folder, unless others are named."""
     from dvdp.config import check_says_every_key, parse_overrides, read_params
-    from pipelines.addresses import services_environment
+    from pipelines.addresses import PREFECT_SECRET, services_environment
 
     params = read_params(file, parse_overrides(changes))
     keep_in_project(params.cluster.storage)
     if "DVC_STAGE" in os.environ:
         check_says_every_key(file)
-    for name, value in services_environment(Path()).items() if services else ():
+    found = services_environment(Path()) if services else {}
+    if os.environ.get("PREFECT_API_URL", found.get("PREFECT_API_URL")) != found.get("PREFECT_API_URL"):
+        found.pop(PREFECT_SECRET, None)  # Another server must not be told it.
+    for name, value in found.items():
         os.environ.setdefault(name, value)
     return params
 
@@ -450,6 +453,9 @@ def run_experiment(
     end_orphans()
     mark_children()
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+    from pipelines.prefect_server import guard_temporary_server
+
+    guard_temporary_server()
     from pipelines.experiment import experiment
 
     _end_soon_after_a_signal(15)

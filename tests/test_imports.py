@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "pipelines.tracking": {"dvdp", "pipelines.addresses", "pipelines.jobs", "pipelines.provenance"},
     "pipelines.webhook": set(),
     "pipelines.artifacts": set(),
+    "pipelines.prefect_server": {"pipelines.addresses"},
     "pipelines.left_behind": {"dvdp", "pipelines.tracking", "pipelines.webhook"},
     "pipelines.turning_points": {"dvdp", "pipelines.jobs", "pipelines.tracking"},
     "pipelines.reports": {
@@ -59,7 +60,7 @@ MAY_IMPORT = {
     },
     "pipelines.commands": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
-        "pipelines.left_behind", "pipelines.artifacts",
+        "pipelines.left_behind", "pipelines.artifacts", "pipelines.prefect_server",
     },
     "pipelines.experiment": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",

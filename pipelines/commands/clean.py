@@ -212,6 +212,9 @@ def _prefect_artifacts(params: Params, days: int) -> Iterator[Removal]:
     """Those of the data set that are older, but for the newest of each key."""
     if not (os.environ.get("PREFECT_API_URL") or (Path(os.environ.get("PREFECT_HOME", "")) / "prefect.db").is_file()):
         return
+    from pipelines.prefect_server import guard_temporary_server
+
+    guard_temporary_server()
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
     from prefect.client.schemas.sorting import ArtifactSort

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.addresses import services_environment
+from pipelines.addresses import PREFECT_SECRET, services_environment
 from tests.e2e.support import Project, sentence, tracked_once
 from tests.tracking.support import free_port, wait_until
 from tests.webhooks import listening
@@ -51,7 +52,10 @@ def services(here: Project, webhook: tuple[str, list[tuple[str, bytes]]]) -> Ite
     ports = ("--mlflow-port", str(free_port()), "--prefect-port", str(free_port()))
     try:
         here.run(*command, "up", *ports, DVDP_WEBHOOK=webhook[0])
-        yield services_environment(here.folder, timeout=20)
+        found = services_environment(here.folder, timeout=20)
+        # For asked, planned and logs.
+        address = urlsplit(found["PREFECT_API_URL"])
+        yield found | {"PREFECT_API_URL": address._replace(netloc=f"{found[PREFECT_SECRET]}@{address.netloc}").geturl()}
     finally:
         here.run(*command, "down")
 

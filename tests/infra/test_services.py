@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.server
 import json
@@ -16,12 +17,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import httpx
 import psutil
 import pytest
 
 from infra import launch, services
-from pipelines.addresses import services_environment
+from pipelines.addresses import PREFECT_SECRET, services_environment
+from tests.jobs.test_cluster import is_loopback, listening
 from tests.tracking.support import free_port, wait_until
 
 PROJECT = Path(__file__).parents[2]
@@ -123,6 +127,11 @@ def test_supervisord_listens_to_its_user_only_wherever_the_project_lies(length: 
             assert pids(project) == {"mlflow": 0, "prefect": 0, "worker": 0}
             number = supervisor.getPID()
             assert stat.S_IMODE(path.stat().st_mode) == 0o700
+            for name in ("secret", "env"):
+                assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+            secret = (folder / "secret").read_text().strip()
+            assert secret not in " ".join(psutil.Process(number).cmdline())
+            assert services.read_environment(folder / "env") == addresses | {PREFECT_SECRET: secret}
             connections = psutil.Process(number).net_connections("all")
             assert {connection.family for connection in connections} == {socket.AF_UNIX}
         finally:
@@ -180,6 +189,34 @@ def test_a_start_ends_what_an_earlier_one_of_the_same_service_left_behind(tmp_pa
         for process in (left_behind, other):
             process.kill()
             process.wait()
+
+
+def status(request: str, method: str = "GET", auth: str = "", **headers: str) -> int:
+    """The answer to a request, with these headers."""
+    if auth:
+        headers["Authorization"] = f"Basic {base64.b64encode(auth.encode()).decode()}"
+    body = {"content": "{}"} if method == "POST" else {}
+    return httpx.request(method, request, headers={"Content-Type": "application/json", **headers}, **body).status_code
+
+
+def refuses_strangers(addresses: dict[str, str], secret: str) -> None:
+    """A page that is open in the user's browser, and another user, get nothing from either server."""
+    prefect, mlflow = addresses["PREFECT_API_URL"], addresses["MLFLOW_TRACKING_URI"]
+    flows, port = f"{prefect}/flows/filter", urlsplit(prefect).port
+    assert status(flows, "POST", secret) == 200
+    assert status(flows, "POST") == status(flows, "POST", "dvdp:guess") == 401
+    for origin in (f"http://127.0.0.1:{port}", f"http://localhost:{port}"):
+        assert status(flows, "POST", secret, Origin=origin) == 200
+        assert status(flows, "OPTIONS", Origin=origin, **{"Access-Control-Request-Method": "POST"}) == 200
+    page = prefect.removesuffix("/api")
+    assert status(f"{page}/ui-settings") == 200
+    for headers in ({"Host": "evil.example"}, {"Host": f"evil.example:{port}"}, {"Origin": "http://evil.example"}):
+        for address in (flows, f"{page}/ui-settings", f"{prefect}/health"):
+            assert status(address, "POST" if address == flows else "GET", secret, **headers) == 403
+        search = f"{mlflow}/api/2.0/mlflow/experiments/create"
+        assert status(search, "POST", **headers) == 403
+    assert status(f"{mlflow}/api/2.0/mlflow/experiments/search?max_results=1", Host="evil.example") == 403
+    assert status(f"{mlflow}/api/2.0/mlflow/experiments/search?max_results=1") == 200
 
 
 FLOW = """
@@ -286,7 +323,9 @@ def test_services_come_up_behind_a_dead_proxy_run_flows_and_end(
         printed = command("up", *ports)
         assert printed.count(": ready after") == 3
         addresses = services_environment(tmp_path, timeout=120)
+        secret = (tmp_path / ".services" / "secret").read_text().strip()
         assert addresses == {
+            PREFECT_SECRET: secret,
             "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports[1]}",
             "PREFECT_API_URL": f"http://127.0.0.1:{ports[3]}/api",
         }
@@ -294,6 +333,11 @@ def test_services_come_up_behind_a_dead_proxy_run_flows_and_end(
         assert command("up").count(": already running") == 3
         assert pids(tmp_path) == started
         assert f"export PREFECT_API_URL={addresses['PREFECT_API_URL']}\n" in command("env")
+        refuses_strangers(addresses, secret)
+        processes = services.service_processes(str(tmp_path / ".services"))
+        heard = [each for process in processes for each in listening(process)]
+        assert {str(each.laddr.port) for each in heard} >= {ports[1], ports[3]}
+        assert all(is_loopback(each.laddr.ip) for each in heard)
         fresh = ["env", "-i", "PATH=/usr/bin:/bin", "sh", "-c", 'eval "$0"; command -v prefect', command("env")]
         found = subprocess.run(fresh, capture_output=True, text=True, check=True).stdout.strip()
         assert found == str(Path(sys.executable).parent / "prefect")
@@ -329,6 +373,8 @@ def test_services_come_up_behind_a_dead_proxy_run_flows_and_end(
     finally:
         printed = command("down")
     assert printed.count(": ended") == 3
+    kept = {file for file in (tmp_path / ".services").rglob("*") if file.is_file()}
+    assert [file.name for file in kept if secret.encode() in file.read_bytes()] == ["secret"]
     assert not any(alive(pid) for pid in [*started.values(), flow["pid"]])
     assert not services.service_processes(str(tmp_path / ".services"))
     assert (tmp_path / "mlflow.db").stat().st_size > 0
