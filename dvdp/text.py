@@ -7,6 +7,7 @@ UTF-8, which Python keeps as lone surrogates and no file, database or page takes
 from __future__ import annotations
 
 import hashlib
+import re
 from bisect import bisect_right
 from itertools import accumulate
 
@@ -18,6 +19,14 @@ _DIGITS = 16
 def printable(text: str) -> str:
     """One line: characters without a printed form of their own become escapes, as in Python's source."""
     return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def markdown(text: str) -> str:
+    """A line of text for Markdown, where nothing in it is markup."""
+    escaped = re.sub(r"[\\|*`\[\]~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(text))
+    # What would begin a heading, or an item of a list.
+    escaped = re.sub(r"^(\s*\d*)([#+.)-]+)(?=\s)", r"\1\\\2", escaped)
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def shown(name: str, most: int) -> str:

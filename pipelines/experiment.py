@@ -32,7 +32,7 @@ from dvdp.evaluation.figures import data_url
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.files import locked
 from dvdp.models.flops import relative_flops, training_images
-from dvdp.text import utf8
+from dvdp.text import markdown, utf8
 from dvdp.training.loop import is_finished
 from pipelines.artifacts import artifact_key
 from pipelines.environment import reach_loopback_directly
@@ -52,7 +52,7 @@ from pipelines.reports.nearest import nearest_table
 from pipelines.reports.origin import Services
 from pipelines.reports.page import Report, draw_samples, write_report
 from pipelines.reports.paper_page import write_tables
-from pipelines.reports.text_tables import as_text, markdown
+from pipelines.reports.text_tables import as_text
 from pipelines.tracking import registry
 from pipelines.tracking.champion import promote_best
 from pipelines.tracking.connection import (
@@ -305,7 +305,7 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
     get_run_logger().info("%s", "\n".join(["", *lines]))
 
     data = results[0].job.params.dataset.name
-    on = f"of {len(rows)} settings on {data}"
+    on = f"of {len(rows)} settings on {markdown(data)}"
     create_table_artifact(
         [dict(zip(headings, line, strict=True)) for line in cells],
         key=artifact_key("comparison", data),
@@ -314,7 +314,7 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
     create_markdown_artifact(
         "\n\n".join([report.text, *map(markdown, notes)]),
         key=artifact_key("report", data),
-        description=f"The report {on}, as in {report.page}.",
+        description=f"The report {on}, as in {markdown(str(report.page))}.",
     )
     create_image_artifact(
         data_url(report.contact_sheet),
@@ -325,7 +325,7 @@ def compare_settings(results: list[Result], failures: Mapping[str, str], folder:
         create_image_artifact(
             data_url(draw_process(result.job)),
             key=artifact_key("process", data, result.job.name),
-            description=f"An image on its way to noise, and one that {result.job.name} drew on its way back.",
+            description=f"An image on its way to noise, and one that {markdown(result.job.name)} drew on its way back.",
         )
     try:
         _compare_in_mlflow(results, rows, report)

@@ -26,6 +26,7 @@ from dvdp.errors import UserError
 from dvdp.evaluation.figures import data_url
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.files import write_atomically
+from dvdp.text import markdown
 from pipelines.commands.clean import clean
 from pipelines.commands.evaluate import evaluate, registered_model, track
 from pipelines.commands.runs import sample
@@ -107,7 +108,7 @@ def re_evaluate(
         create_table_artifact(
             [{"score": name, "value": f"{value:.4g}"} for name, value in record.metrics.items()],
             key="re-evaluation",
-            description=f"{model.name} ({alias}), sampled and scored again.",
+            description=f"{markdown(model.name)} ({markdown(alias)}), sampled and scored again.",
         )
         track(model, record)
         return _said(f"{model.name} ({alias}): {_scores(record)}")
@@ -136,7 +137,9 @@ def generate(
         chosen = registered_model(params, model or f"models:/{model_name(params)}@{CHAMPION}")
         (folder,) = sample(params, [chosen], Path(out))
         picture = draw_samples(chosen, params.cluster.storage / "pictures" / f"generated-{chosen.sampling_hash}.png")
-        create_image_artifact(data_url(picture), key="generated", description=f"The first images of {chosen.name}.")
+        create_image_artifact(
+            data_url(picture), key="generated", description=f"The first images of {markdown(chosen.name)}."
+        )
         return _said(f"{params.sampling.count:,} images of {chosen.name} in {folder}.")
 
 

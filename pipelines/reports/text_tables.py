@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from dvdp.text import printable
+from dvdp.text import markdown
 
 
 def magnitude(value: float) -> int:
@@ -34,12 +33,6 @@ def as_markdown(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """The table for Markdown."""
     lines = [map(markdown, headings), ["---"] * len(headings), *(map(markdown, line) for line in cells)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def markdown(text: str) -> str:
-    """A line of text for Markdown, where nothing in it is markup."""
-    escaped = re.sub(r"[\\|*`\[\]~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(text))
-    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def as_csv(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -11,7 +11,7 @@ from dvdp.data.store import ImageStore
 from dvdp.evaluation.copies import copies_sentence
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.flops import relative_flops, training_images
-from dvdp.text import utf8
+from dvdp.text import markdown, utf8
 from pipelines.addresses import mlflow_page
 from pipelines.jobs.device import read_machine
 from pipelines.jobs.job import Job
@@ -47,7 +47,7 @@ def machine_tags(job: Job) -> dict[str, str]:
 def run_description(job: Job, record: ScoreRecord | None = None) -> str:
     """Of a trained setting, in Markdown."""
     lines = [
-        f"{_what(job)}, on {job.params.dataset.name} at {job.params.dataset.resolution} px.",
+        f"{_what(job)}, on {markdown(job.params.dataset.name)} at {job.params.dataset.resolution} px.",
         f"Steps count training images, {training_images(job.run):,} in all; an image of it takes"
         f" {relative_flops(job.run):.2f} times DDPM's FLOPs.",
     ]
@@ -101,9 +101,9 @@ def model_card(job: Job, record: ScoreRecord, run: TrackedRun, version: ModelVer
     lines = [
         f"{_what(job)}.",
         "",
-        f"| {' | '.join(cells)} |",
+        f"| {' | '.join(map(markdown, cells))} |",
         f"|{' --- |' * len(cells)}",
-        f"| {' | '.join(cells.values())} |",
+        f"| {' | '.join(map(markdown, cells.values()))} |",
         "",
         f"![samples](get-artifact?path={quote(picture)}&run_uuid={run.run_id})",
         "",
@@ -115,15 +115,16 @@ def model_card(job: Job, record: ScoreRecord, run: TrackedRun, version: ModelVer
         f"drawn = model.predict(pandas.DataFrame([{json.dumps(request)}]))",
         "```",
         "**Mind**",
-        *(f"- {each}" for each in minds),
+        *(f"- {markdown(each)}" for each in minds),
         "",
         "**Data**",
-        f"- {data.name}: {data.count:,} images of {data.resolution} px, digest `{tags.get(DATASET_DIGEST, '')[:16]}`",
+        f"- {markdown(data.name)}: {data.count:,} images of {data.resolution} px, digest"
+        f" {markdown(tags.get(DATASET_DIGEST, '')[:16])}",
         f"- licence: {_LICENCES.get(source, 'not known here; it is that of your images')}",
         "",
         "**Origin**",
         f"- [run]({page}), with curves, params, score record and log",
-        *(f"- {name}: {value}" for name, value in kept.items() if value),
+        *(f"- {name}: {markdown(value)}" for name, value in kept.items() if value),
     ]
     return cut(utf8("\n".join(lines)), _MOST)
 
@@ -139,6 +140,6 @@ def _what(job: Job) -> str:
 def _score(record: ScoreRecord) -> str:
     sampling = record.sampling
     return (
-        f"{record.headline} {record.estimate.text} (lower is better) from {record.samples:,} samples,"
+        f"{markdown(record.headline)} {record.estimate.text} (lower is better) from {record.samples:,} samples,"
         f" {sampling.get('solver')}, {sampling.get('steps')} steps"
     )

@@ -34,7 +34,7 @@ from PIL import Image
 
 from dvdp.errors import UserError
 from dvdp.files import locked
-from dvdp.text import utf8
+from dvdp.text import markdown, utf8
 from pipelines.addresses import LOCAL_PAGE, mlflow_page, public
 from pipelines.tracking.connection import connect, find_or_create, impatient, lock_of, sqlite_file, tracking_address
 
@@ -250,7 +250,10 @@ def adopt(parent: TrackedRun, children: Mapping[str, TrackedRun], summary: str =
         child.set_tags({mlflow_tags.MLFLOW_PARENT_RUN_ID: parent.run_id})
     runs = json.dumps([child.run_id for child in children.values()], separators=(",", ":"))
     experiments = json.dumps([parent.experiment_id])
-    lines = [f"- [{name}]({mlflow_page('', child.experiment_id, child.run_id)})" for name, child in children.items()]
+    lines = [
+        f"- [{markdown(name)}]({mlflow_page('', child.experiment_id, child.run_id)})"
+        for name, child in children.items()
+    ]
     query = f"runs={quote(runs)}&experiments={quote(experiments)}"
     side_by_side = f"[Side by side](#/compare-runs?{query}), or one by one:"
     note = [*([summary, ""] if summary else []), side_by_side, "", *lines]

@@ -9,6 +9,7 @@ import os
 import re
 
 import pytest
+from markdown_it import MarkdownIt
 
 from pipelines.reports.origin import Link
 from pipelines.reports.text_tables import as_csv, as_markdown, as_page, markdown, si
@@ -30,6 +31,13 @@ def test_a_markdown_table_has_as_many_cells_as_columns() -> None:
 def test_plain_text_stays_as_it_is_in_markdown() -> None:
     plain = "fd_labels ↓, 5.00 ± 1.41 † (settings a_b, 1.18x of 1.00x) ★"
     assert markdown(plain) == plain
+
+
+@pytest.mark.parametrize("text", ["# a", "- a", "+ a", "1. a", "12) a", "  ## a", "> a"])
+def test_a_line_begins_no_heading_list_or_quotation(text: str) -> None:
+    (opening, inline, _) = MarkdownIt().parse(markdown(text))
+    assert opening.type == "paragraph_open"
+    assert "".join(token.content for token in inline.children or ()) == text.strip()
 
 
 def test_a_page_escapes_all_that_it_is_given() -> None:
