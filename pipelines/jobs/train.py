@@ -131,12 +131,13 @@ def train_on_workers(
 def _fit(config: dict[str, Any], storage: Path, params: ClusterParams) -> None:
     """Run :func:`worker` once on every rank, in a run of Ray's that is named after the training hash."""
     from ray.train import BackendConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+    from pipelines.jobs.process_group import GroupConfig
+
     resources: dict[str, float] = {"CPU": params.threads, **({"GPU": 1} if params.gpu else {})}
-    # One rank needs no process group, whose store would listen on all addresses, at a port that may be taken by then.
+    # One rank needs no process group.
     alone = params.num_workers == 1
     DataParallelTrainer(
         worker,
@@ -149,7 +150,7 @@ def _fit(config: dict[str, Any], storage: Path, params: ClusterParams) -> None:
             storage_path=str(storage.resolve()),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
         ),
-        backend_config=BackendConfig() if alone else TorchConfig(backend="nccl" if params.gpu else "gloo"),
+        backend_config=BackendConfig() if alone else GroupConfig(backend="nccl" if params.gpu else "gloo"),
     ).fit()
 
 

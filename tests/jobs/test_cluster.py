@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import ipaddress
+import json
 import os
 import re
 import signal
@@ -267,6 +268,41 @@ def test_the_cluster_of_this_machine_is_closed_to_others(monkeypatch: pytest.Mon
         logs = [path for path in Path(ray.nodes()[0]["ObjectStoreSocketName"]).parents[1].rglob("*") if path.is_file()]
         assert logs
         assert not [text for text in [*said, *(path.read_text(errors="ignore") for path in logs)] if token in text]
+
+
+@pytest.mark.slow
+def test_ranks_exchange_gradients_without_listening_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", *AUTHENTICATION):
+        monkeypatch.delenv(name, raising=False)
+
+    def rank(config: dict[str, str]) -> None:
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor(1.0 + dist.get_rank())
+        dist.all_reduce(total)
+        found = [each.laddr.ip for each in psutil.Process().net_connections() if each.status == psutil.CONN_LISTEN]
+        Path(config["out"], str(dist.get_rank())).write_text(json.dumps([total.item(), found]))
+        dist.barrier()
+
+    with cluster(ClusterParams(threads=1, num_workers=2, busy="share")):
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+        from pipelines.jobs.process_group import GroupConfig
+
+        DataParallelTrainer(
+            rank,
+            train_loop_config={"out": str(tmp_path)},
+            scaling_config=ScalingConfig(num_workers=2),
+            run_config=RunConfig(name="ranks", storage_path=str(tmp_path / "ray")),
+            backend_config=GroupConfig(backend="gloo"),
+        ).fit()
+    for number in range(2):
+        total, heard = json.loads((tmp_path / str(number)).read_text())
+        assert total == 3
+        assert len(heard) >= 2, "of Ray and gloo, and of rank 0 torch's store"
+        assert all(map(is_loopback, heard))
 
 
 def test_how_to_authenticate_is_the_users_choice(monkeypatch: pytest.MonkeyPatch) -> None:
