@@ -72,13 +72,15 @@ class GaussianDenoiser:
         self.schedule, self.std, self.mean = process.schedule, std, mean
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        K, now = self.schedule.levels, int(t[0])
-        level = sum(now > bound for bound in self.schedule.turning_points)
+        K = self.schedule.levels
+        level = sum(int(t[0]) > bound for bound in self.schedule.turning_points)
         mean = torch.zeros_like(x[:1]) if self.mean is None else reduce(self.mean.to(x.dtype), level)
         result = torch.zeros_like(x)
         parts = zip(split(x, K - level), split(mean, K - level), strict=True)
         for band, (x_band, mean_band) in enumerate(parts, start=level):
-            signal, noise = self.schedule.signal[band, now].item(), self.schedule.noise[band, now].item()
+            signal, noise = (
+                table[band, t.cpu()].to(x)[:, None, None, None] for table in (self.schedule.signal, self.schedule.noise)
+            )
             variance = signal**2 * self.std[band] ** 2 + noise**2
             result += noise * (x_band - signal * mean_band) / variance
         return result
