@@ -91,9 +91,9 @@ def variational_bound(
     Raises:
         UserError: fewer than 2 images, an image that cannot be halved K times, fewer than 2 timesteps of the process.
     """
-    _check(process, images)
+    check_images(process, images)
     dimensions = images[0].numel()
-    total: dict[str, list[Tensor]] = {name: [] for name in _names(process)}
+    total: dict[str, list[Tensor]] = {name: [] for name in term_names(process)}
     for first in range(0, len(images), batch):
         part = images[first : first + batch].to(device)
         x0, terms = to_float(part), {name: part.new_zeros(len(part), dtype=torch.float64) for name in total}
@@ -122,8 +122,7 @@ def entered(process: Process, x0: Tensor) -> dict[str, Tensor]:
     terms = {}
     for band, t in enumerate((*schedule.turning_points, schedule.timesteps)):
         signal, noise = schedule.signal[band, t].item(), schedule.noise[band, t].item()
-        # As Process.lift draws it; sampling begins with noise alone.
-        drawn = noise**2 + (signal * process.band_std[band] if band < K else 0.0) ** 2
+        drawn = drawn_std(process, band) ** 2
         kl = (noise**2 + signal**2 * power[:, band]) / drawn - 1 - math.log(noise**2 / drawn)
         terms["prior" if band == K else f"lift_{band + 1}"] = sizes[band] * kl / 2
     return terms
@@ -162,6 +161,29 @@ def band_sizes(process: Process, x0: Tensor) -> list[float]:
     """Coefficients of each band of a full-size image, finest band first."""
     levels = [x0[0].numel() / 4**level for level in range(process.levels + 1)]
     return [fine * 0.75 for fine in levels[:-1]] + levels[-1:]
+
+
+def drawn_std(process: Process, band: int) -> float:
+    """Of a band where it enters the chain: as :meth:`Process.lift` draws it, and at T of the coarsest one."""
+    t = (*process.schedule.turning_points, process.schedule.timesteps)[band]
+    signal, noise = process.schedule.signal[band, t].item(), process.schedule.noise[band, t].item()
+    return math.hypot(noise, signal * process.band_std[band]) if band < process.levels else noise
+
+
+def term_names(process: Process) -> list[str]:
+    """Of a likelihood, in the order of sampling."""
+    lifted = [name for k in range(process.levels, 0, -1) for name in (f"level_{k}", f"lift_{k}")]
+    return ["prior", *lifted, "level_0", "decoder"]
+
+
+def check_images(process: Process, images: Tensor) -> None:
+    """Raise UserError unless they have a likelihood under the process."""
+    for side in images.shape[-2:]:
+        process.check_resolution(side)
+    if len(images) < 2:
+        raise UserError(f"likelihood: found {len(images)} images, expected at least 2; take more.")
+    if process.schedule.timesteps < 2:
+        raise UserError("likelihood: found a process of 1 timestep, expected at least 2; raise schedule.timesteps.")
 
 
 def _step(
@@ -212,17 +234,3 @@ def _timesteps(
     for part in range(count):
         index = torch.searchsorted(share.cumsum(0), (part + shift) / count).clamp(max=len(share) - 1)
         yield index + 2, 1 / (count * share[index])
-
-
-def _names(process: Process) -> list[str]:
-    lifted = [name for k in range(process.levels, 0, -1) for name in (f"level_{k}", f"lift_{k}")]
-    return ["prior", *lifted, "level_0", "decoder"]
-
-
-def _check(process: Process, images: Tensor) -> None:
-    for side in images.shape[-2:]:
-        process.check_resolution(side)
-    if len(images) < 2:
-        raise UserError(f"likelihood: found {len(images)} images, expected at least 2; take more.")
-    if process.schedule.timesteps < 2:
-        raise UserError("likelihood: found a process of 1 timestep, expected at least 2; raise schedule.timesteps.")
