@@ -407,6 +407,12 @@ class EvaluationParams(Section):
     """Generated images to score; at most ``sampling.count``."""
     kid_subset: Annotated[Whole, Field(ge=2, le=10_000)] = 100
     extractor_epochs: Annotated[Whole, Field(ge=1, le=1000)] = 10
+    likelihood: Annotated[Whole, Field(ge=0, le=10_000)] = 0
+    """Real images to bound the likelihood of; 0 for none. See :mod:`dvdp.evaluation.likelihood`."""
+
+    def __post_init__(self) -> None:
+        if self.likelihood == 1:
+            raise UserError("likelihood: found 1, expected 0 (none) or at least 2 images, for the standard error")
 
 
 @section
@@ -519,6 +525,11 @@ class Params(Section):
             raise UserError(
                 f"evaluation.samples: found {self.evaluation.samples}, expected at most sampling.count,"
                 f" {run.sampling.count}; draw more or score fewer"
+            )
+        if self.evaluation.likelihood and run.schedule.timesteps < 2:
+            raise UserError(
+                f"evaluation.likelihood: found {self.evaluation.likelihood} beside schedule.timesteps 1, expected 0, or"
+                " at least 2 timesteps"
             )
         return run
 

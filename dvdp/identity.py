@@ -32,6 +32,7 @@ EVALUATION_SOURCES = (
     "evaluation/scores.py", "evaluation/reference.py", "evaluation/fidelity.py", "evaluation/coverage.py",
     "evaluation/extractors.py", "evaluation/extrapolation.py", "evaluation/published.py", "evaluation/intervals.py",
 )  # fmt: skip
+LIKELIHOOD_SOURCES = ("diffusion/philox.py", "evaluation/likelihood.py")
 AUDIT_SOURCES = ("audit/result.py", "audit/states.py", "audit/run.py")
 
 #: Keys of the training section that do not touch the weights.
@@ -76,14 +77,23 @@ def sampling_hash(run: Run, trained: str) -> str:
 
 def evaluation_hash(evaluation: EvaluationParams, sampled: str, reference_digest: str) -> str:
     """Names the scores of a sampling hash against a reference."""
+    # The likelihood is a result of its own.
+    asked = {k: v for k, v in dataclasses.asdict(evaluation).items() if k != "likelihood"}
     return _digest(
         {
             "sampling": sampled,
-            "evaluation": dataclasses.asdict(evaluation),
+            "evaluation": asked,
             "reference": reference_digest,
             "sources": _sources(EVALUATION_SOURCES),
         }
     )
+
+
+def likelihood_hash(run: Run, trained: str, images: int, dataset_digest: str) -> str:
+    """Names the bound on the likelihood of so many images of a data set, under a training hash."""
+    sampling = {name: getattr(run.sampling, name) for name in ("variance", "clip", "lift")}
+    content = {"training": trained, "sampling": sampling, "images": images, "dataset": dataset_digest}
+    return _digest({**content, "sources": _sources(LIKELIHOOD_SOURCES)})
 
 
 def audit_draws_hash(sampled: str) -> str:

@@ -373,11 +373,12 @@ def audit(
     from pipelines.commands.audit import summary, track
     from pipelines.commands.runs import chosen
     from pipelines.jobs.audit import audit_jobs, plan
+    from pipelines.jobs.likelihood import known_likelihood
 
     audits = [plan(job, images, solver_steps) for job in chosen(params, setting, seed)]
     problems: list[str] = []
     for one, result in zip(audits, audit_jobs(audits), strict=True):
-        print(f"{summary(result, one.job.name)}\n\nChart: {one.chart}\n")
+        print(f"{summary(result, one.job.name, known_likelihood(one.job))}\n\nChart: {one.chart}\n")
         problems += _unavailable(partial(track, one, result))
     print("".join(f"dvdp: {problem}\n" for problem in problems[-1:]), end="", file=sys.stderr)
 

@@ -125,6 +125,16 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
         {"evaluation": {"samples": 50, "kid_subset": 60}},
         ["evaluation.kid_subset: found 60"],
     ),
+    "likelihood of one image": (
+        {"evaluation": {"likelihood": 1}},
+        ["evaluation.likelihood: found 1, expected 0 (none) or at least 2 images"],
+    ),
+    "likelihood of a process of one step": (
+        setting(process="ddpm", turning_points=[])
+        | {"schedule": {"timesteps": 1}, "sampling": {"steps": 1}, "training": {"preview_steps": 1}}
+        | {"evaluation": {"likelihood": 8}},
+        ["evaluation.likelihood: found 8 beside schedule.timesteps 1", "in setting 'a'"],
+    ),
     "override of an unknown section": (
         setting(overrides={"modle": {"model_channels": 8}}),
         ["settings.a.overrides.modle: unknown key", "did you mean 'model'?"],

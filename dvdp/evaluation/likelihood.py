@@ -28,7 +28,10 @@ from dvdp.diffusion.randomness import ImageNoise, derive_seed
 from dvdp.diffusion.sampling import Denoiser
 from dvdp.errors import UserError
 from dvdp.models.pixels import to_float
+from dvdp.out_of_memory import in_batches
 
+#: The bound's name in records.
+METRIC = "bits_per_dim"
 #: Half the distance between two values of a pixel, in [-1, 1].
 _HALF = 1 / 255
 #: Successive multiples of it, less whole numbers, lie evenly between 0 and 1.
@@ -58,6 +61,12 @@ class Bound:
         """Standard error of the mean, over images, timesteps and noise."""
         return float(self.images.std()) / math.sqrt(len(self.images))
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """:data:`METRIC` with its error, number of images and terms, for a record."""
+        terms = {f"{METRIC}_{name}": float(bits.mean()) for name, bits in self.terms.items()}
+        return {METRIC: self.bits, f"{METRIC}_error": self.error, f"{METRIC}_images": len(self.images), **terms}
+
 
 @torch.no_grad()
 def variational_bound(
@@ -86,20 +95,22 @@ def variational_bound(
             log-SNR falls equally. None for every timestep.
         labels: (n,) classes of the images, for a class-conditional denoiser: the bound is then given the class.
         seed: of timesteps and noise; those of image i do not depend on the number of images.
-        batch: images that the denoiser is called with at once.
+        batch: images that the denoiser is called with at once; fewer where memory runs out.
 
     Raises:
         UserError: fewer than 2 images, an image that cannot be halved K times, fewer than 2 timesteps of the process.
+        OutOfMemory: there is no memory for one image at a time.
     """
     check_images(process, images)
     dimensions = images[0].numel()
     total: dict[str, list[Tensor]] = {name: [] for name in term_names(process)}
-    for first in range(0, len(images), batch):
-        part = images[first : first + batch].to(device)
+
+    def bound(first: int, count: int) -> dict[str, Tensor]:
+        part = images[first : first + count].to(device)
         x0, terms = to_float(part), {name: part.new_zeros(len(part), dtype=torch.float64) for name in total}
-        conditions = None if labels is None else labels[first : first + batch].to(device)
-        source = ImageNoise(derive_seed(seed, "likelihood"), first, len(part), device)
-        chosen = _timesteps(process, timesteps, seed, first, len(part))
+        conditions = None if labels is None else labels[first : first + count].to(device)
+        source = ImageNoise(derive_seed(seed, "likelihood"), first, count, device)
+        chosen = _timesteps(process, timesteps, seed, first, count)
         terms["decoder"] = decoder(process, denoiser, part, source.normal(x0.shape[1:]), _variance(process), conditions)
         for t, weight in chosen:
             noise = source.normal(x0.shape[1:])
@@ -109,7 +120,9 @@ def variational_bound(
                 given = () if conditions is None else (conditions[here],)
                 kl = _step(process, denoiser, x0[here], t[levels == level], level, noise[here], variance, clip, *given)
                 terms[f"level_{level}"][here] += weight[levels == level].to(device) * kl
-        terms |= entered(process, x0)
+        return {**terms, **entered(process, x0)}
+
+    for _, terms in in_batches(bound, 0, len(images), batch, torch.device(device), "likelihood"):
         for name, nats in terms.items():
             total[name].append(nats.cpu() / (dimensions * math.log(2)))
     return Bound({name: torch.cat(parts) for name, parts in total.items()})

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dvdp.audit.result import FREE, REAL, Audit
+from dvdp.evaluation.likelihood import METRIC
 from dvdp.models.flops import training_images
 from pipelines.jobs.audit import AuditJob
+from pipelines.jobs.likelihood import known_likelihood
 from pipelines.reports.text_tables import as_text
 from pipelines.tracking.connection import connect, reaching
 
 
-def summary(audit: Audit, name: str) -> str:
-    """Tables for a terminal, and one sentence."""
+def summary(audit: Audit, name: str, likelihood: Mapping[str, float] | None = None) -> str:
+    """Tables for a terminal, and one sentence.
+
+    Args:
+        likelihood: of real images, as :func:`pipelines.jobs.likelihood.known_likelihood` has it.
+    """
     found = audit.attribution
     lines = [["as many real images", f"{audit.scores[REAL].value:.3f}", ""]]
     lines += [[audit.title(part), f"{cost:+.3f}", f"± {found.error:.2g}"] for part, cost in found.costs.items()]
@@ -37,7 +45,22 @@ def summary(audit: Audit, name: str) -> str:
                 ]
             )
         tables.append(as_text(headings, cells))
+    if likelihood:
+        images, error = likelihood[f"{METRIC}_images"], likelihood[f"{METRIC}_error"]
+        cells = [[_part(audit, part), f"{bits:.4f}", ""] for part, bits in _bits(likelihood).items()]
+        cells.append(["all (a bound)", f"{likelihood[METRIC]:.4f}", f"± {error:.2g}"])
+        tables.append(as_text(["likelihood", "bits per dimension", f"{images:.0f} real images"], cells))
     return "\n\n".join([*tables, f"{name}: {audit.verdict}"])
+
+
+def _bits(likelihood: Mapping[str, float]) -> dict[str, float]:
+    """By term."""
+    terms = {name.removeprefix(f"{METRIC}_"): bits for name, bits in likelihood.items() if name != METRIC}
+    return {name: bits for name, bits in terms.items() if name not in ("error", "images")}
+
+
+def _part(audit: Audit, term: str) -> str:
+    return audit.title(term) if term.startswith(("level", "lift")) else term
 
 
 def track(audit: AuditJob, result: Audit) -> None:
@@ -60,6 +83,7 @@ def track(audit: AuditJob, result: Audit) -> None:
         metrics |= {f"{at}/mean_difference": state.mean_difference, f"{at}/mean_floor": state.mean_floor}
         for band, (ours, true) in enumerate(zip(state.generated, state.true, strict=True), start=state.level):
             metrics[f"{at}/band_{band}"] = ours / true
+    metrics |= {f"audit/bits/{part}": bits for part, bits in _bits(known_likelihood(job)).items()}
     with reaching(connect(), audit.result.parent):
         run = tracked(job)
         run.set_metrics(metrics, step=training_images(job.run))

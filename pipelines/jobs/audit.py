@@ -37,6 +37,7 @@ from dvdp.training.loop import is_finished
 from pipelines.jobs.cluster import Held, cluster, on_workers
 from pipelines.jobs.device import worker_device
 from pipelines.jobs.job import Job
+from pipelines.jobs.likelihood import has_likelihood, likelihood_job
 from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import SHARD_IMAGES, images_in
 from pipelines.jobs.score import check_scorable, extractor_of, for_worker, on_this_node
@@ -115,13 +116,16 @@ def plan(job: Job, images: int | None, solver_steps: int | None) -> AuditJob:
 def audit_jobs(audits: list[AuditJob]) -> list[Audit]:
     """The audits, of which those that are there already are read; starts a cluster if there is one to make."""
     work = [each for each in audits if not each.result.exists()]
-    if work:
-        params = work[0].job.params.cluster
+    bounds = [each.job for each in audits if not has_likelihood(each.job)]
+    if work or bounds:
+        params = audits[0].job.params.cluster
         with cluster(params) as slots, slots.hold(params.num_workers) as held:
             for each in work:
                 _draw_all(each, held)
             for each in work:
                 _score_all(each, held)
+            for job in bounds:
+                likelihood_job(job, held)
     return [_finish(each) for each in audits]
 
 

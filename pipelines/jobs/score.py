@@ -24,6 +24,7 @@ from dvdp.identity import evaluation_hash
 from pipelines.jobs.cluster import Held, on_worker
 from pipelines.jobs.device import worker_device
 from pipelines.jobs.job import Sampled
+from pipelines.jobs.likelihood import check_likelihood, has_likelihood, likelihood_job
 from pipelines.jobs.paths import DataPaths
 
 
@@ -59,12 +60,13 @@ def check_scorable(params: Params) -> None:
             f"evaluation.kid_subset: found {params.evaluation.kid_subset}, expected at most the {reference.count}"
             " images of the data set; take smaller subsets."
         )
+    check_likelihood(params)
 
 
 def score_job(
     job: Sampled, held: Held | None = None, statistics: Path | None = None, remarks: Sequence[str] = ()
 ) -> ScoreRecord:
-    """Score the samples against the reference, unless that is done.
+    """Score the samples against the reference, and bound the likelihood of real images, unless that is done.
 
     Args:
         held: slots of the cluster, of which all but one are given back: a worker scores, in a process of its own. None
@@ -76,7 +78,7 @@ def score_job(
     published = None if statistics is None else read_statistics(statistics, extractor.features)
     path = _record(job, published)
     if path.exists():
-        return ScoreRecord.from_json(path.read_text(), str(path))
+        return _with_likelihood(ScoreRecord.from_json(path.read_text(), str(path)), job, held, published)
     samples = job.samples.resolve()
     how: dict[str, Any] = {"count": evaluation.samples, "sampling": _how(job.run)}
     if published:
@@ -92,13 +94,22 @@ def score_job(
         record = on_worker(params, score_on_worker, scoring, for_worker(extractor), *on)
     record = dataclasses.replace(record, warnings=[*record.warnings, *remarks])
     write_atomically(path, record.to_json())
-    return record
+    return _with_likelihood(record, job, held, published)
+
+
+def _with_likelihood(record: ScoreRecord, job: Sampled, held: Held | None, published: Published | None) -> ScoreRecord:
+    """The record with what does not depend on samples, and is kept beside it; none beside statistics of others."""
+    if published:
+        return record
+    if held and not has_likelihood(job):
+        held.keep(1)
+    return dataclasses.replace(record, metrics={**record.metrics, **likelihood_job(job, held)})
 
 
 def is_scored(job: Sampled, statistics: Path | None = None) -> bool:
     """Whether :func:`score_job` has nothing to do."""
     published = None if statistics is None else read_statistics(statistics, extractor_of(job.params).features)
-    return _record(job, published).exists()
+    return _record(job, published).exists() and (published is not None or has_likelihood(job))
 
 
 def _record(job: Sampled, published: Published | None) -> Path:

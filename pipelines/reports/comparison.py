@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from dvdp.config import Run
 from dvdp.evaluation.intervals import CONFIDENCE, Estimate, better, difference, over_seeds
+from dvdp.evaluation.likelihood import METRIC
 from dvdp.evaluation.records import ScoreRecord, mean_and_spread, score_differences
 from dvdp.evaluation.reference import Anchor
 from dvdp.models.flops import network_flops, relative_flops, sample_flops, training_images
@@ -99,7 +100,7 @@ def _row(group: Sequence[Result], ddpm: Sequence[Result] | None, terms: ScoreRec
         estimate=over_seeds([result.record.estimate for result in group]),
         metrics={name: statistics.mean(r.record.metrics[name] for r in group) for name in names},
         estimates={
-            name: over_seeds([r.record.estimate_of(name) for r in group])
+            name: over_seeds([_estimate(r.record, name, len(group)) for r in group])
             for name in names
             if not name.endswith("_error")
         },
@@ -110,6 +111,12 @@ def _row(group: Sequence[Result], ddpm: Sequence[Result] | None, terms: ScoreRec
         sampling_bound=bounds[1],
         same_terms=not any(score_differences(terms, result.record) for result in group),
     )
+
+
+def _estimate(record: ScoreRecord, name: str, seeds: int) -> Estimate:
+    """Of one seed. The images of the likelihood are those of all seeds: no mean over these lowers their error."""
+    found = record.estimate_of(name)
+    return found._replace(error=found.error * math.sqrt(seeds)) if name == METRIC else found
 
 
 def _speedups(
@@ -146,6 +153,8 @@ def table(rows: Sequence[Row], primary: str) -> tuple[list[str], list[list[str]]
         "setting", "turning points", f"{primary} ↓", "precision", "recall", "images", "s / step", "s / sample",
         "training speed-up", "sampling speed-up",
     ]  # fmt: skip
+    bits = [METRIC] if any(METRIC in row.metrics for row in rows) else []
+    headings[5:5] = ["bits / dim ↓" for _ in bits]
     leaders = tied(rows) if sum(row.same_terms for row in rows) > 1 else []
     cells = [
         [
@@ -154,6 +163,7 @@ def table(rows: Sequence[Row], primary: str) -> tuple[list[str], list[list[str]]
             row.estimate.text + ("" if row.same_terms else " †"),
             row.estimates[precision].text if precision in row.metrics else "-",
             row.estimates[recall].text if recall in row.metrics else "-",
+            *(row.estimates[name].text if name in row.metrics else "-" for name in bits),
             f"{row.images:,}",
             f"{row.timing.seconds_per_step:.3g}" if row.timing else "-",
             f"{row.timing.seconds_per_sample:.3g}" if row.timing else "-",
@@ -163,6 +173,24 @@ def table(rows: Sequence[Row], primary: str) -> tuple[list[str], list[list[str]]
         for row in rows
     ]
     return headings, cells
+
+
+def likelihoods(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]] | None:
+    """Headings and cells of the bounds term by term, in the order of sampling; None where there are none."""
+    known = [row for row in rows if METRIC in row.metrics]
+    if not known:
+        return None
+    levels = max(len(row.turning_points) for row in known)
+    lifted = [part for k in range(levels, 0, -1) for part in (f"level_{k}", f"lift_{k}")]
+    parts = ["prior", *lifted, "level_0", "decoder"]
+    return ["setting", "bits / dim ↓", *(part.replace("_", " ") for part in parts)], [
+        [
+            row.setting,
+            row.estimates[METRIC].text,
+            *(f"{row.metrics[f'{METRIC}_{part}']:.4f}" if f"{METRIC}_{part}" in row.metrics else "-" for part in parts),
+        ]
+        for row in known
+    ]
 
 
 def legend(rows: Sequence[Row], record: ScoreRecord, real: Anchor | None = None) -> list[str]:
@@ -187,6 +215,13 @@ def legend(rows: Sequence[Row], record: ScoreRecord, real: Anchor | None = None)
             f"Real images score {real.metrics[record.headline]:.2f}, with a standard deviation of"
             f" {real.spreads[record.headline]:.2f} over {real.draws} draws: {real.samples:,} of them held out{fewer},"
             f" against the other {real.references:,}. Generated ones cannot be expected to score lower."
+        )
+    if METRIC in record.metrics:
+        lines.append(
+            "bits / dim: the variational bound on the negative log-likelihood of"
+            f" {record.metrics[f'{METRIC}_images']:,.0f} images of the data set, of ancestral steps with the variance"
+            f" {record.sampling.get('variance')}. Images and noise are the same for every setting, so that differences"
+            " are more certain than the bounds themselves."
         )
     name = f"{record.headline}_infinity"
     ends = [

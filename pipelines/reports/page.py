@@ -20,7 +20,7 @@ from dvdp.training import ledger
 from pipelines.jobs.job import Sampled
 from pipelines.jobs.sample import draw_process
 from pipelines.jobs.score import anchors_of
-from pipelines.reports.comparison import Result, Row, best, legend, table, tied
+from pipelines.reports.comparison import Result, Row, best, legend, likelihoods, table, tied
 from pipelines.reports.costs import budget, costs, total
 from pipelines.reports.nearest import draw_nearest
 from pipelines.reports.origin import Services, commands, facts, run_table
@@ -114,6 +114,7 @@ def write_report(
         headings=headings,
         cells=cells,
         legend=legend(rows, record, anchors["real"]),
+        likelihoods=likelihoods(rows),
         failures=failures,
         contact_sheet=figures.data_url(report.contact_sheet),
         smoothing=f"A point is the mean since the one before, over {params.training.log_images:,} images (the last, of"

@@ -9,6 +9,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from dvdp.data.store import ImageStore
 from dvdp.evaluation.copies import copies_sentence
+from dvdp.evaluation.likelihood import METRIC
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.flops import relative_flops, training_images
 from dvdp.text import markdown, utf8
@@ -78,6 +79,7 @@ def model_card(job: Job, record: ScoreRecord, run: TrackedRun, version: ModelVer
             for name in ("precision", "recall")
             if (found := next((key for key in record.metrics if key.startswith(name)), None))
         },
+        **({"bits / dim ↓": record.estimate_of(METRIC).text} if METRIC in record.metrics else {}),
         "samples": f"{record.samples:,}",
         "solver": f"{sampling.solver}, {sampling.steps} steps",
         "training images": f"{training_images(job.run):,}",

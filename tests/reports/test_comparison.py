@@ -16,7 +16,7 @@ from dvdp.evaluation.reference import Anchor
 from dvdp.files import write_atomically
 from pipelines.jobs.job import Job
 from pipelines.jobs.timing import Timing
-from pipelines.reports.comparison import Result, best, compare, legend, table
+from pipelines.reports.comparison import Result, best, compare, legend, likelihoods, table
 
 PARAMS: dict[str, Any] = {
     "settings": {"ddpm": {"process": "ddpm"}, "dvdp": {"process": "dvdp", "turning_points": [300]}},
@@ -154,3 +154,31 @@ def test_a_speed_up_above_its_bound_is_never_printed_as_measured(tmp_path: Path)
 @pytest.mark.parametrize("other", [None, Timing("NVIDIA H200", 0.15, 0.4)], ids=str)
 def test_what_was_not_measured_or_on_another_device_has_no_speed_up(tmp_path: Path, other: Timing | None) -> None:
     assert speedups(tmp_path, other) == ["- of 2.11x", "- of 2.11x"]
+
+
+BITS = {"bits_per_dim": 3.5, "bits_per_dim_error": 0.05, "bits_per_dim_images": 256.0, "bits_per_dim_prior": 0.0001}
+BITS |= {"bits_per_dim_level_0": 1.25, "bits_per_dim_decoder": 2.2499}
+
+
+def test_the_likelihood_stands_beside_the_score_where_it_was_bounded(tmp_path: Path) -> None:
+    scores = {"ddpm": (4.0, 4.0), "dvdp": (3.0, 3.0)}
+    without = compare(results(tmp_path / "without", scores))
+    assert "bits / dim ↓" not in table(without, "fd_labels")[0]
+    assert likelihoods(without) is None
+
+    lifted = {**BITS, "bits_per_dim": 3.25, "bits_per_dim_level_1": 0.01, "bits_per_dim_lift_1": 0.005}
+    found = results(tmp_path / "with", scores, ddpm={"metrics": BITS}, dvdp={"metrics": lifted})
+    rows = compare(found)
+    headings, cells = table(rows, "fd_labels")
+    column = headings.index("bits / dim ↓")
+    assert [line[column] for line in cells] == ["3.500 ± 0.098", "3.250 ± 0.098"]
+    assert {len(line) for line in cells} == {len(headings)}
+    (said,) = (line for line in legend(rows, found[0].record) if line.startswith("bits / dim"))
+    assert "of 256 images" in said
+    assert likelihoods(rows) == (
+        ["setting", "bits / dim ↓", "prior", "level 1", "lift 1", "level 0", "decoder"],
+        [
+            ["ddpm", "3.500 ± 0.098", "0.0001", "-", "-", "1.2500", "2.2499"],
+            ["dvdp", "3.250 ± 0.098", "0.0001", "0.0100", "0.0050", "1.2500", "2.2499"],
+        ],
+    )

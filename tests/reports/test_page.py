@@ -114,6 +114,20 @@ def test_the_page_needs_no_network_and_without_servers_says_how_to_start_them(
     assert "flow run 0f1e; make services, then open http://127.0.0.1:4200" in markup
 
 
+def test_the_page_says_where_the_bits_are(results: list[Result], markup: str, tmp_path: Path) -> None:
+    assert "Where the bits are" not in markup
+    bits = {"bits_per_dim": 3.5, "bits_per_dim_error": 0.05, "bits_per_dim_images": 64.0, "bits_per_dim_decoder": 2.125}
+    record = results[0].record
+    bounded = [dataclasses.replace(results[0], record=dataclasses.replace(record, metrics={**record.metrics, **bits}))]
+    report = write_report(tmp_path, compare(bounded), bounded, {}, SERVERS, "dvdp-digits")
+    shown = text(report.page.read_text())
+    assert "Where the bits are" in shown
+    assert "bits / dim ↓" in report.text
+    assert shown.count("3.500 ± 0.098") == 2
+    assert "2.1250" in shown
+    assert json.loads((tmp_path / "metrics.json").read_text())["ddpm"]["bits_per_dim"] == 3.5
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.usefixtures("markup")
 @pytest.mark.parametrize("width", [400, 1400])
