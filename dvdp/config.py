@@ -81,6 +81,8 @@ Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
 #: A path of this machine; ``~`` is the home folder.
 LocalPath = Annotated[Path, BeforeValidator(_local)]
+#: Such a path, or the address of a registered model.
+WeightsAddress = Annotated[str, BeforeValidator(_local)]
 
 Name = Annotated[Text, Field(max_length=100, pattern="^[A-Za-z0-9_-]+$")]
 Fraction = Annotated[Real, Field(ge=0, le=1)]
@@ -278,6 +280,8 @@ class ModelParams(Section):
 class TrainingParams(Section):
     """How a network is trained. Progress is counted in images."""
 
+    start: WeightsAddress | None = None
+    """Weights to start from, a path or ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``; random ones if None."""
     images: Images = 9_000
     """Images that DDPM is trained on."""
     budget: Literal["flops", "images"] = "flops"
@@ -535,6 +539,28 @@ class Params(Section):
 
 
 @section
+class Start(Section):
+    """What ``training.start`` was when the run was named; see :mod:`dvdp.training.start`."""
+
+    sha256: str
+    """Of the file."""
+    setting: str
+    training: str
+    """Training hash; empty for weights that are not ours."""
+    images: int | None
+    """That the weights had seen, over all trainings one after the other; None where nobody knows."""
+    flops: float | None
+    """Of these trainings."""
+
+    @property
+    def seen(self) -> str:
+        """What the weights had seen, for people."""
+        if self.images is None or self.flops is None:
+            return "an unknown number of images"
+        return f"{self.images:,} images, {self.flops:.2e} FLOPs"
+
+
+@section
 class Run(Section):
     """One setting with one seed: all of ``params.yaml`` that bears on it."""
 
@@ -549,6 +575,8 @@ class Run(Section):
     sampling: SamplingParams
     reference_model: ModelParams
     """The model without overrides: DDPM with it is what costs and speed-ups relate to."""
+    start: Start | None = None
+    """Of ``training.start``, once :func:`dvdp.training.start.with_start` has found it."""
 
     def __post_init__(self) -> None:
         if self.training.precision == "auto":
@@ -557,6 +585,14 @@ class Run(Section):
     def build_schedule(self) -> Schedule:
         """The run's tables of signal and noise."""
         return self.schedule.build(self.process, self.turning_points)
+
+    def check_start(self) -> None:
+        """Raise UserError where ``training.start`` was not looked at, so that nobody knows what it holds."""
+        if self.training.start is not None and self.start is None:
+            raise UserError(
+                f"training.start: found '{self.training.start}' in a run that does not know what it holds, expected one"
+                " that dvdp.training.start.with_start has returned; call it first."
+            )
 
     def check(self) -> None:
         """Raise UserError for what would fail later, or be more than a machine bears: before any work."""

@@ -21,7 +21,7 @@ TRAINING_SOURCES = (
     "models/pixels.py", "models/ops.py", "models/norms.py", "models/norm_kernels.py",
     "models/unet.py", "models/denoiser.py", "models/compute.py", "models/compilation.py",
     "training/levels.py", "training/ranks.py", "training/optimizer.py", "training/ema.py", "training/fit.py",
-    "training/loop.py",
+    "training/start.py", "training/loop.py",
     "data/transforms.py", "data/loading.py",
 )  # fmt: skip
 SAMPLING_SOURCES = (
@@ -39,6 +39,8 @@ AUDIT_SOURCES = ("audit/result.py", "audit/states.py", "audit/run.py")
 OPERATIONAL = {
     "images", "budget", "checkpoint_images", "keep_checkpoints", "log_images", "preview_images", "preview_count",
     "preview_steps", "loader_workers", "activation_checkpointing",
+    # What it holds counts, not where it lies.
+    "start",
     # Its smaller parts round otherwise, no more than another device does.
     "batch_fit",
 }  # fmt: skip
@@ -55,6 +57,8 @@ def training_identity(run: Run) -> dict[str, Any]:
         "model": dataclasses.asdict(run.model),
         "training": {**training, "total_images": training_images(run)},
         "seed": run.seed,
+        # Runs from random weights keep their names.
+        **({"start": run.start.sha256} if run.start else {}),
     }
 
 
@@ -64,7 +68,11 @@ def training_hash(run: Run, dataset_digest: str, flip: bool) -> str:
     Args:
         dataset_digest: of the LMDB's content.
         flip: whether images are mirrored at random.
+
+    Raises:
+        UserError: the run starts from weights that nobody has looked at yet.
     """
+    run.check_start()
     data = {"dataset": dataset_digest, "flip": flip}
     return _digest({**training_identity(run), **data, "sources": _sources(TRAINING_SOURCES)})
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -39,6 +40,13 @@ def read(path: Path, kind: str, what: str, remedy: str) -> tuple[dict[str, Any],
     """
     with _opened(path, kind, what, remedy) as (about, file):
         return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def read_shapes(path: Path, kind: str, what: str, remedy: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """As :func:`read`, the tensors without their numbers, on the device ``meta``."""
+    with _opened(path, kind, what, remedy) as (about, file):
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        return about, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def read_about(path: Path, kind: str, what: str, remedy: str) -> dict[str, Any]:

@@ -436,9 +436,10 @@ def run_experiment(
     from pipelines.jobs.paths import DataPaths
     from pipelines.jobs.score import check_scorable
     from pipelines.provenance import check_data_is_locked
+    from pipelines.starts import fetch_starts
     from pipelines.turning_points import resolve
 
-    listed = jobs(resolve(params))
+    listed = jobs(resolve(fetch_starts(params)))
     check_scorable(params)
     if reports is None:
         check_data_is_locked(DataPaths.of(params).store)

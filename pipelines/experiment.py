@@ -53,6 +53,7 @@ from pipelines.reports.origin import Services
 from pipelines.reports.page import Report, draw_samples, write_report
 from pipelines.reports.paper_page import write_tables
 from pipelines.reports.text_tables import as_text
+from pipelines.starts import fetch_starts
 from pipelines.tracking import registry
 from pipelines.tracking.champion import promote_best
 from pipelines.tracking.connection import (
@@ -125,7 +126,7 @@ def _experiment(params: Params, reports: str | None) -> State | None:
     if reports is None:
         check_data_is_locked(DataPaths.of(params).store)
     check_scorable(params)
-    listed = jobs(resolve(params))
+    listed = jobs(resolve(fetch_starts(params)))
     check_tracking(listed[0])
     # The driver draws pictures beside running settings.
     torch.set_num_threads(params.cluster.threads)

@@ -55,17 +55,18 @@ MAY_IMPORT = {
     "pipelines.prefect_server": {"pipelines.addresses"},
     "pipelines.left_behind": {"dvdp", "pipelines.tracking", "pipelines.webhook"},
     "pipelines.turning_points": {"dvdp", "pipelines.jobs", "pipelines.tracking"},
+    "pipelines.starts": {"dvdp", "pipelines.tracking"},
     "pipelines.reports": {
         "dvdp", "pipelines.addresses", "pipelines.jobs", "pipelines.tracking", "pipelines.provenance",
     },
     "pipelines.commands": {
-        "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
-        "pipelines.left_behind", "pipelines.artifacts", "pipelines.prefect_server",
+        "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.starts",
+        "pipelines.reports", "pipelines.left_behind", "pipelines.artifacts", "pipelines.prefect_server",
     },
     "pipelines.experiment": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",
         "pipelines.provenance", "pipelines.logs", "pipelines.environment", "pipelines.left_behind", "pipelines.webhook",
-        "pipelines.artifacts",
+        "pipelines.artifacts", "pipelines.starts",
     },
     "pipelines.schedules": {
         "dvdp", "pipelines.commands", "pipelines.environment", "pipelines.jobs", "pipelines.left_behind",

@@ -190,12 +190,12 @@ def load_model(
     if sampling is not None:
         run = replace(run, sampling=sampling)
     network = build_network(run.model, len(run.turning_points))
-    network.load_state_dict(_renamed(weights, network))
+    network.load_state_dict(renamed(weights, network))
     device = torch.device(device)
     return TrainedModel.of(run, description, arrange(network, device).eval().requires_grad_(False), device)
 
 
-def _renamed(weights: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+def renamed(weights: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """Weights by their names now: earlier releases had a block's modulation in the block."""
     now = {}
     for name, unet in network.named_modules():

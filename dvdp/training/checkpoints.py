@@ -71,6 +71,10 @@ def pack(prefix: str, module: nn.Module) -> dict[str, Tensor]:
 def unpack(prefix: str, module: nn.Module, packed: Mapping[str, Tensor]) -> None:
     """The inverse of :func:`pack`, from whole tensors."""
     start = prefix + "."
+    load(module, {k.removeprefix(start): v for k, v in packed.items() if k.startswith(start)})
+
+
+def load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Whole tensors into a module, which may have shares of them."""
     state = module.state_dict()
-    named = ((k.removeprefix(start), v) for k, v in packed.items() if k.startswith(start))
-    module.load_state_dict({name: share_like(tensor, state[name]) for name, tensor in named})
+    module.load_state_dict({name: share_like(tensor, state[name]) for name, tensor in weights.items()})

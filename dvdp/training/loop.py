@@ -48,6 +48,7 @@ from dvdp.training.memory import activation_bytes, run_bytes, worker_memory
 from dvdp.training.optimizer import build_optimizers, pack_optimizers, unpack_optimizers
 from dvdp.training.shortage import cut_to, part_of
 from dvdp.training.shortage import explained as explained_shortage
+from dvdp.training.start import starting_weights
 from dvdp.training.transfer import to_device
 
 logger = logging.getLogger("dvdp.training")
@@ -75,8 +76,9 @@ def train(
     description: Mapping[str, Any] | None = None,
     preview: Preview | None = None,
     sharded: bool = False,
+    start: Path | None = None,
 ) -> None:
-    """Train a run to its end, going on from its newest checkpoint.
+    """Train a run to its end, going on from its newest checkpoint, or from the weights of ``training.start``.
 
     Leaves in ``folder``: ``checkpoints/``, ``metrics.jsonl``, ``previews/``, ``estimate.json``, with
     ``training.batch_fit`` ``parts.json`` once memory ran out, and, last,
@@ -90,9 +92,11 @@ def train(
             <dvdp.models.export.TrainedModel.of>` for what of the data it has to tell.
         preview: turns samples from the EMA weights into a picture.
         sharded: spread weights, gradients, optimiser and average over the ranks, if there are several.
+        start: where the weights of ``training.start`` lie, if not there.
 
     Raises:
-        UserError: a checkpoint is damaged or of another configuration, the batch does not divide over ranks, the
+        UserError: a checkpoint is damaged or of another configuration, the weights to start from are gone or others
+            than those that named the run, the batch does not divide over ranks, the
             loss is no longer finite, ``training.compile`` finds no compiler, or another process goes on training this
             run, or with ``training.batch_fit`` not even one image fits into memory. All ranks raise it alike.
         OutOfMemory: memory ran out; a rank raises it alone.
@@ -114,7 +118,7 @@ def train(
             explained_shortage(run, world_size, device),
         ):
             training = Training(run, images, folder, training_hash, flip, device, preview, description, sharded)
-            training.run_to_end(seen)
+            training.run_to_end(seen, start)
 
 
 @contextlib.contextmanager
@@ -217,17 +221,22 @@ class Training:
         self._model.refresh()
         return self._model
 
-    def run_to_end(self, seen: int) -> None:
+    def run_to_end(self, seen: int, start: Path | None = None) -> None:
         """Train, log, preview, checkpoint; then write the weights.
 
         Args:
             seen: images of the checkpoint to go on from; 0 to start.
+            start: see :func:`train`.
         """
         settings, folder = self.run.training, self.folder
         self.part_size.keep_in(folder)
         if seen:
             self._resume(seen)
         else:
+            if self.run.training.start is not None:
+                weights = starting_weights(self.run, start or Path(self.run.training.start))
+                for network in (self.network, self.ema.network):
+                    checkpoints.load(network, weights)
             self._estimate()
         if self.rank == 0:
             ledger.truncate(folder / "metrics.jsonl", seen)

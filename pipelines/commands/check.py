@@ -19,6 +19,7 @@ from dvdp.models.flops import level_flops, relative_flops, sample_flops, trainin
 from dvdp.training.memory import checkpoint_bytes, parameter_count, run_bytes, worker_memory
 from pipelines.jobs.paths import DataPaths
 from pipelines.reports.text_tables import as_text
+from pipelines.starts import fetch_starts
 
 if TYPE_CHECKING:
     from pipelines.commands.trial import Trial
@@ -88,7 +89,9 @@ def check(params: Params, gpu: str | None, price: float | None, trial: bool) -> 
     if gpu:
         # So that precision auto is what the GPU has.
         params = dataclasses.replace(params, cluster=dataclasses.replace(params.cluster, gpu=True))
+    params = fetch_starts(params)
     runs = list({run.setting: run for run in reversed(params.runs())}.values())[::-1]
+    begun = [_start(run) for run in runs if run.training.start is not None]
     trials = _trials(params, runs, trial, gpu)
     if gpu and gpu not in GPUS and not any(trials):
         names = [*GPUS, *sorted({entry["device"] for entry in _stored(params).values()})]
@@ -96,9 +99,22 @@ def check(params: Params, gpu: str | None, price: float | None, trial: bool) -> 
     costs = [_cost(run, found, params, gpu) for run, found in zip(runs, trials, strict=True)]
     headings, cells = _table(costs, params, price)
     lines = [as_text(headings, cells), ""] if costs else []
-    lines += _assumptions(costs, trials, params, gpu, price)
+    lines += [*_assumptions(costs, trials, params, gpu, price), *begun]
     lines += [line for run, found in zip(runs, trials, strict=True) if found for line in _parts(run, found, params)]
     return "\n".join([*lines, *_misfits(costs, params, gpu)])
+
+
+def _start(run: Run) -> str:
+    """What a setting starts from; raises UserError where it cannot."""
+    # It imports torch.
+    from dvdp.training.start import with_start
+
+    start = with_start(run).start
+    assert start is not None
+    return (
+        f"{run.setting} starts from '{run.training.start}' (SHA-256 {start.sha256[:12]}), weights of"
+        f" {start.setting} that have seen {start.seen}: no column counts these."
+    )
 
 
 def _cost(run: Run, trial: Trial | None, params: Params, gpu: str | None) -> Cost:
@@ -302,6 +318,7 @@ def _key(run: Run, params: Params, device: str) -> str:
     """Names all that the time of a step depends on."""
     operational = {
         "images", "budget", "checkpoint_images", "keep_checkpoints", "log_images", "preview_images", "batch_fit",
+        "start",
     }  # fmt: skip
     training = {k: v for k, v in dataclasses.asdict(run.training).items() if k not in operational}
     sampling = {k: v for k, v in dataclasses.asdict(run.sampling).items() if k not in ("count", "seed")}

@@ -10,16 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlflow.artifacts
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 from mlflow.utils import mlflow_tags
 
 from dvdp.config import Params
@@ -27,7 +23,6 @@ from dvdp.errors import UserError
 from dvdp.evaluation.published import read_statistics
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.evaluation.reference import read_reference
-from dvdp.files import write_atomically
 from dvdp.models.export import load_model
 from dvdp.models.flops import training_images
 from pipelines.jobs.cluster import Held, cluster
@@ -36,9 +31,9 @@ from pipelines.jobs.paths import DataPaths
 from pipelines.jobs.sample import missing_shards, sample_job
 from pipelines.jobs.score import check_scorable, extractor_of, is_scored, score_job
 from pipelines.tracking import registry
-from pipelines.tracking.champion import CHAMPION
-from pipelines.tracking.connection import connect, reaching, reading, there_is_a_store
-from pipelines.tracking.job_runs import model_name, tracked
+from pipelines.tracking.connection import connect, reaching
+from pipelines.tracking.job_runs import tracked
+from pipelines.tracking.lookup import fetched, folder_of, looked_up
 from pipelines.tracking.runs import DATASET_DIGEST, EVALUATION_HASH, EVALUATION_OF, TrackedRun, open_run, read_text
 
 
@@ -70,16 +65,11 @@ class RegisteredModel(Sampled):
         return folder_of(self.params, self.weights_digest)
 
 
-def folder_of(params: Params, weights_digest: str) -> Path:
-    """Where what is made of a registered model lies."""
-    return params.cluster.storage / "models" / weights_digest[:12]
-
-
 def registered_model(params: Params, address: str) -> RegisteredModel:
     """Look a version up in MLflow and keep a copy of its weights.
 
     Args:
-        address: see :func:`looked_up`.
+        address: see :func:`pipelines.tracking.lookup.looked_up`.
 
     Raises:
         UserError: there is no such version, it is none of ours, its images have another resolution than the data
@@ -87,32 +77,6 @@ def registered_model(params: Params, address: str) -> RegisteredModel:
     """
     with looked_up(params, address) as (client, version):
         return _fetched(client, params, version, address)
-
-
-@contextlib.contextmanager
-def looked_up(params: Params, address: str) -> Iterator[tuple[MlflowClient, ModelVersion]]:
-    """A version of ours in MLflow, and a client to read it with.
-
-    Args:
-        address: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
-
-    Raises:
-        UserError: there is no such version, it is none of ours, or MLflow does not answer.
-    """
-    parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", address)
-    if parts is None:
-        raise UserError(
-            f"--model: found '{address}', expected models:/<name>@<alias> or models:/<name>/<version>, such as"
-            f" models:/{model_name(params)}@{CHAMPION}."
-        )
-    if not there_is_a_store():
-        raise UserError(
-            f"--model: found '{address}' and no MLflow here, expected mlflow.db or a server at MLFLOW_TRACKING_URI;"
-            " run `dvdp experiment` first, or name the server."
-        )
-    name, alias, number = parts.groups(default="")
-    with reading("holds the registered models") as client:
-        yield client, _version(client, name, alias, number)
 
 
 def evaluate(subject: Job | RegisteredModel, statistics: Path | None = None) -> ScoreRecord:
@@ -195,50 +159,8 @@ def add_evaluation(run: TrackedRun, record: ScoreRecord, step: int) -> None:
     child.set_status("FINISHED")
 
 
-def _version(client: MlflowClient, name: str, alias: str, number: str) -> ModelVersion:
-    found = f"models:/{name}@{alias}" if alias else f"models:/{name}/{number}"
-    try:
-        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        raise UserError(
-            f"--model: found no version '{found}' in MLflow, expected one that `dvdp experiment` has registered; look"
-            " for its name and number on MLflow's page of models."
-        ) from None
-    if registry.WEIGHTS_DIGEST not in version.tags or not version.run_id or version.status != "READY":
-        raise UserError(
-            f"--model: found '{found}', which is no finished version of ours, expected one that `dvdp experiment` has"
-            " registered; name another."
-        )
-    return version
-
-
 def _fetched(client: MlflowClient, params: Params, version: ModelVersion, address: str) -> RegisteredModel:
-    digest = version.tags[registry.WEIGHTS_DIGEST]
-    weights = folder_of(params, digest) / "weights.safetensors"
-    if not weights.is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                copy = mlflow.artifacts.download_artifacts(
-                    f"models:/{version.name}/{version.version}/artifacts/{weights.name}",
-                    dst_path=folder,
-                    tracking_uri=client.tracking_uri,
-                    registry_uri=client.tracking_uri,
-                )
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                raise UserError(
-                    f"--model: found no {weights.name} of '{address}' where MLflow keeps it, {version.source}, expected"
-                    " the weights that were registered; put them back, or name another version."
-                ) from None
-            if registry.weights_digest(*registry.read_weights(Path(copy))) != digest:
-                raise UserError(
-                    f"--model: found other weights in '{address}' than its tag {registry.WEIGHTS_DIGEST} says, expected"
-                    " those that were registered; name another version."
-                )
-            write_atomically(weights, Path(copy).read_bytes())
+    weights = fetched(client, params, version, address)
     model = load_model(weights, sampling=params.sampling)
     if model.resolution != params.dataset.resolution:
         raise UserError(
@@ -250,7 +172,7 @@ def _fetched(client: MlflowClient, params: Params, version: ModelVersion, addres
         params=params,
         run=model.run,
         title=f"{version.name} version {version.version}",
-        weights_digest=digest,
+        weights_digest=version.tags[registry.WEIGHTS_DIGEST],
         run_id=str(version.run_id),
         dataset_digest=version.tags.get(DATASET_DIGEST, ""),
     )

@@ -23,14 +23,14 @@ from pipelines.jobs.cluster import cluster
 from pipelines.jobs.job import Job, Sampled, jobs
 from pipelines.jobs.sample import sample_job
 from pipelines.jobs.train import train_job
+from pipelines.starts import fetch_starts
 from pipelines.turning_points import resolve
 
 
 def chosen(params: Params, setting: str | None, seed: int | None) -> list[Job]:
     """The jobs of one setting, of one seed, or all where None is given."""
-    found = [
-        job for job in jobs(resolve(params)) if setting in (None, job.run.setting) and seed in (None, job.run.seed)
-    ]
+    listed = jobs(resolve(fetch_starts(params)))
+    found = [job for job in listed if setting in (None, job.run.setting) and seed in (None, job.run.seed)]
     if not found:
         raise UserError(
             f"--setting, --seed: found no such run, expected a setting of {', '.join(params.settings)}"

@@ -16,10 +16,10 @@ from mlflow.pyfunc import PyFuncModel
 from dvdp.config import Params
 from dvdp.diffusion.solvers import SOLVERS
 from dvdp.models.export import TrainedModel
-from pipelines.commands.evaluate import looked_up
 from pipelines.reports.text_tables import as_page
 from pipelines.tracking.champion import CHAMPION
 from pipelines.tracking.job_runs import model_name
+from pipelines.tracking.lookup import looked_up
 
 HOST = "127.0.0.1"
 
@@ -28,7 +28,7 @@ def serve(params: Params, address: str | None, port: int) -> None:
     """Serve the page until Ctrl-C.
 
     Args:
-        address: of a registered model, see :func:`pipelines.commands.evaluate.looked_up`; None for the champion.
+        address: of a registered model, see :func:`pipelines.tracking.lookup.looked_up`; None for the champion.
         port: on loopback.
 
     Raises:

@@ -12,6 +12,7 @@ from dvdp.data.store import ImageStore
 from dvdp.errors import UserError
 from dvdp.identity import evaluation_hash, sampling_hash, training_hash
 from pipelines.jobs.paths import DataPaths
+from pipelines.jobs.starts import started
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,13 @@ def jobs(params: Params) -> list[Job]:
     """Every setting with every seed, on the prepared data set.
 
     Args:
-        params: their turning points are numbers; :func:`pipelines.turning_points.resolve` chooses those that are
-            ``auto``.
+        params: their turning points are numbers, and what they start from files; see
+            :func:`pipelines.turning_points.resolve` and
+            :func:`pipelines.starts.fetch_starts`.
 
     Raises:
         UserError: the data set is not prepared, or was prepared with another resolution; a batch does not divide
-            over groups of images, or these not over the ranks.
+            over groups of images, or these not over the ranks; there are no such weights to start from.
     """
     store = prepared_store(params)
     runs, ranks, classes = params.runs(), params.cluster.num_workers, len(store.metadata.labels)
@@ -123,4 +125,4 @@ def jobs(params: Params) -> list[Job]:
             run.training.groups_on(ranks)
         except UserError as error:
             raise UserError(f"{str(error).rstrip('.')}, in setting '{run.setting}'.") from None
-    return [Job(params, run, store.metadata.digest) for run in runs]
+    return [Job(params, started(params, run), store.metadata.digest) for run in runs]

@@ -86,6 +86,7 @@ def train_on_workers(
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
+    start = run.training.start
     config = {
         "run": run.describe(),
         "store": str(store.resolve()),
@@ -93,6 +94,7 @@ def train_on_workers(
         "training_hash": training_hash,
         "flip": flip,
         "description": dict(description),
+        "start": None if start is None else str(Path(start).resolve()),
         "threads": params.threads,
         "gpu": params.gpu,
         "shard": params.shard,
@@ -184,6 +186,7 @@ def worker(config: dict[str, Any]) -> None:
                 description=config["description"],
                 preview=preview,
                 sharded=config["shard"],
+                start=None if config["start"] is None else Path(config["start"]),
             )
     except Exception as error:
         Raised.of(error).write(folder / f"failure-{config['attempt']}-{rank}.json")

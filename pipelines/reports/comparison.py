@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dvdp.config import Run
+from dvdp.config import Run, Start
 from dvdp.evaluation.intervals import CONFIDENCE, Estimate, better, difference, over_seeds
 from dvdp.evaluation.likelihood import METRIC
 from dvdp.evaluation.records import ScoreRecord, mean_and_spread, score_differences
@@ -60,6 +60,8 @@ class Row:
     sampling_bound: float
     same_terms: bool
     """Whether its score was made on the same terms as the first setting's."""
+    start: Start | None = None
+    """What it started from; None for random weights."""
 
 
 def compare(results: Sequence[Result]) -> list[Row]:
@@ -110,6 +112,7 @@ def _row(group: Sequence[Result], ddpm: Sequence[Result] | None, terms: ScoreRec
         sampling_speedup=sampling,
         sampling_bound=bounds[1],
         same_terms=not any(score_differences(terms, result.record) for result in group),
+        start=run.start,
     )
 
 
@@ -158,7 +161,7 @@ def table(rows: Sequence[Row], primary: str) -> tuple[list[str], list[list[str]]
     leaders = tied(rows) if sum(row.same_terms for row in rows) > 1 else []
     cells = [
         [
-            row.setting + (" ★" if leaders == [row] else ""),
+            row.setting + (" ★" if leaders == [row] else "") + (" ‡" if row.start else ""),
             ", ".join(map(str, row.turning_points)) or "none",
             row.estimate.text + ("" if row.same_terms else " †"),
             row.estimates[precision].text if precision in row.metrics else "-",
@@ -236,7 +239,21 @@ def legend(rows: Sequence[Row], record: ScoreRecord, real: Anchor | None = None)
         )
     if not all(row.same_terms for row in rows):
         lines.append("† The score was made on other terms than the first setting's and does not compare with it.")
+    lines += [f"‡ {sentence}" for sentence in starts({row.setting: row.start for row in rows})]
     return lines + [f"Note: {remark}" for remark in record.warnings]
+
+
+def starts(settings: Mapping[str, Start | None]) -> list[str]:
+    """What settings started from and with whom they do not compare, a sentence for each start.
+
+    Args:
+        settings: what each started from.
+    """
+    return [
+        f"{' and '.join(name for name, own in settings.items() if own == start)} started from weights that had seen"
+        f" {start.seen} before, which no number here counts: they do not compare at equal training with others."
+        for start in dict.fromkeys(filter(None, settings.values()))
+    ]
 
 
 def _certainty(rows: Sequence[Row]) -> list[str]:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from dvdp.config import Run
 from dvdp.models.flops import mean_flops, sample_flops, training_flops, training_images
 from dvdp.training import ledger
 from dvdp.training.memory import parameter_count
 from pipelines.jobs.device import read_machine
 from pipelines.jobs.sample import seconds_per_sample
-from pipelines.reports.comparison import Result
+from pipelines.reports.comparison import Result, starts
 from pipelines.reports.text_tables import magnitude, si
 
 
@@ -81,11 +82,16 @@ def costs(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         f"training, {unit} (estimated)", f"sampling, {unit}", "samples a second",
         "peak memory, GiB (estimated)", f"disk, {size} (estimated)",
     ]  # fmt: skip
+    starts = {result.job.run.setting: result.job.run.start for result in results}
+    before = {name: [si(start.flops or 0) if start else "0"] for name, start in starts.items() if any(starts.values())}
+    if before:
+        headings.insert(3, "training FLOPs before")
     cells = [
         [
             name,
             si(mean.parameters),
             si(mean.training_flops),
+            *before.get(name, []),
             si(mean.image_flops),
             si(mean.sample_flops),
             _beside(mean.training_seconds / seconds, mean.estimated_seconds / seconds),
@@ -114,12 +120,21 @@ def total(results: Sequence[Result]) -> str:
 
 
 def budget(results: Sequence[Result]) -> str:
-    """Whether settings were trained on equal FLOPs or equal images, one sentence."""
-    runs = list({result.job.run.setting: result.job.run for result in results}.values())
+    """Whether settings were trained on equal FLOPs or equal images, one sentence, and one for each other start."""
+    every = {result.job.run.setting: result.job.run for result in results}
+    begun = starts({name: run.start for name, run in every.items()})
+    # Those that started alike: from random weights, if any did.
+    start = None if any(run.start is None for run in every.values()) else next(iter(every.values())).start
+    alike = [run for run in every.values() if run.start == start]
+    those = "" if len(alike) == len(every) else f" that started as {alike[0].setting} did"
+    return " ".join([_budget(alike, f"All settings{those}"), *begun])
+
+
+def _budget(runs: Sequence[Run], who: str) -> str:
     flops, images = [training_flops(run) for run in runs], [training_images(run) for run in runs]
     more, longer = max(flops) / min(flops), max(images) / min(images)
     if len(runs) == 1:
-        return f"The setting was trained on {images[0]:,} images, {si(flops[0])}FLOPs."
+        return f"{runs[0].setting} was trained on {images[0]:,} images, {si(flops[0])}FLOPs."
     if len({(run.training.budget, run.training.images) for run in runs}) > 1:
         return (
             "Settings were trained neither on equal FLOPs nor on equal images, as their own overrides say: the most is"
@@ -127,11 +142,11 @@ def budget(results: Sequence[Result]) -> str:
         )
     if runs[0].training.budget == "flops":
         return (
-            f"All settings were trained on equal FLOPs, {si(statistics.mean(flops))}FLOPs each (training.budget:"
+            f"{who} were trained on equal FLOPs, {si(statistics.mean(flops))}FLOPs each (training.budget:"
             f" flops); as batches are whole, the most is {100 * (more - 1):.2f} % more than the least."
         )
     return (
-        f"All settings were trained on equal images, {images[0]:,} each (training.budget: images); the most is"
+        f"{who} were trained on equal images, {images[0]:,} each (training.budget: images); the most is"
         f" {more:.2f} times the least FLOPs."
     )
 

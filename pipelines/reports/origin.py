@@ -61,6 +61,7 @@ def facts(results: Sequence[Result], services: Services) -> dict[str, Link]:
         "git commit": _code(commit) if commit else "not in a git repository",
         "network": _network(base),
         "optimiser": _optimiser(base),
+        **_starts(results),
         "batch": f"{base.training.batch} images a step"
         + (f", in {base.training.accumulation} parts" if base.training.accumulation > 1 else ""),
         "precision": base.training.precision,
@@ -118,6 +119,16 @@ def _base(run: Run, params: Params) -> Run:
     sections = {name: getattr(params, name) for name in ("schedule", "model", "sampling")}
     training = type(run.training)(**{**vars(params.training), "precision": run.training.precision})
     return type(run)(**{**vars(run), **sections, "training": training})
+
+
+def _starts(results: Sequence[Result]) -> dict[str, str]:
+    """What settings started from, other than random weights."""
+    found = {result.job.run.setting: result.job.run.start for result in results}
+    return {
+        f"start of {name}": f"weights of {start.setting}, SHA-256 {start.sha256[:12]}, which had seen {start.seen}"
+        for name, start in found.items()
+        if start
+    }
 
 
 def _network(run: Run) -> str:

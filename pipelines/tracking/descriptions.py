@@ -52,6 +52,8 @@ def run_description(job: Job, record: ScoreRecord | None = None) -> str:
         f"Steps count training images, {training_images(job.run):,} in all; an image of it takes"
         f" {relative_flops(job.run):.2f} times DDPM's FLOPs.",
     ]
+    if job.run.start:
+        lines.append(_start(job))
     if record is not None:
         lines.append(f"Score: {_score(record)}.")
     lines.append(
@@ -95,6 +97,7 @@ def model_card(job: Job, record: ScoreRecord, run: TrackedRun, version: ModelVer
     }
     minds = [
         *([] if record.headline == "fid" else [_NOT_FID]),
+        *([_start(job)] if job.run.start else []),
         "The interval is 95 % over draws of the samples; another training seed may differ by more.",
         copies_sentence(record),
         *record.warnings,
@@ -129,6 +132,14 @@ def model_card(job: Job, record: ScoreRecord, run: TrackedRun, version: ModelVer
         *(f"- {name}: {markdown(value)}" for name, value in kept.items() if value),
     ]
     return cut(utf8("\n".join(lines)), _MOST)
+
+
+def _start(job: Job) -> str:
+    start = job.run.start
+    if start is None:
+        return ""
+    name = f"{start.setting} (training hash {start.training})" if start.training else start.setting
+    return f"Training started from weights of {name} that had seen {start.seen}; these are in no other number here."
 
 
 def _what(job: Job) -> str:

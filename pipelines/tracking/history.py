@@ -17,7 +17,7 @@ from dvdp.errors import UserError
 from dvdp.evaluation.records import ScoreRecord, mean_and_spread, score_differences
 from dvdp.identity import training_identity
 from pipelines.tracking.connection import reading, there_is_a_store
-from pipelines.tracking.runs import DATASET_DIGEST, EVALUATION_OF, SETTING, flatten, read_text
+from pipelines.tracking.runs import DATASET_DIGEST, EVALUATION_OF, SETTING, START, flatten, read_text
 
 #: Runs of a data set that are looked at, the newest first.
 _MOST = 5000
@@ -146,6 +146,8 @@ class Measured:
     seconds_per_image: float | None
     """Of training, median over the logs."""
     seconds_per_sample: float | None
+    start: str = ""
+    """What the weights that it started from had seen; empty where they were random."""
 
 
 def read_measured(client: MlflowClient, entry: Entry) -> Measured | None:
@@ -159,11 +161,12 @@ def read_measured(client: MlflowClient, entry: Entry) -> Measured | None:
         run = params.run(tags[SETTING], int(entry.data.params["seed"]))
         # As DDPM, which sees equal images whatever a setting costs.
         ddpm = replace(run, process="ddpm", turning_points=(), seed=0)
-        alike = [tags[DATASET_DIGEST], params.dataset.flip, run.training.budget, training_identity(ddpm)]
+        start = entry.data.params.get("start")
+        alike = [tags[DATASET_DIGEST], params.dataset.flip, run.training.budget, training_identity(ddpm), start]
         rates = [metric.value for metric in client.get_metric_history(run_id, "images_per_second")]
         image = 1 / statistics.median(rates) if rates else None
         sample = entry.data.metrics.get("seconds_per_sample")
-        return Measured(run_id, run, record, json.dumps(alike), image, sample)
+        return Measured(run_id, run, record, json.dumps(alike), image, sample, tags.get(START, ""))
     return None
 
 

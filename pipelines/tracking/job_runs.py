@@ -28,6 +28,7 @@ from pipelines.tracking.runs import (
     SAMPLING_HASH,
     SEED,
     SETTING,
+    START,
     TRAINING_HASH,
     TURNING_POINTS,
     TrackedRun,
@@ -90,6 +91,7 @@ def description(job: Job) -> dict[str, str]:
         TURNING_POINTS: json.dumps(job.run.turning_points),
         PARAMS_DIGEST: digest,
         DATASET: job.params.dataset.name,
+        **({START: job.run.start.seen} if job.run.start else {}),
         **provenance(store=DataPaths.of(job.params).store),
     }
 

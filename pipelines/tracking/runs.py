@@ -54,6 +54,8 @@ FLOW_RUN = "dvdp.flow_run"
 SETTING = "dvdp.setting"
 SEED = "dvdp.seed"
 TURNING_POINTS = "dvdp.turning_points"
+#: Tag of a run that did not start from random weights: what they had seen.
+START = "dvdp.start"
 #: What MLflow takes in one call.
 _BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 _MAX_PARAM = 6000

@@ -1,6 +1,7 @@
 """What `dvdp check` says before any work: the arithmetic, and what does not fit."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections import namedtuple
@@ -14,7 +15,9 @@ from dvdp.config import Params, parse_params
 from dvdp.data.records import Form, encode
 from dvdp.data.writer import StoreWriter
 from dvdp.errors import UserError
-from dvdp.models.flops import mean_flops, sample_flops, training_images
+from dvdp.models.export import save_model
+from dvdp.models.flops import mean_flops, sample_flops, training_flops, training_images
+from dvdp.models.unet import build_network
 from dvdp.training.memory import run_bytes
 from pipelines.commands import check as command
 from pipelines.commands.check import GPUS, UTILISATION, check, image_bytes
@@ -55,6 +58,25 @@ def test_a_plain_check_has_no_hours_and_says_how_to_get_them() -> None:
     assert all(cells[4:6] == ["-", "-"] for name, cells in rows(text).items() if name != "all, 2 seeds")
     assert "`dvdp check --trial` measures them" in text
     assert "4,156 bytes an image" in text, "the store that is not prepared yet"
+
+
+def test_it_says_what_a_setting_starts_from_and_what_that_had_seen(tmp_path: Path) -> None:
+    other = params(model={"model_channels": 8}).runs()[0]
+    weights = build_network(other.model, 0).state_dict()
+    save_model(tmp_path / "w.safetensors", weights, {"run": other.describe(), "images": 9_024})
+    override = {"training": {"start": "w.safetensors"}}
+    settings = {
+        "ddpm": {"process": "ddpm"},
+        "warm": {"process": "dvdp", "turning_points": [600], "overrides": override},
+    }
+    asked = params(settings=settings, model={"model_channels": 8})
+    digest = hashlib.sha256((tmp_path / "w.safetensors").read_bytes()).hexdigest()
+    assert (
+        f"warm starts from 'w.safetensors' (SHA-256 {digest[:12]}), weights of ddpm that have seen 9,024 images,"
+        f" {training_flops(other):.2e} FLOPs: no column counts these." in check(asked, None, None, trial=False)
+    )
+    with pytest.raises(UserError, match=r"found model\.model_channels 8 in 'w.safetensors', expected 16 as in setting"):
+        check(params(settings=settings), None, None, trial=False)
 
 
 def test_an_unknown_gpu_and_a_trial_elsewhere_are_refused() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dvdp.config import parse_params
+from dvdp.config import Start, parse_params
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.evaluation.reference import Anchor
 from dvdp.files import write_atomically
@@ -75,6 +75,23 @@ def test_the_best_leads_only_where_the_interval_of_the_difference_says_so(tmp_pa
         assert ("★ marks" in text) == led
         said = "No significant difference between dvdp and ddpm (ddpm is 0.10 higher, 95 % interval -0.10 to 0.30)."
         assert (said in text) != led
+
+
+def test_a_setting_that_started_from_weights_is_marked_and_told_apart(tmp_path: Path) -> None:
+    found = results(tmp_path, {"ddpm": (8.0, 8.0), "dvdp": (3.0, 3.0)})
+    found = [r if r.job.run.process == "ddpm" else warm(r) for r in found]
+    rows = compare(found)
+    assert [line[0] for line in table(rows, "fd_labels")[1]] == ["ddpm", "dvdp ★ ‡"]
+    assert (
+        "‡ dvdp started from weights that had seen 9,000 images, 5.00e+12 FLOPs before, which no number here counts:"
+        " they do not compare at equal training with others." in legend(rows, RECORD)
+    )
+
+
+def warm(result: Result) -> Result:
+    """The same from weights that had seen something."""
+    run = dataclasses.replace(result.job.run, start=Start("5" * 64, "ddpm", "abc", 9_000, 5e12))
+    return dataclasses.replace(result, job=dataclasses.replace(result.job, run=run))
 
 
 def test_a_score_of_a_release_without_intervals_neither_leads_nor_loses(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pipelines.jobs.device import Machine, read_machine, write_machine
 from pipelines.jobs.job import Job
 from pipelines.reports.comparison import Result
 from pipelines.reports.costs import budget, costs, total
-from tests.reports.test_comparison import PARAMS, RECORD, results
+from tests.reports.test_comparison import PARAMS, RECORD, results, warm
 
 SCORES = {"ddpm": (4.0, 6.0), "dvdp": (3.0, 3.0)}
 
@@ -106,6 +106,23 @@ def test_a_sentence_says_what_settings_had_in_common(
     settings = {**PARAMS["settings"], "dvdp": {**PARAMS["settings"]["dvdp"], "overrides": override}}
     params = parse_params({**PARAMS, "settings": settings, "training": {**PARAMS["training"], **training}})
     assert budget([Result(Job(params, run, "digest"), RECORD) for run in params.runs()]) == sentence
+
+
+def test_flops_before_a_start_are_told_apart(tmp_path: Path) -> None:
+    found = [r if r.job.run.process == "ddpm" else warm(r) for r in results(tmp_path, SCORES)]
+    for result in found:
+        log(result, (12000, 100.0, 1.25))
+    headings, cells = costs(found)
+    assert headings[3] == "training FLOPs before"
+    assert [line[2:4] for line in cells] == [["11.5 T", "0"], ["11.5 T", "5.00 T"]]
+    assert total(found).count("46.0 TFLOPs of training") == 1, "of these four runs alone"
+    assert budget(found) == (
+        "ddpm was trained on 17,984 images, 11.5 TFLOPs. dvdp started from weights that had seen 9,000 images, 5.00e+12"
+        " FLOPs before, which no number here counts: they do not compare at equal training with others."
+    )
+    both = budget([warm(result) for result in results(tmp_path, SCORES)])
+    assert both.startswith("All settings were trained on equal FLOPs, 11.5 TFLOPs each")
+    assert "ddpm and dvdp started from weights that had seen 9,000 images" in both
 
 
 def test_a_run_says_what_it_was_trained_on(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from pipelines.cli import main
 from pipelines.commands.evaluate import add_evaluation
 from pipelines.reports.paper import TABLES
 from pipelines.reports.paper_scores import fill_tables
-from pipelines.tracking.runs import DATASET, DATASET_DIGEST, SAMPLING_HASH, SETTING, TrackedRun, open_run
+from pipelines.tracking.runs import DATASET, DATASET_DIGEST, SAMPLING_HASH, SETTING, START, TrackedRun, open_run
 from tests.tracking.support import empty_store
 
 SMALL = {
@@ -55,12 +55,14 @@ def ran(
     speed: tuple[float, float] | None = None,
     sampling: dict[str, Any] | None = None,
     terms: dict[str, Any] | None = None,
+    start: str = "",
     **sections: Any,
 ) -> None:
     """Put into MLflow what the experiment does of a trained setting, one score a seed.
 
     Args:
         speed: images a second in training, and seconds a sample.
+        start: what the weights that it started from had seen.
     """
     name, resolution = data
     process = process or ("dvdp" if points else "ddpm")
@@ -77,10 +79,11 @@ def ran(
     }
     params = parse_params(tree)
     for run, score in zip(params.runs(), scores, strict=True):
-        key = hashlib.sha256(f"{run.seed} {tree} {terms}".encode()).hexdigest()
+        key = hashlib.sha256(f"{run.seed} {tree} {terms} {start}".encode()).hexdigest()
         entry = open_run(client, "mine", SAMPLING_HASH, key, "s")
-        entry.log_params({**training_identity(run), "flip": False})
-        entry.set_tags({DATASET: name, DATASET_DIGEST: f"digest of {name}", SETTING: "s"})
+        entry.log_params({**training_identity(run), "flip": False, **({"start": "5" * 64} if start else {})})
+        tags = {DATASET: name, DATASET_DIGEST: f"digest of {name}", SETTING: "s"}
+        entry.set_tags({**tags, **({START: start} if start else {})})
         told = {**run.sampling.options(), "lift": run.sampling.lift}
         record = dataclasses.replace(SCORE, metrics={"fid": score}, resolution=resolution, sampling=told)
         record = dataclasses.replace(record, **(terms or {}))
@@ -183,6 +186,18 @@ def test_scores_on_other_terms_are_marked_and_the_footnote_says_what_differs(pro
         assert f"† CIFAR-10, 32 px: does not compare with the paper's ({differs})." in text
         assert len(re.findall("†", text)) == 2, "the church is on the paper's terms"
         assert "7.00" in text
+
+
+def test_a_start_from_weights_is_marked_and_stands_beside_no_run_from_scratch(project: Path) -> None:
+    client, before = empty_store(project), "9,000 images, 5.00e+12 FLOPs"
+    ran(client, (600,), [3.5])
+    ran(client, (600,), [2.5], start=before)
+    ran(client, (300, 600), [7.0], data=("lsun-church", 256), start=before)
+    lines = report()
+    assert filled(lines)["Table 1", "CIFAR-10 32", "DVDP {600}"] == 3.5
+    assert lines["Table 1", "CIFAR-10 32", "DVDP {600}"]["differs"] == ""
+    differs = lines["Table 1", "LSUN Church 256", "DVDP {300, 600}"]["differs"]
+    assert differs == f"a start from weights that had seen {before}"
 
 
 @pytest.mark.parametrize(
