@@ -299,6 +299,9 @@ class TrainingParams(Section):
     """Activations are computed again in the backward pass: less memory, more time, the same weights."""
     compile: Flag = False
     """The network by torch.compile, for each level and number of images by itself."""
+    span: Literal["level", "all"] = "level"
+    """Timesteps that a level is trained at: its own, or all of them, so that turning points are chosen after training,
+    as in subspace diffusion (Jing et al. 2022)."""
     levels: LevelDraw = "all"
     """Of a step: all of them, each with its share of the batch, or one, with the whole batch."""
     optimizer: Literal["adamw", "muon"] = "muon"
@@ -582,6 +585,11 @@ class Run(Section):
         if self.training.precision == "auto":
             raise UserError("training.precision: found 'auto' in a run, expected fp32 or bf16, as Params.run chooses")
 
+    @property
+    def at_all_timesteps(self) -> bool:
+        """Whether its levels are trained at all timesteps: one training then serves all turning points, if as many."""
+        return self.training.span == "all" and bool(self.turning_points)
+
     def build_schedule(self) -> Schedule:
         """The run's tables of signal and noise."""
         return self.schedule.build(self.process, self.turning_points)
@@ -604,6 +612,11 @@ class Run(Section):
                 f" {levels} turning points"
             )
         self.model.check_resolution(self.resolution, levels)
+        if self.process == "dvdp" and self.training.span == "all":
+            raise UserError(
+                "training.span: found 'all' for process dvdp, whose attenuation depends on the turning points, expected"
+                " 'level'; change one of them (subspace diffusion can be trained at all timesteps)"
+            )
         for prefix, steps in (("sampling.", self.sampling.steps), ("training.preview_", self.training.preview_steps)):
             try:
                 check_steps(spans, steps, self.sampling.options(steps)["share"])

@@ -49,6 +49,8 @@ OPERATIONAL = {
 def training_identity(run: Run) -> dict[str, Any]:
     """All of a run that shapes its weights, as plain data."""
     training = {k: v for k, v in dataclasses.asdict(run.training).items() if k not in OPERATIONAL}
+    if not run.at_all_timesteps:
+        del training["span"]  # Levels at their own timesteps, as those of earlier releases.
     return {
         "process": run.process,
         "turning_points": run.turning_points,
@@ -74,13 +76,20 @@ def training_hash(run: Run, dataset_digest: str, flip: bool) -> str:
     """
     run.check_start()
     data = {"dataset": dataset_digest, "flip": flip}
-    return _digest({**training_identity(run), **data, "sources": _sources(TRAINING_SOURCES)})
+    return _digest({**trained_as(run), **data, "sources": _sources(TRAINING_SOURCES)})
+
+
+def trained_as(run: Run) -> dict[str, Any]:
+    """The identity without turning points that are chosen after training; of these, their number counts."""
+    points = {"turning_points": len(run.turning_points)} if run.at_all_timesteps else {}
+    return {**training_identity(run), **points}
 
 
 def sampling_hash(run: Run, trained: str) -> str:
     """Names the samples of a training hash."""
     sampling = {k: v for k, v in dataclasses.asdict(run.sampling).items() if k not in ("count", "batch")}
-    return _digest({"training": trained, "sampling": sampling, "sources": _sources(SAMPLING_SOURCES)})
+    points = {"turning_points": run.turning_points} if run.at_all_timesteps else {}
+    return _digest({"training": trained, **points, "sampling": sampling, "sources": _sources(SAMPLING_SOURCES)})
 
 
 def evaluation_hash(evaluation: EvaluationParams, sampled: str, reference_digest: str) -> str:

@@ -15,6 +15,7 @@ from dvdp import tensors
 from dvdp.config import MOST_BATCH_PIXELS, Run, SamplingParams
 from dvdp.diffusion.process import Process
 from dvdp.diffusion.sampling import Progress, images_together, sample
+from dvdp.diffusion.spans import level_spans
 from dvdp.errors import UserError
 from dvdp.files import write_atomically
 from dvdp.models.classes import Classes
@@ -172,15 +173,20 @@ def save_model(path: Path, weights: Mapping[str, Tensor], description: Mapping[s
 
 
 def load_model(
-    path: Path | str, device: torch.device | str = "cpu", sampling: SamplingParams | None = None
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    sampling: SamplingParams | None = None,
+    turning_points: tuple[int, ...] | None = None,
 ) -> TrainedModel:
     """Read the model file.
 
     Args:
         sampling: in place of the one that the params had when the model was trained.
+        turning_points: in place of those of the run, if its levels were trained at all timesteps (``training.span``).
 
     Raises:
-        UserError: the file is missing, is no model file of ours, or lacks what ``sampling.lift`` needs.
+        UserError: the file is missing, is no model file of ours, or lacks what ``sampling.lift`` needs, or was not
+            trained for the turning points.
     """
     path = Path(path)
     if not path.is_file():
@@ -189,6 +195,14 @@ def load_model(
     run = Run.from_description(description["run"])
     if sampling is not None:
         run = replace(run, sampling=sampling)
+    if turning_points is not None and turning_points != run.turning_points:
+        if not run.at_all_timesteps or len(turning_points) != len(run.turning_points):
+            raise UserError(
+                f"turning_points: found {list(turning_points)} for weights of {list(run.turning_points)} in '{path}',"
+                " expected these, or as many of weights with training.span 'all'; train for them."
+            )
+        run = replace(run, turning_points=turning_points)
+        level_spans(run.turning_points, run.schedule.timesteps)
     network = build_network(run.model, len(run.turning_points))
     network.load_state_dict(renamed(weights, network))
     device = torch.device(device)

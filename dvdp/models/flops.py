@@ -36,10 +36,15 @@ def level_flops(run: Run) -> list[int]:
     return [network_flops(run.model, run.resolution >> level) for level in range(len(run.turning_points) + 1)]
 
 
+def training_shares(run: Run) -> list[float]:
+    """The share of the training images that each level has, finest first: by its timesteps, or all alike."""
+    levels = len(run.turning_points) + 1
+    return [1 / levels] * levels if run.at_all_timesteps else level_shares(run.turning_points, run.schedule.timesteps)
+
+
 def mean_flops(run: Run) -> float:
     """Expected forward FLOPs of one training image, over the levels' shares."""
-    shares = level_shares(run.turning_points, run.schedule.timesteps)
-    return sum(share * cost for share, cost in zip(shares, level_flops(run), strict=True))
+    return sum(share * cost for share, cost in zip(training_shares(run), level_flops(run), strict=True))
 
 
 def relative_flops(run: Run) -> float:

@@ -1,21 +1,23 @@
 """How a training step spreads its images over the levels, and what of them goes through the network at once.
 
 Either way t is uniform over 1 .. T in the long run, which is our choice: the paper's eq. 12 leaves the share of each
-level open. The images of a step come in groups, which all have the same number of images at each level, and a rank
-takes whole groups. So all ranks do the same; if they drew independently, the slowest rank would set the pace.
+level open. Levels that are trained at all timesteps (``training.span``) have equal shares. The images of a step come in
+groups, which all have the same number of images at each level, and a rank takes whole groups. So all ranks do the same;
+if they drew independently, the slowest rank would set the pace.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dvdp.config import LevelDraw
+from dvdp.config import LevelDraw, Run
 from dvdp.diffusion.randomness import derive_seed, generator
 from dvdp.diffusion.schedule import Schedule
 
@@ -23,7 +25,38 @@ from dvdp.diffusion.schedule import Schedule
 BLOCK = 100
 
 
-def level_counts(schedule: Schedule, draw: LevelDraw, seed: int, step: int, images: int) -> list[int]:
+@dataclass(frozen=True)
+class AllTimesteps:
+    """In place of a schedule, whose levels share the timesteps: levels 0 .. K that all have all of them."""
+
+    levels: int
+    """K."""
+    timesteps: int
+
+    @property
+    def turning_points(self) -> tuple[float, ...]:
+        """Where equal shares of 0 .. T end."""
+        return tuple(k * self.timesteps / (self.levels + 1) for k in range(1, self.levels + 1))
+
+    def span(self, level: int) -> tuple[int, int]:
+        """The timesteps of a level are those above the first and up to the second."""
+        return 0, self.timesteps
+
+    def shares(self) -> list[float]:
+        """Of the images, finest level first."""
+        return [1 / (self.levels + 1)] * (self.levels + 1)
+
+
+#: What says how often and at which timesteps the levels are trained.
+Spans = Schedule | AllTimesteps
+
+
+def training_spans(run: Run, schedule: Schedule) -> Spans:
+    """Of a run with this schedule; see ``training.span``."""
+    return AllTimesteps(schedule.levels, schedule.timesteps) if run.at_all_timesteps else schedule
+
+
+def level_counts(schedule: Spans, draw: LevelDraw, seed: int, step: int, images: int) -> list[int]:
     """Images of each level, finest first, among the ``images`` of a group at ``step`` (from 0).
 
     With "all" a count is its level's share of the images, rounded up or down and right on average: the images' places
@@ -70,7 +103,7 @@ class Draws(NamedTuple):
 
 
 def draw(
-    schedule: Schedule,
+    schedule: Spans,
     counts: Sequence[int],
     resolution: int,
     device: torch.device,
@@ -112,14 +145,14 @@ def draw(
 
 
 @lru_cache(maxsize=2)
-def _block(schedule: Schedule, seed: int, block: int) -> list[int]:
+def _block(schedule: Spans, seed: int, block: int) -> list[int]:
     # The offset differs from block to block, so that shares which are no hundredths are met in the long run.
     offset = derive_seed(seed, "level offset", block) / 2**63
     order = torch.randperm(BLOCK, generator=generator(seed, "levels", block))
     return _at(schedule, order.double() + offset, BLOCK).tolist()
 
 
-def _at(schedule: Schedule, places: Tensor, end: int) -> Tensor:
+def _at(schedule: Spans, places: Tensor, end: int) -> Tensor:
     """Levels at places between 0 and ``end``, which stand for 0 and T."""
     bounds = torch.tensor(schedule.turning_points, dtype=torch.float64) * end / schedule.timesteps
     return torch.bucketize(places, bounds, right=True)

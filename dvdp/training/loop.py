@@ -43,7 +43,7 @@ from dvdp.training.ema import EMA
 from dvdp.training.estimate import Estimate, median_seconds, peak_memory
 from dvdp.training.fit import PartSize, average_gradients
 from dvdp.training.graphs import PartGraphs
-from dvdp.training.levels import draw, level_counts, parts
+from dvdp.training.levels import draw, level_counts, parts, training_spans
 from dvdp.training.memory import activation_bytes, run_bytes, worker_memory
 from dvdp.training.optimizer import build_optimizers, pack_optimizers, unpack_optimizers
 from dvdp.training.shortage import cut_to, part_of
@@ -199,6 +199,7 @@ class Training:
         self.ema = EMA(self.network, run.training.ema_halflife_images, run.training.ema_ramp, average)
         self._model = TrainedModel.of(here, self.description, self.ema.network, device)
         self.process = self._model.process
+        self.spans = training_spans(run, self.process.schedule)
         self.optimizers = build_optimizers(self.network, run.training)
         self.learning_rate = run.training.learning_rate
         if here.training.compile:
@@ -299,9 +300,7 @@ class Training:
     def _counts(self, step: int) -> list[int]:
         """Images of each level, finest first, that this rank has at a step."""
         settings = self.run.training
-        each = level_counts(
-            self.process.schedule, settings.levels, self.run.seed, step, images=settings.batch // self.groups
-        )
+        each = level_counts(self.spans, settings.levels, self.run.seed, step, images=settings.batch // self.groups)
         return [count * (self.groups // self.world_size) for count in each]
 
     def _learning_rate(self, step: int) -> float:
@@ -361,7 +360,7 @@ class Training:
         images = images.to(self.device, non_blocking=True)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         drawn = draw(
-            self.process.schedule, counts, self.run.resolution, self.device,
+            self.spans, counts, self.run.resolution, self.device,
             seed=self.run.seed, step=step, rank=self.rank, world_size=self.world_size, groups=self.groups,
         )  # fmt: skip
         taken = parts(counts, self.part_size.now)
@@ -437,12 +436,12 @@ class Training:
 
     def step_kinds(self) -> list[tuple[float, list[int]]]:
         """The kinds of steps: the share of steps that are so, and images at each level."""
-        settings, schedule = self.run.training, self.process.schedule
+        settings = self.run.training
         size = settings.batch // self.world_size
         if settings.levels == "all":
             return [(1.0, self._counts(0))]
         levels = range(self.process.levels + 1)
-        return [(share, [size if k == i else 0 for k in levels]) for i, share in enumerate(schedule.shares())]
+        return [(share, [size if k == i else 0 for k in levels]) for i, share in enumerate(self.spans.shares())]
 
     def idle_step(self, batches: Iterator[Batch], counts: Sequence[int]) -> None:
         """A step of training at a learning rate of 0: weights stay as they are, the optimisers' moments do not."""
@@ -459,7 +458,7 @@ class Training:
         sums, counts = window.cpu()
         metrics: dict[str, float] = {}
         weighted = 0.0
-        shares = self.process.schedule.shares()
+        shares = self.spans.shares()
         present = [level for level in range(self.process.levels + 1) if counts[level]]
         for level in present:
             metrics[f"loss/level_{level}"] = (sums[level] / counts[level]).item()

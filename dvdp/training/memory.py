@@ -91,9 +91,11 @@ def worker_memory(run: Run, ranks: int, gpu: bool, sharded: bool = False) -> int
     at_once = math.ceil(images * several / settings.accumulation)
     activations: float = 0
     batches, drawn = 0, 0.0
-    for level, (low, high) in enumerate(level_spans(run.turning_points, run.schedule.timesteps)):
+    spans = level_spans(run.turning_points, run.schedule.timesteps)
+    alike = -(-run.schedule.timesteps // len(spans)) if run.at_all_timesteps else 0
+    for level, (low, high) in enumerate(spans):
         # The most that a step has of this level, and how many of them go through the network at once.
-        share = images * (high - low) if settings.levels == "all" else images * run.schedule.timesteps
+        share = images * (alike or high - low) if settings.levels == "all" else images * run.schedule.timesteps
         most = several * -(-share // run.schedule.timesteps)
         batches += 2 if share % run.schedule.timesteps else 1
         part = math.ceil(most / math.ceil(most / (at_once * 4**level)))

@@ -15,6 +15,7 @@ from dvdp import hardware
 from dvdp.config import Params, Run
 from dvdp.errors import UserError, did_you_mean
 from dvdp.files import write_atomically
+from dvdp.identity import trained_as
 from dvdp.models.flops import level_flops, relative_flops, sample_flops, training_flops, training_images
 from dvdp.training.memory import checkpoint_bytes, parameter_count, run_bytes, worker_memory
 from pipelines.jobs.paths import DataPaths
@@ -99,9 +100,21 @@ def check(params: Params, gpu: str | None, price: float | None, trial: bool) -> 
     costs = [_cost(run, found, params, gpu) for run, found in zip(runs, trials, strict=True)]
     headings, cells = _table(costs, params, price)
     lines = [as_text(headings, cells), ""] if costs else []
-    lines += [*_assumptions(costs, trials, params, gpu, price), *begun]
+    lines += [*_assumptions(costs, trials, params, gpu, price), *begun, *_shared(runs)]
     lines += [line for run, found in zip(runs, trials, strict=True) if found for line in _parts(run, found, params)]
     return "\n".join([*lines, *_misfits(costs, params, gpu)])
+
+
+def _shared(runs: Sequence[Run]) -> list[str]:
+    """A sentence for every training that several settings have."""
+    groups: dict[str, list[str]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps([trained_as(run), run.training.start], sort_keys=True), []).append(run.setting)
+    return [
+        f"{' and '.join(names)} have one training, done once; the totals count it for each."
+        for names in groups.values()
+        if len(names) > 1
+    ]
 
 
 def _start(run: Run) -> str:
@@ -321,6 +334,8 @@ def _key(run: Run, params: Params, device: str) -> str:
         "start",
     }  # fmt: skip
     training = {k: v for k, v in dataclasses.asdict(run.training).items() if k not in operational}
+    if not run.at_all_timesteps:
+        del training["span"]
     sampling = {k: v for k, v in dataclasses.asdict(run.sampling).items() if k not in ("count", "seed")}
     content: list[Any] = [
         run.turning_points,

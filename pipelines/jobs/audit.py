@@ -132,11 +132,19 @@ def audit_jobs(audits: list[AuditJob]) -> list[Audit]:
 class Drawer:
     """Draws images of an audit from any start, on a worker."""
 
-    def __init__(self, weights: str, store: str, sampling: SamplingParams, threads: int, device: str) -> None:
+    def __init__(
+        self,
+        weights: str,
+        store: str,
+        sampling: SamplingParams,
+        threads: int,
+        device: str,
+        turning_points: tuple[int, ...],
+    ) -> None:
         torch.set_num_threads(threads)
         # Sampling as the params say, not the weights: one that was changed needs no new training.
         self._model, self._images, self._batch = (
-            load_model(weights, device, sampling),
+            load_model(weights, device, sampling, turning_points),
             ImageStore(Path(store)),
             sampling.batch,
         )
@@ -170,7 +178,8 @@ def _draw_all(audit: AuditJob, held: Held) -> None:
     job, tasks = audit.job, _missing(audit)
     params, store = job.params.cluster, DataPaths.of(job.params).store
     places = str(job.weights.resolve()), str(store.resolve())
-    drawer = partial(Drawer, *places, job.run.sampling, params.threads, worker_device(params))
+    device, points = worker_device(params), job.run.turning_points
+    drawer = partial(Drawer, *places, job.run.sampling, params.threads, device, points)
     total, title = sum(task[-1] for task in tasks), f"draw for the audit of {job.name}"
     with tqdm(total=total, desc=title, unit="image", mininterval=1, disable=not tasks) as bar:
         for count in on_workers(params, drawer, tasks, held):
@@ -266,7 +275,7 @@ def _finish(audit: AuditJob) -> Audit:
 def _subject(audit: AuditJob) -> Subject:
     """For true states: nothing is sampled with it, and its options are kept for the record."""
     job = audit.job
-    model = load_model(job.weights)
+    model = load_model(job.weights, turning_points=job.run.turning_points)
     options = {**job.run.sampling.options(), "lift": job.run.sampling.lift}
     return Subject(model.process, model.denoiser, ImageStore(DataPaths.of(job.params).store), options)
 

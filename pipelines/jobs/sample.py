@@ -46,7 +46,8 @@ def sample_job(job: Sampled, held: Held) -> Path:
     """
     params, work = job.params.cluster, missing_shards(job)
     places = str(job.weights.resolve()), str(job.samples.resolve())
-    start = partial(Sampler, *places, job.run.sampling, params.threads, worker_device(params))
+    device, points = worker_device(params), job.run.turning_points
+    start = partial(Sampler, *places, job.run.sampling, params.threads, device, points)
     left = sum(size for _, size in work)
     bar = tqdm(total=left, desc=f"sample {job.name}", unit="image", mininterval=1, disable=not work)
     with bar, following(job.folder / LOG):
@@ -79,9 +80,17 @@ def missing_shards(job: Sampled) -> list[tuple[int, int]]:
 class Sampler:
     """Draws shards of images on a worker: one is written while the next is drawn."""
 
-    def __init__(self, weights: str, folder: str, sampling: SamplingParams, threads: int, device: str) -> None:
+    def __init__(
+        self,
+        weights: str,
+        folder: str,
+        sampling: SamplingParams,
+        threads: int,
+        device: str,
+        turning_points: tuple[int, ...] | None = None,
+    ) -> None:
         torch.set_num_threads(threads)
-        self._folder, self._model = Path(folder), load_model(weights, device, sampling)
+        self._folder, self._model = Path(folder), load_model(weights, device, sampling, turning_points)
         warm_up(self._model)
         # When the last batch was there: a GPU begins with the next one then, and not when it is told to.
         self._there, self._arriving = 0.0, threading.Lock()
@@ -141,17 +150,24 @@ def draw_process(job: Job) -> Path:
         store = DataPaths.of(job.params).store
         paths = (str(path.resolve()) for path in (job.weights, store, picture))
         params = job.params.cluster
-        how = job.name, job.run.sampling, params.threads, worker_device(params)
+        how = job.name, job.run.sampling, params.threads, worker_device(params), job.run.turning_points
         on_worker(params, draw_process_on_worker, *paths, *how)
     return picture
 
 
 def draw_process_on_worker(
-    weights: str, store: str, picture: str, title: str, sampling: SamplingParams, threads: int, device: str
+    weights: str,
+    store: str,
+    picture: str,
+    title: str,
+    sampling: SamplingParams,
+    threads: int,
+    device: str,
+    turning_points: tuple[int, ...] | None = None,
 ) -> None:
     """The work of :func:`draw_process`."""
     torch.set_num_threads(threads)
-    model = load_model(weights, device, sampling)
+    model = load_model(weights, device, sampling, turning_points)
     image, _ = ImageStore(Path(store))[0]
     times = figures.picture_times(model.process)
     forward = figures.diffused_states(model.process, to_float(torch.from_numpy(image)), times)

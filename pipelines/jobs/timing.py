@@ -21,6 +21,7 @@ from dvdp.diffusion.sampling import Progress
 from dvdp.diffusion.timesteps import share_steps
 from dvdp.files import write_atomically
 from dvdp.hardware import device_name
+from dvdp.models.flops import training_shares
 from dvdp.out_of_memory import in_batches
 from dvdp.training.estimate import clock
 from dvdp.training.loop import Training
@@ -93,7 +94,7 @@ def time_on_worker(runs: Sequence[Run], params: ClusterParams, on: str) -> list[
 def _seconds(run: Run, turns: Sequence[tuple[list[float], list[float]]]) -> tuple[float, float]:
     """Of a training step and of a sample, from the least of what each part took."""
     steps, calls = ([min(times) for times in zip(*part, strict=True)] for part in zip(*turns, strict=True))
-    shares = [1.0] if run.training.levels == "all" else run.build_schedule().shares()
+    shares = [1.0] if run.training.levels == "all" else training_shares(run)
     return sum(share * each for share, each in zip(shares, steps, strict=True)), sample_seconds(run, calls)
 
 

@@ -107,15 +107,20 @@ def costs(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
 def total(results: Sequence[Result]) -> str:
     """What all runs took together, one sentence."""
-    spent = _over(sum, [cost(result) for result in results])
+    # One training may have several settings.
+    trained = {result.job.training_hash: result for result in results}.values()
+    spent = _over(sum, [cost(result) for result in trained])
+    others = [result for result in results if result not in trained]
+    sampling = spent.sampling_seconds + sum(cost(result).sampling_seconds for result in others)
+    disk = spent.disk + sum(_bytes(result.job.samples) for result in others)
     unit, seconds = _unit(results, spent.training_seconds)
-    size, size_bytes = _size(spent.disk)
+    size, size_bytes = _size(disk)
     runs = f"{len(results)} runs" if len(results) > 1 else "The run"
     devices = ", ".join(dict.fromkeys(read_machine(result.job).device for result in results))
     return (
         f"{runs} took {_number(spent.training_seconds / seconds)} {unit} of training and"
-        f" {_number(spent.sampling_seconds / seconds)} of sampling, {si(spent.training_flops)}FLOPs of training and"
-        f" {_number(spent.disk / size_bytes)} {size} of disk{f', on {devices}' if devices else ''}."
+        f" {_number(sampling / seconds)} of sampling, {si(spent.training_flops)}FLOPs of training and"
+        f" {_number(disk / size_bytes)} {size} of disk{f', on {devices}' if devices else ''}."
     )
 
 

@@ -214,7 +214,7 @@ def _draw_curves(plots: Path, pictures: Path, results: Sequence[Result]) -> list
         for level, (_, high) in enumerate(level_spans(run.turning_points, run.schedule.timesteps)):
             key = f"loss/level_{level}"
             points = [(e.images, e.metrics[key]) for e in entries if key in e.metrics]
-            name = f"{run.resolution >> level} px, t ≤ {high}"
+            name = f"{run.resolution >> level} px, {'all t' if run.at_all_timesteps else f't ≤ {high}'}"
             levels.setdefault(run.setting, {}).setdefault(name, []).append(points)
     axes: dict[str, Any] = {"xlabel": "training images", "ylabel": "loss", "logy": True}
     return [

@@ -210,6 +210,7 @@ def _differences(table: Table, row: Row, measured: Measured) -> list[str]:
         ),
         (not attenuated or schedule.floor == _PAPER.floor, f"a floor of {schedule.floor:g}, not {_PAPER.floor:g}"),
         (not lifted or run.model.networks == networks, f"{words[other]}, not {words[networks]}"),
+        (not run.at_all_timesteps, "levels that are trained at all timesteps"),
         (not measured.start, f"a start from weights that had seen {measured.start}"),
         (images == row.training_images, f"{images:,} training images, not {row.training_images:,}"),
     )

@@ -82,7 +82,8 @@ def description(job: Job) -> dict[str, str]:
         known = _about(job)
         kept = {name: value for name, value in known.items() if name.startswith("dvdp.")}
         # Another setting may have trained what this one samples in its own way.
-        return {**kept, SETTING: job.run.setting, PARAMS_DIGEST: digest}
+        own = {SETTING: job.run.setting, TURNING_POINTS: json.dumps(job.run.turning_points), PARAMS_DIGEST: digest}
+        return {**kept, **own}
     return {
         TRAINING_HASH: job.training_hash,
         DATASET_DIGEST: job.dataset_digest,
@@ -99,11 +100,11 @@ def description(job: Job) -> dict[str, str]:
 def model_file(job: Job) -> Path:
     """The trained model with the job's own way of sampling as its default."""
     trained = Run.from_description(_about(job)["run"])
-    if trained.sampling == job.run.sampling:
+    run = replace(trained, sampling=job.run.sampling, turning_points=job.run.turning_points)
+    if run == trained:
         return job.weights
     path = job.folder / "models" / job.sampling_hash / job.weights.name
     about, weights = read_weights(job.weights)
-    run = replace(trained, sampling=job.run.sampling)
     save_model(path, weights, {**about, **description(job), "run": run.describe()})
     return path
 

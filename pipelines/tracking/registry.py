@@ -257,8 +257,10 @@ def read_weights(weights: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def weights_digest(about: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
     """Of the tensors, and of the default way of sampling: what is trained once may be sampled in several."""
-    sampling = Run.from_description(about["run"]).sampling
-    digest = hashlib.sha256(json.dumps({**sampling.options(), "lift": sampling.lift}, sort_keys=True).encode())
+    run = Run.from_description(about["run"])
+    sampling, points = run.sampling, {"turning_points": run.turning_points} if run.at_all_timesteps else {}
+    options = {**sampling.options(), "lift": sampling.lift, **points}
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().tobytes())
