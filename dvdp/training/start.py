@@ -100,7 +100,7 @@ def _adapted(weights: Mapping[str, Tensor], other: Run, run: Run, path: Path) ->
         UserError: the architectures differ, or the weights are not those that the other run describes.
     """
     for field in ARCHITECTURE:
-        found, expected = (_plain(getattr(each.model, field)) for each in (other, run))
+        found, expected = (_plain(field, getattr(each.model, field)) for each in (other, run))
         if found != expected:
             raise _differs(f"model.{field}", found, expected, run, path)
     per_level = other.model.networks == "per_level"
@@ -134,7 +134,10 @@ def _nearest(side: int, other: Run) -> int:
     return min(levels, key=lambda level: abs(math.log2((other.resolution >> level) / side)))
 
 
-def _plain(value: Any) -> Any:
+def _plain(field: str, value: Any) -> Any:
+    """For people, and for comparing: attention factors have no order."""
+    if field == "attention_factors":
+        return sorted(set(value))
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -205,9 +205,9 @@ def test_a_file_that_changes_between_check_and_training_is_refused(tmp_path: Pat
     assert not checkpoints.find(tmp_path / "run" / "checkpoints")
 
 
-def test_dropout_and_the_schedule_may_differ(tmp_path: Path) -> None:
-    path = saved(tmp_path / "w.safetensors", make())
-    run = make((300,), start=str(path), model={"dropout": 0.1})
+def test_dropout_the_schedule_and_the_order_of_attention_factors_may_differ(tmp_path: Path) -> None:
+    path = saved(tmp_path / "w.safetensors", make(model={"attention_factors": [1, 2]}))
+    run = make((300,), start=str(path), model={"dropout": 0.1, "attention_factors": [2, 1]})
     run = dataclasses.replace(run, schedule=dataclasses.replace(run.schedule, base="cosine"))
     assert with_start(run).start is not None
 
