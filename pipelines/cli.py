@@ -401,6 +401,19 @@ def draw(
     draw(weights, count, device, picture, seed=seed, steps=steps, solver=solver, label=label)
 
 
+@app.command("import", rich_help_panel=RUNS)
+def import_weights(
+    source: str = Argument(help="A checkpoint of guided-diffusion, or a folder of diffusers' UNet2DModel."),
+    arguments: str | None = Option(None, metavar="FILE", help="YAML with what the source does not say of itself."),
+    out: str = Option("weights.safetensors", metavar="FILE", help="The model file."),
+) -> None:
+    """Turn weights of another library into a model file, where the architecture is the same."""
+    path = _file("--out", out)
+    from pipelines.commands.imports import import_weights
+
+    print(import_weights(Path(source), None if arguments is None else Path(arguments), path))
+
+
 @app.command(rich_help_panel=EXPERIMENTS)
 def clean(
     file: str = FILE,
