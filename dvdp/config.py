@@ -93,6 +93,7 @@ Batch = Annotated[Whole, Field(ge=1, le=10**6)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 Processes = Annotated[Whole, Field(ge=0, le=256)]
 Integers = Annotated[tuple[Annotated[Whole, Field(ge=-(10**6), le=10**6)], ...], Field(max_length=10)]
+Weight = Annotated[Real, Field(ge=0, le=100)]
 Multiples = Annotated[tuple[Annotated[Whole, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=10)]
 
 # What a machine bears of products: pixels of a batch (uint8: 3 GiB) and of a picture, bytes of samples, settings with
@@ -297,6 +298,8 @@ class TrainingParams(Section):
     """Where memory runs out, the parts of the batch are made smaller, and the step is done again."""
     activation_checkpointing: Flag = False
     """Activations are computed again in the backward pass: less memory, more time, the same weights."""
+    label_dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.0
+    """Probability that an image is shown without its label, for guidance (Ho & Salimans 2022)."""
     compile: Flag = False
     """The network by torch.compile, for each level and number of images by itself."""
     span: Literal["level", "all"] = "level"
@@ -386,8 +389,37 @@ class SamplingParams(Section):
     """Of the steps among levels: by their length, by what they cost, or as given, finest level first."""
     lift: Literal["noise", "data"] = "noise"
     """What a lift adds to the band that comes back: its noise alone, or with the variance of the data's band."""
+    guidance_scale: Weight | Annotated[tuple[Weight, ...], Field(min_length=1, max_length=11)] = 1.0
+    """Of classifier-free guidance, at all levels or at each, finest first; 1 is none; see
+    :mod:`dvdp.diffusion.guidance`."""
+    guidance_rescale: Fraction = 0.0
+    thresholding: Annotated[Real, Field(ge=0.5, le=1)] | None = None
+    """Quantile of the pixels of a predicted clean image that dynamic thresholding scales into the pixel range."""
     batch: Batch = 64
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if self.thresholding is not None and not self.clip:
+            raise UserError(
+                f"thresholding: found {self.thresholding} beside 'clip: false', expected 'clip: true', which it"
+                " refines; change one of them"
+            )
+
+    def guidance(self, level: int) -> float:
+        """The guidance scale of a level; beyond a list's end that of its coarsest level."""
+        scales = self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale,)
+        return scales[min(level, len(scales) - 1)]
+
+    @property
+    def guided(self) -> bool:
+        """Whether any level is guided."""
+        return self.guidance_scale != 1 if isinstance(self.guidance_scale, float) else set(self.guidance_scale) != {1.0}
+
+    @property
+    def off(self) -> set[str]:
+        """Keys of later releases that are off: they are in no hash and no record."""
+        keys = set() if self.guided else {"guidance_scale", "guidance_rescale"}
+        return keys | ({"thresholding"} if self.thresholding is None else set())
 
     def options(self, steps: int | None = None) -> dict[str, Any]:
         """Arguments of :func:`dvdp.diffusion.sampling.sample`, but for ``lift``, which needs to know the data.
@@ -397,6 +429,8 @@ class SamplingParams(Section):
         """
         names = ("solver", "eta", "variance", "clip", "timestep_spacing", "share", "seed")
         options = {"steps": self.steps, **{name: getattr(self, name) for name in names}}
+        later = ("guidance_scale", "guidance_rescale", "thresholding")
+        options |= {name: getattr(self, name) for name in later if name not in self.off}
         if steps is None or steps == self.steps:
             return options
         return {**options, "steps": steps, "share": self.share if isinstance(self.share, str) else "length"}
@@ -527,6 +561,11 @@ class Params(Section):
                 f"sampling.share: found {list(run.sampling.share)} beside 'turning_points: auto', expected 'length'"
                 " or 'cost', as the number of levels is not known yet"
             )
+        if isinstance(setting.turning_points, str) and not isinstance(run.sampling.guidance_scale, float):
+            raise UserError(
+                f"sampling.guidance_scale: found {list(run.sampling.guidance_scale)} beside 'turning_points: auto',"
+                " expected a number, as the number of levels is not known yet"
+            )
         run.check()
         if self.evaluation.samples > run.sampling.count:
             raise UserError(
@@ -622,6 +661,12 @@ class Run(Section):
                 check_steps(spans, steps, self.sampling.options(steps)["share"])
             except UserError as error:
                 raise UserError(f"{prefix}{error}") from None
+        if self.training.label_dropout and not self.model.num_classes:
+            raise UserError(
+                f"training.label_dropout: found {self.training.label_dropout} for an unconditional network"
+                " (model.num_classes is 0), expected 0; set one of them"
+            )
+        self.check_guidance(self.sampling, "sampling.")
         for key, found, images, most in (
             ("training.batch", self.training.batch, 1, MOST_BATCH_PIXELS),
             ("training.loader_workers", self.training.loader_workers, self.training.batch, MOST_BATCH_PIXELS),
@@ -638,6 +683,23 @@ class Run(Section):
             raise UserError(
                 f"model.model_channels: found a network of about {weights:.1e} weights, expected at most"
                 f" {MOST_WEIGHTS:.1e}; make it narrower, with fewer blocks or fewer classes"
+            )
+
+    def check_guidance(self, sampling: SamplingParams, prefix: str = "") -> None:
+        """Raise UserError for a guidance scale that does not fit the levels, or what the network was trained for."""
+        found, levels = sampling.guidance_scale, len(self.turning_points) + 1
+        if isinstance(found, tuple) and len(found) != levels:
+            raise UserError(
+                f"{prefix}guidance_scale: found {len(found)} numbers, {list(found)}, expected one for each of"
+                f" {levels} levels, finest first, or one number for all."
+            )
+        if sampling.guided and not (self.model.num_classes and self.training.label_dropout):
+            shown = list(found) if isinstance(found, tuple) else found
+            known = self.model.num_classes > 0
+            why = "trained without label_dropout" if known else "unconditional (model.num_classes is 0)"
+            raise UserError(
+                f"{prefix}guidance_scale: found {shown} for a network that is {why}, expected 1, which is no guidance;"
+                " leave it out, or train with classes and a label_dropout such as 0.1."
             )
 
     def describe(self) -> dict[str, Any]:
@@ -839,7 +901,7 @@ def _short(text: str) -> str:
 
 def _keys(location: tuple[int | str, ...]) -> list[int | str]:
     """The keys of the tree in where pydantic found an error: without the kinds of value that it tried."""
-    return [part for part in location if not re.match(r"tuple\[|literal\[|function-|\[key\]", str(part))]
+    return [part for part in location if not re.match(r"tuple\[|literal\[|function-|constrained-|\[key\]", str(part))]
 
 
 def _known_keys(kind: Any, path: Collection[Any]) -> list[str]:

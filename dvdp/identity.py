@@ -26,7 +26,7 @@ TRAINING_SOURCES = (
 )  # fmt: skip
 SAMPLING_SOURCES = (
     "diffusion/philox.py", "diffusion/philox_cuda.py", "diffusion/timesteps.py", "diffusion/solvers.py",
-    "diffusion/sampling.py", "models/classes.py", "models/export.py",
+    "diffusion/guidance.py", "diffusion/sampling.py", "models/classes.py", "models/export.py",
 )  # fmt: skip
 EVALUATION_SOURCES = (
     "evaluation/scores.py", "evaluation/reference.py", "evaluation/fidelity.py", "evaluation/coverage.py",
@@ -51,6 +51,8 @@ def training_identity(run: Run) -> dict[str, Any]:
     training = {k: v for k, v in dataclasses.asdict(run.training).items() if k not in OPERATIONAL}
     if not run.at_all_timesteps:
         del training["span"]  # Levels at their own timesteps, as those of earlier releases.
+    if not run.training.label_dropout:
+        del training["label_dropout"]  # Runs of releases without it keep their names.
     return {
         "process": run.process,
         "turning_points": run.turning_points,
@@ -87,7 +89,8 @@ def trained_as(run: Run) -> dict[str, Any]:
 
 def sampling_hash(run: Run, trained: str) -> str:
     """Names the samples of a training hash."""
-    sampling = {k: v for k, v in dataclasses.asdict(run.sampling).items() if k not in ("count", "batch")}
+    left_out = {"count", "batch"} | run.sampling.off
+    sampling = {k: v for k, v in dataclasses.asdict(run.sampling).items() if k not in left_out}
     points = {"turning_points": run.turning_points} if run.at_all_timesteps else {}
     return _digest({"training": trained, **points, "sampling": sampling, "sources": _sources(SAMPLING_SOURCES)})
 

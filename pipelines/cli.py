@@ -391,6 +391,9 @@ def draw(
     steps: int | None = None,
     solver: str | None = None,
     label: str | None = Option(None, help="Class to draw, of a class-conditional model; else each image its own."),
+    guidance: list[float] = Option(
+        [], metavar="SCALE", help="Not sampling.guidance_scale; once, or once a level, finest first."
+    ),
     device: Literal["cpu", "cuda"] = "cpu",
     out: str = Option("samples.png", metavar="FILE", help="The picture, a .png."),
 ) -> None:
@@ -398,7 +401,8 @@ def draw(
     picture = _picture(out)
     from pipelines.commands.runs import draw
 
-    draw(weights, count, device, picture, seed=seed, steps=steps, solver=solver, label=label)
+    scale = guidance[0] if len(guidance) == 1 else guidance or None
+    draw(weights, count, device, picture, seed=seed, steps=steps, solver=solver, label=label, guidance=scale)
 
 
 @app.command("import", rich_help_panel=RUNS)

@@ -63,7 +63,9 @@ def _choice(params: Params, setting: str, metadata: StoreMetadata) -> tuple[int,
             for name in ("model", "reference_model")
         },
         "sampling": {
-            k: v for k, v in run.describe()["sampling"].items() if k not in ("count", "batch", "seed", "clip")
+            k: v
+            for k, v in run.describe()["sampling"].items()
+            if k not in {"count", "batch", "seed", "clip", "thresholding"} | run.sampling.off
         },
         "tolerance": params.settings[setting].tolerance,
         "data": metadata.digest,

@@ -135,6 +135,47 @@ MISTAKES: dict[str, tuple[Any, list[str]]] = {
         | {"evaluation": {"likelihood": 8}},
         ["evaluation.likelihood: found 8 beside schedule.timesteps 1", "in setting 'a'"],
     ),
+    "guidance without label dropout": (
+        setting() | {"sampling": {"guidance_scale": 2}},
+        ["sampling.guidance_scale: found 2.0 for a network that is trained without label_dropout, expected 1,"],
+    ),
+    "guidance of an unconditional network": (
+        setting() | {"sampling": {"guidance_scale": [1, 1, 3]}, "model": {"num_classes": 0}},
+        ["sampling.guidance_scale: found [1.0, 1.0, 3.0] for a network that is unconditional", "in setting 'a'"],
+    ),
+    "a guidance scale for too few levels": (
+        setting() | {"sampling": {"guidance_scale": [1, 3]}, "training": {"label_dropout": 0.1}},
+        ["sampling.guidance_scale: found 2 numbers, [1.0, 3.0], expected one for each of 3 levels, finest first"],
+    ),
+    "a guidance scale by level and levels that are not known": (
+        setting(turning_points="auto", tolerance=0.01)
+        | {"sampling": {"guidance_scale": [1]}, "training": {"label_dropout": 0.1}},
+        ["sampling.guidance_scale: found [1.0] beside 'turning_points: auto', expected a number"],
+    ),
+    "a guidance scale that is none": (
+        {"sampling": {"guidance_scale": "high"}},
+        ["sampling.guidance_scale: found 'high', expected a number or a list"],
+    ),
+    "a negative guidance scale": (
+        {"sampling": {"guidance_scale": -1}},
+        ["sampling.guidance_scale: found -1, expected at least 0 or a list"],
+    ),
+    "a negative guidance scale of a level": (
+        {"sampling": {"guidance_scale": [1, -1]}},
+        ["sampling.guidance_scale"],
+    ),
+    "labels that are all dropped": (
+        {"training": {"label_dropout": 1.0}},
+        ["training.label_dropout: found 1.0, expected a number below 1"],
+    ),
+    "label dropout of an unconditional network": (
+        setting() | {"training": {"label_dropout": 0.1}, "model": {"num_classes": 0}},
+        ["training.label_dropout: found 0.1 for an unconditional network (model.num_classes is 0), expected 0"],
+    ),
+    "thresholding without clipping": (
+        {"sampling": {"thresholding": 0.99, "clip": False}},
+        ["sampling.thresholding: found 0.99 beside 'clip: false', expected 'clip: true'"],
+    ),
     "override of an unknown section": (
         setting(overrides={"modle": {"model_channels": 8}}),
         ["settings.a.overrides.modle: unknown key", "did you mean 'model'?"],

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dvdp.diffusion import bands
+from dvdp.diffusion.guidance import guided, scale_by_level, threshold
 from dvdp.diffusion.process import Process, Variance
 from dvdp.diffusion.randomness import ImageNoise
 from dvdp.diffusion.solvers import make_solver
@@ -60,6 +61,9 @@ def sample(
     timestep_spacing: str = "uniform",
     share: Share = "length",
     labels: Tensor | None = None,
+    guidance_scale: float | Sequence[float] = 1.0,
+    guidance_rescale: float = 0.0,
+    thresholding: float | None = None,
     start: tuple[Tensor, int] | None = None,
     seed: int = 0,
     first: int = 0,
@@ -80,6 +84,11 @@ def sample(
         timestep_spacing: of the timesteps within a level; see :func:`dvdp.diffusion.timesteps.step_grid`.
         share: of the steps among levels; see :func:`dvdp.diffusion.timesteps.share_steps`.
         labels: (n,) classes of the images, -1 for none, for a class-conditional denoiser.
+        guidance_scale: of classifier-free guidance, for all levels or for each, finest first; 1 is none. A guided step
+            is one call of the denoiser with twice the images. See :mod:`dvdp.diffusion.guidance`.
+        guidance_rescale: see :func:`dvdp.diffusion.guidance.guided`.
+        thresholding: quantile of dynamic thresholding, in place of ``clip``; see
+            :func:`dvdp.diffusion.guidance.threshold`.
         start: a state (n, C, h, w) and the turning point that it is at, in place of noise at T: of the level above
             the turning point, which is then lifted, or of the level below, as a lift would have left it. ``steps`` is
             the NFE from T; those of the levels that are left out are not made.
@@ -93,13 +102,22 @@ def sample(
         Images (n, C, H, W), in [-1, 1] if clipped.
 
     Raises:
-        UserError: an argument is out of range, or labels are not one for each image.
+        UserError: an argument is out of range, or labels are not one for each image, or none under guidance.
     """
     n, channels, height, width = shape
     process.check_resolution(height)
     process.check_resolution(width)
     if labels is not None and labels.shape != (n,):
         raise UserError(f"labels: found {tuple(labels.shape)}, expected one for each of {n} images; give ({n},).")
+    scales = scale_by_level(guidance_scale, process.levels + 1)
+    if labels is None and set(scales) != {1.0}:
+        raise UserError(
+            f"guidance_scale: found {guidance_scale} and no labels, expected labels of a class-conditional denoiser, or"
+            " 1, which is no guidance; give them."
+        )
+    for name, value in (("guidance_rescale", guidance_rescale), ("thresholding", thresholding or 0.0)):
+        if not 0 <= value <= 1:
+            raise UserError(f"{name}: found {value}, expected a number from 0 to 1.")
     solve = make_solver(solver, eta, variance)
     grid = step_grid(process.schedule, steps, timestep_spacing, share)
     source = ImageNoise(seed, first, n, device)
@@ -117,6 +135,7 @@ def sample(
     total_nfe, nfe = sum(len(times) - 1 for _, times in grid), 0
     for level, times in grid:
         table = solve(process, times, level)
+        predict_noise = guided(denoiser, process, level, scales[level], guidance_rescale)
         stochastic = table.z.any(dim=1).tolist()
         of_x, history, of_z = (factors.to(device, dtype) for factors in (table.x, table.history, table.z))
         # As many pixels at once as at level 0.
@@ -128,9 +147,11 @@ def sample(
                 x = process.lift(x, level + 1, normal(noise, level))
             predictions: list[Tensor] = []  # The newest first.
             for i, (t, s) in enumerate(pairwise(times)):
-                eps = denoiser(x, torch.full((len(x),), t, device=x.device), *conditions[part]).to(dtype)
+                eps = predict_noise(x, torch.full((len(x),), t, device=x.device), *conditions[part]).to(dtype)
                 x0 = process.predict_clean(x, t, eps, level)
-                if clip:
+                if thresholding:
+                    x0 = threshold(x0, thresholding, 2.0**level)
+                elif clip:
                     x0 = x0.clamp(-(2.0**level), 2.0**level)
                 prediction = x0 if table.prediction_type == "sample" else process.predict_noise(x, t, x0, level)
                 predictions = [prediction, *predictions[: len(history) - 1]]

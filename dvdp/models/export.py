@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,14 @@ class TrainedModel:
                 class-conditional; see :meth:`dvdp.data.store.StoreMetadata.model_metadata`.
 
         Raises:
-            UserError: one of them is missing.
+            UserError: one of them is missing, or ``sampling.guidance_scale`` does not fit the network.
         """
         if run.sampling.lift == "data" and "band_std" not in description:
             raise UserError(
                 "sampling.lift: found 'data' and no band std with the model, expected those that `dvdp prepare`"
                 " measures; prepare the data set and train with them, or use 'noise'."
             )
+        run.check_guidance(run.sampling, "sampling.")
         process = Process(run.build_schedule(), description["band_std"] if run.sampling.lift == "data" else None)
         classes = Classes.of(run.model.num_classes, description)
         computing = Computing(network, precision_of(run.training.precision, device))
@@ -94,6 +95,7 @@ class TrainedModel:
         clip: bool | None = None,
         batch: int | None = None,
         label: str | None = None,
+        guidance: float | Sequence[float] | None = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> Tensor:
         """Draw images number ``first`` .. ``first + count - 1``, as uint8 (count, 3, H, W).
@@ -104,6 +106,7 @@ class TrainedModel:
         Args:
             label: name of the class of all images, for a class-conditional model; by default classes are drawn, as
                 frequent as in the data.
+            guidance: in place of ``sampling.guidance_scale``.
 
         Raises:
             UserError: an argument is out of range, or there is no such class.
@@ -117,9 +120,17 @@ class TrainedModel:
                 f" {self.resolution} px at a time; draw the others from another 'first' on."
             )
         asked = None if label is None or self.classes is None else self.classes.label(str(label))
+        sampling = self.run.sampling
+        if guidance is not None:
+            scale: Any = guidance  # What it may be is for the section to say.
+            try:
+                sampling = replace(sampling, guidance_scale=scale)
+                self.run.check_guidance(sampling)
+            except UserError as error:
+                raise UserError(f"{str(error).replace('guidance_scale', 'guidance', 1).rstrip('.')}.") from None
         given = {"seed": seed, "solver": solver, "eta": eta, "variance": variance, "clip": clip}
         chosen = {name: value for name, value in given.items() if value is not None}
-        options = {**self.run.sampling.options(steps), **chosen}
+        options = {**sampling.options(steps), **chosen}
         options["batch"] = batch or self.run.sampling.batch
         size = images_together(self.process.levels, options["batch"])
 

@@ -58,7 +58,24 @@ def sample_flops(run: Run) -> int:
     from dvdp.diffusion.timesteps import share_steps
 
     calls = share_steps(run.build_schedule(), run.sampling.steps, run.sampling.timestep_spacing, run.sampling.share)
-    return sum(count * flops for count, flops in zip(calls, level_flops(run), strict=True))
+    return sum(count * flops for count, flops in zip(calls, sampling_flops(run), strict=True))
+
+
+def sampling_flops(run: Run) -> list[int]:
+    """FLOPs of one step of one image at each level, finest first: two passes where guidance needs both predictions."""
+    return [guided_passes(run.sampling.guidance(k)) * flops for k, flops in enumerate(level_flops(run))]
+
+
+def guided_passes(scale: float) -> int:
+    """Passes of the network in a step under a guidance scale; 0 and 1 need one of both predictions alone."""
+    return 1 if scale in (0.0, 1.0) else 2
+
+
+def ddpm_step_flops(run: Run) -> int:
+    """FLOPs of one sampling step of one image of DDPM, guided if the run is at any level."""
+    levels = range(len(run.turning_points) + 1)
+    passes = max(guided_passes(run.sampling.guidance(level)) for level in levels)
+    return passes * network_flops(run.reference_model, run.resolution)
 
 
 def training_flops(run: Run) -> float:

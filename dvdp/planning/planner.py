@@ -22,7 +22,7 @@ from dvdp.diffusion.solvers import Solver, make_solver
 from dvdp.diffusion.spans import Share
 from dvdp.diffusion.timesteps import step_grid
 from dvdp.errors import UserError
-from dvdp.models.flops import network_flops
+from dvdp.models.flops import guided_passes, network_flops
 
 
 def generated_std(
@@ -152,7 +152,9 @@ class Planner:
         errors = _errors(self._recursion.std(points, grid, run.sampling.lift), self._data)
         costs = [self._cost(level) for level in range(K + 1)]
         training = sum(share * cost for share, cost in zip(schedule.shares(), costs, strict=True))
-        sampling = sum(count * cost for count, cost in zip(nfe, costs, strict=True)) / run.sampling.steps
+        passes = [guided_passes(run.sampling.guidance(level)) for level in range(K + 1)]
+        calls = sum(n * count * cost for n, count, cost in zip(passes, nfe, costs, strict=True))
+        sampling = calls / run.sampling.steps
         error = overall_error(errors, run.resolution)
         return Plan(
             turning_points=points,
@@ -163,7 +165,8 @@ class Planner:
             excess=error - overall_error(self._ddpm, run.resolution),
             lift_losses=tuple(lift_losses(schedule, self._data, run.resolution)),
             training_speedup=self._ddpm_cost() / training,
-            sampling_speedup=self._ddpm_cost() / sampling,
+            # DDPM is guided where the plan is.
+            sampling_speedup=max(passes) * self._ddpm_cost() / sampling,
         )
 
     def _cost(self, level: int) -> float:

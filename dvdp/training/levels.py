@@ -144,6 +144,36 @@ def draw(
     return Draws(torch.cat(t), noise)
 
 
+def drop_labels(
+    labels: Tensor,
+    counts: Sequence[int],
+    probability: float,
+    *,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    world_size: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Labels (b,) of a rank's images of a step, each -1, which is none, with a probability.
+
+    Which are dropped is drawn from (seed, step, level, group), as the noise is; arguments as of :func:`draw`.
+    """
+    kept = []
+    mine = range(rank, groups, world_size)
+    for level, count in enumerate(counts):
+        drawn = [
+            torch.rand(
+                count // len(mine),
+                device=labels.device,
+                generator=generator(seed, "label dropout", step, level, group, device=labels.device),
+            )
+            for group in mine
+        ]
+        kept.append(torch.stack(drawn, dim=1).flatten() >= probability)
+    return torch.where(torch.cat(kept), labels, -1)
+
+
 @lru_cache(maxsize=2)
 def _block(schedule: Spans, seed: int, block: int) -> list[int]:
     # The offset differs from block to block, so that shares which are no hundredths are met in the long run.

@@ -43,7 +43,7 @@ from dvdp.training.ema import EMA
 from dvdp.training.estimate import Estimate, median_seconds, peak_memory
 from dvdp.training.fit import PartSize, average_gradients
 from dvdp.training.graphs import PartGraphs
-from dvdp.training.levels import draw, level_counts, parts, training_spans
+from dvdp.training.levels import draw, drop_labels, level_counts, parts, training_spans
 from dvdp.training.memory import activation_bytes, run_bytes, worker_memory
 from dvdp.training.optimizer import build_optimizers, pack_optimizers, unpack_optimizers
 from dvdp.training.shortage import cut_to, part_of
@@ -359,10 +359,13 @@ class Training:
         """Gradients of the mean loss of a batch."""
         images = images.to(self.device, non_blocking=True)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
-        drawn = draw(
-            self.spans, counts, self.run.resolution, self.device,
-            seed=self.run.seed, step=step, rank=self.rank, world_size=self.world_size, groups=self.groups,
-        )  # fmt: skip
+        whose: dict[str, int] = {
+            "seed": self.run.seed, "step": step,
+            "rank": self.rank, "world_size": self.world_size, "groups": self.groups,
+        }  # fmt: skip
+        drawn = draw(self.spans, counts, self.run.resolution, self.device, **whose)
+        if labels is not None and self.run.training.label_dropout:
+            labels = drop_labels(labels, counts, self.run.training.label_dropout, **whose)
         taken = parts(counts, self.part_size.now)
         for i, (level, places) in enumerate(taken):
             part = images[places]

@@ -331,12 +331,13 @@ def _key(run: Run, params: Params, device: str) -> str:
     """Names all that the time of a step depends on."""
     operational = {
         "images", "budget", "checkpoint_images", "keep_checkpoints", "log_images", "preview_images", "batch_fit",
-        "start",
+        "label_dropout", "start",
     }  # fmt: skip
     training = {k: v for k, v in dataclasses.asdict(run.training).items() if k not in operational}
     if not run.at_all_timesteps:
         del training["span"]
-    sampling = {k: v for k, v in dataclasses.asdict(run.sampling).items() if k not in ("count", "seed")}
+    left_out = {"count", "seed"} | run.sampling.off
+    sampling = {k: v for k, v in dataclasses.asdict(run.sampling).items() if k not in left_out}
     content: list[Any] = [
         run.turning_points,
         run.process,

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -119,7 +120,7 @@ def write_images(samples: Path, folder: Path, subject: Sampled) -> None:
             write_atomically(path, file.getvalue())
 
 
-def draw(weights: str, count: int, device: str, out: Path, **options: int | str | None) -> None:
+def draw(weights: str, count: int, device: str, out: Path, **options: Any) -> None:
     """One picture of images from a weights file; for ``options`` see :meth:`dvdp.models.export.TrainedModel.sample`."""
     if count < 1:
         raise UserError(f"--count: found {count}, expected at least 1.")
@@ -130,4 +131,4 @@ def draw(weights: str, count: int, device: str, out: Path, **options: int | str 
     most = min(10_000, MOST_PICTURE_PIXELS // model.resolution**2)
     if count > most:
         raise UserError(f"--count: found {count}, expected at most {most:,} at {model.resolution} px, for a picture.")
-    print(save_png(grid(model.sample(count, **options)), out))  # type: ignore[arg-type]
+    print(save_png(grid(model.sample(count, **options)), out))

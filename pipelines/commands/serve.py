@@ -57,6 +57,7 @@ def pages(model: PyFuncModel, title: str) -> FastAPI:
             labels=[name for name, count in zip(names, counts, strict=False) if count],
             solvers=list(SOLVERS),
             sampling=trained.run.sampling,
+            guidance=trained.run.training.label_dropout > 0,
         )
 
     @app.post("/draw")

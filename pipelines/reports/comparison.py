@@ -12,7 +12,7 @@ from dvdp.evaluation.intervals import CONFIDENCE, Estimate, better, difference, 
 from dvdp.evaluation.likelihood import METRIC
 from dvdp.evaluation.records import ScoreRecord, mean_and_spread, score_differences
 from dvdp.evaluation.reference import Anchor
-from dvdp.models.flops import network_flops, relative_flops, sample_flops, training_images
+from dvdp.models.flops import ddpm_step_flops, relative_flops, sample_flops, training_images
 from pipelines.jobs.job import Job
 from pipelines.jobs.timing import Timing, timing
 
@@ -141,7 +141,7 @@ def reliable(speedup: float, bound: float) -> float | None:
 
 def sampling_bound(run: Run) -> float:
     """How much faster than DDPM at the same number of steps the FLOPs allow sampling to be."""
-    return run.sampling.steps * network_flops(run.reference_model, run.resolution) / sample_flops(run)
+    return run.sampling.steps * ddpm_step_flops(run) / sample_flops(run)
 
 
 def table(rows: Sequence[Row], primary: str) -> tuple[list[str], list[list[str]]]:

@@ -200,6 +200,8 @@ def _differences(table: Table, row: Row, measured: Measured) -> list[str]:
         (not lifted or _shares_by_length(run), "steps that are not shared by the lengths of the levels"),
         (not lifted or sampling.lift == row.lift, lifts[sampling.lift]),
         (not run.model.num_classes, "a class-conditional network"),
+        (not sampling.guided, "classifier-free guidance"),
+        (sampling.thresholding is None, "dynamic thresholding"),
         (run.model.prediction_type == "epsilon", f"the target {run.model.prediction_type}, not epsilon"),
         (schedule.timesteps == TIMESTEPS, f"T = {schedule.timesteps}, not {TIMESTEPS}"),
         (schedule.base == _PAPER.base, f"a {schedule.base} base, not {_PAPER.base}"),

@@ -54,10 +54,10 @@ class ImageModel(PythonModel):
 
         Args:
             model_input: rows of ``count`` and, optionally, ``seed`` (else a random one), ``first`` (number of the first
-                image of the seed, 0), ``label``, ``format`` (``png``, or ``numbers``), ``solver`` and ``steps``. Where
-                the last two are missing or null they are as in the training run's ``sampling``; without a label,
-                classes are drawn. Image i of a seed is the same image in any request on one kind of device, within
-                1/255, and bit for bit in requests of the same count.
+                image of the seed, 0), ``label``, ``format`` (``png``, or ``numbers``), ``solver``, ``steps`` and
+                ``guidance`` (a number, or one a level). Where the last three are missing or null they are as in the
+                training run's ``sampling``; without a label, classes are drawn. Image i of a seed is the same image in
+                any request on one kind of device, within 1/255, and bit for bit in requests of the same count.
 
         Returns:
             A row for each image: ``image``, a PNG in base64 or uint8 (H, W, 3); the ``seed`` and ``index`` that draw
@@ -67,7 +67,7 @@ class ImageModel(PythonModel):
             RequestRefusedError: a value is out of range.
         """
         rows = pd.DataFrame(model_input).to_dict("records")
-        requests = [{key: value for key, value in row.items() if not pd.isna(value)} for row in rows]
+        requests = [{key: value for key, value in row.items() if not _is_missing(value)} for row in rows]
         try:
             if not requests:
                 raise UserError("input: found no rows, expected at least one with a count of images.")
@@ -96,6 +96,7 @@ class ImageModel(PythonModel):
         solver: str | None = None,
         steps: int | None = None,
         label: str | None = None,
+        guidance: float | list[float] | None = None,
         format: str = "png",
     ) -> pd.DataFrame:
         model = self.model
@@ -107,6 +108,7 @@ class ImageModel(PythonModel):
                 bar.update(len(progress.state))
 
             options: dict[str, Any] = {"seed": seed, "first": first, "solver": solver, "steps": steps, "label": label}
+            options["guidance"] = guidance
             images = model.sample(count, **options, callback=advance).permute(0, 2, 3, 1).contiguous().numpy()
         drawn = None if label else model.labels(seed, first, count)
         names = [label] * count if drawn is None else [self._name(number) for number in drawn.tolist()]
@@ -122,6 +124,11 @@ class ImageModel(PythonModel):
     def _name(self, label: int) -> str | None:
         names = self.model.classes.names if self.model.classes else ()
         return None if label < 0 else str(names[label] if label < len(names) else label)
+
+
+def _is_missing(value: Any) -> bool:
+    """Null, as MLflow and pandas say it; a list is there."""
+    return not isinstance(value, list | np.ndarray) and bool(pd.isna(value))
 
 
 def _png(image: np.ndarray) -> str:

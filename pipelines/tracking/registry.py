@@ -65,6 +65,7 @@ SIGNATURE = ModelSignature(
             ColSpec(DataType.long, "count"),
             *(ColSpec(DataType.long, name, required=False) for name in ("seed", "first", "steps")),
             *(ColSpec(DataType.string, name, required=False) for name in ("label", "format", "solver")),
+            ColSpec(AnyType(), "guidance", required=False),
         ]
     ),
     outputs=Schema(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dvdp import Process, Schedule, UserError, sample
@@ -18,6 +20,7 @@ from dvdp.models.classes import Classes
 from dvdp.models.export import TrainedModel, load_model
 from dvdp.models.unet import build_network
 from dvdp.training.loop import Training, train
+from tests.logs import InterruptedHere, stop_after
 
 SMALL = ModelParams(model_channels=8, channel_mult=(1, 2), attention_factors=(2,), num_head_channels=8, num_classes=3)
 #: Two classes told apart by their brightness, 3 to 1, and images without a class.
@@ -30,7 +33,7 @@ def drawn(count: int) -> NDArray[np.int64]:
     return CLASSES.draw(0, 0, count).numpy()
 
 
-def class_run(**model: object) -> Run:
+def class_run(label_dropout: float = 0.0, **model: object) -> Run:
     tree = {
         "dataset": {"resolution": 8},
         "settings": {"classes": {"process": "dvdp", "turning_points": [500]}},
@@ -56,6 +59,7 @@ def class_run(**model: object) -> Run:
             "optimizer": "adamw",
             "cooldown": 0.0,
             "precision": "fp32",
+            "label_dropout": label_dropout,
         },
         "sampling": {"steps": 20},
     }
@@ -207,3 +211,86 @@ def test_training_with_classes_needs_to_know_how_often_each_comes(
 ) -> None:
     with pytest.raises(UserError, match=r"^model\.num_classes: found 2 and label counts \[.*\] with the model"):
         train(class_run(), images, tmp_path, "abc", description=about)
+
+
+def shown_labels(run: Run, images: ArrayImages, folder: Path, steps: int = 6, rank: int = 0) -> list[list[int]]:
+    """The labels that the network is shown at each step, in the order of the images."""
+    training = Training(run, images, folder, "abc", False, torch.device("cpu"), None, ABOUT)
+    shown: list[list[int]] = []
+
+    def loss(network: torch.nn.Module, level: int, part: Tensor, t: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
+        shown[-1].extend(labels.tolist())
+        return (0.0 * next(network.parameters())).sum()
+
+    training._loss = loss  # type: ignore[method-assign]
+    pixels, labels = torch.zeros((16, 3, 8, 8), dtype=torch.uint8), torch.arange(16) % 2
+    for step in range(steps):
+        shown.append([])
+        training.step(step, pixels, labels)
+    return shown
+
+
+def test_each_step_drops_the_same_labels_however_it_is_cut_or_resumed(images: ArrayImages, tmp_path: Path) -> None:
+    run = class_run(label_dropout=0.4)
+    whole = shown_labels(run, images, tmp_path)
+    assert all(label in (-1, i % 2) for step in whole for i, label in enumerate(step))
+    assert 0.2 < sum(step.count(-1) for step in whole) / 96 < 0.6
+    assert len({tuple(step) for step in whole}) > 1
+    for change in ({"accumulation": 8}, {"batch_fit": True, "accumulation": 4}):
+        parted = dataclasses.replace(run, training=dataclasses.replace(run.training, **change))
+        assert shown_labels(parted, images, tmp_path / "parted") == whole
+    assert shown_labels(class_run(), images, tmp_path) == [[0, 1] * 8] * 6
+
+
+def test_an_interrupted_training_with_label_dropout_ends_with_the_bits_of_an_undisturbed_one(
+    images: ArrayImages, tmp_path: Path
+) -> None:
+    run = class_run(label_dropout=0.3)
+    short = {"images": 64, "checkpoint_images": 16, "log_images": 16, "preview_images": 0}
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, **short))
+    train(run, images, tmp_path / "whole", "abc", description=ABOUT)
+    with pytest.raises(InterruptedHere), stop_after(32):
+        train(run, images, tmp_path / "broken", "abc", description=ABOUT)
+    train(run, images, tmp_path / "broken", "abc", description=ABOUT)
+    whole, broken = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_a_model_is_guided_for_one_call_by_all_levels_or_by_each(model: TrainedModel) -> None:
+    run = dataclasses.replace(model.run, training=dataclasses.replace(model.run.training, label_dropout=0.1))
+    trained = dataclasses.replace(model, run=run)
+    plain = model.sample(4, seed=3, label="bright")
+    assert torch.equal(trained.sample(4, seed=3, label="bright", guidance=1), plain)
+    strong = trained.sample(4, seed=3, label="bright", guidance=4.0)
+    assert not torch.equal(strong, plain)
+    by_level = trained.sample(4, seed=3, label="bright", guidance=[4, 4.0])
+    assert torch.equal(by_level, strong)
+    assert not torch.equal(trained.sample(4, seed=3, label="bright", guidance=[1, 4]), strong)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "sentence"),
+    [
+        (
+            2.0,
+            "^guidance: found 2.0 for a network that is trained without label_dropout, expected 1, which is no guid",
+        ),
+        ([2, 2, 2], r"^guidance: found 3 numbers, \[2.0, 2.0, 2.0\], expected one for each of 2 levels, finest first"),
+        (-1, "^guidance: found -1, expected at least 0 or a list.$"),
+        (float("inf"), "^guidance: found inf, expected"),
+        ("high", "^guidance: found 'high', expected a number or a list.$"),
+    ],
+)
+def test_a_guidance_that_does_not_fit_the_model_is_one_sentence(
+    model: TrainedModel, guidance: Any, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        model.sample(1, guidance=guidance)
+
+
+def test_a_model_without_label_dropout_is_not_drawn_under_params_that_guide(model: TrainedModel) -> None:
+    run = dataclasses.replace(model.run, sampling=dataclasses.replace(model.run.sampling, guidance_scale=3))
+    with pytest.raises(
+        UserError, match=r"^sampling.guidance_scale: found 3.0 for a network .* label_dropout such as 0.1.$"
+    ):
+        TrainedModel.of(run, ABOUT, model.denoiser.network, model.device)

@@ -17,11 +17,12 @@ from dvdp import Process, Schedule, UserError
 from dvdp.config import Run, parse_params
 from dvdp.diffusion import bands
 from dvdp.diffusion.solvers import SOLVERS
-from dvdp.diffusion.timesteps import TIMESTEP_SPACINGS
-from dvdp.models.flops import network_flops, relative_flops
+from dvdp.diffusion.timesteps import TIMESTEP_SPACINGS, share_steps
+from dvdp.models.flops import network_flops, relative_flops, sample_flops
 from dvdp.planning.fisher import orthogonal_divergences
 from dvdp.planning.planner import Plan, Planner, band_errors, generated_std, lift_losses, overall_error
 from dvdp.planning.search import candidate_points, cheapest, frontier, most_levels, search
+from pipelines.reports.comparison import sampling_bound
 from tests.diffusion.exact import EmpiricalDenoiser, GaussianDenoiser, digits
 from tests.diffusion.strategies import few
 
@@ -291,3 +292,33 @@ def test_divergences_are_those_of_a_class_conditional_denoiser() -> None:
     found = orthogonal_divergences(process, class_conditional, images, [100, 400], 2, labels=labels)
     assert found == orthogonal_divergences(process, exact, images, [100, 400], 2)
     assert torch.equal(torch.cat(seen), torch.cat([labels, labels]))
+
+
+def test_guided_levels_cost_twice_in_plans_and_in_the_flops_of_a_sample() -> None:
+    def guided(scale: Any) -> tuple[float, int]:
+        run = guided_run((600,), scale)
+        return Planner(run, DATA, [600]).plan((600,)).sampling_speedup, sample_flops(run)
+
+    plain, coarse, both = guided(1), guided([1, 3]), guided(3)
+    run = guided_run((600,), 1)
+    calls = share_steps(run.build_schedule(), 40)
+    fine, low = (network_flops(run.model, resolution) for resolution in (32, 16))
+    assert plain[1] == calls[0] * fine + calls[1] * low
+    assert coarse[1] == calls[0] * fine + 2 * calls[1] * low
+    assert both[1] == 2 * plain[1]
+    assert guided(0) == plain, "of two halves only one is needed"
+    # DDPM is guided where the plan is.
+    assert both[0] == pytest.approx(plain[0]) == pytest.approx(40 * fine / plain[1])
+    assert coarse[0] == pytest.approx(2 * 40 * fine / coarse[1])
+    assert sampling_bound(guided_run((600,), [1, 3])) == pytest.approx(coarse[0])
+
+
+def guided_run(points: tuple[int, ...], scale: Any) -> Run:
+    run = run_of(points)
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, num_classes=10),
+        reference_model=dataclasses.replace(run.model, num_classes=10),
+        training=dataclasses.replace(run.training, label_dropout=0.1),
+        sampling=dataclasses.replace(run.sampling, guidance_scale=scale),
+    )

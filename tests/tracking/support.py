@@ -105,10 +105,14 @@ def small_run(name: str = "dvdp-300", seed: int = 0) -> Run:
     return params.runs()[0]
 
 
-def small_model(path: Path, seed: int = 0, labels: Sequence[str] = ()) -> Path:
+def small_model(path: Path, seed: int = 0, labels: Sequence[str] = (), label_dropout: float = 0.0) -> Path:
     """A model file of an untrained network, which is told these classes."""
     run = small_run(seed=seed)
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, num_classes=len(labels)))
+    run = dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, num_classes=len(labels)),
+        training=dataclasses.replace(run.training, label_dropout=label_dropout),
+    )
     torch.manual_seed(seed)
     network = UNet(run.model, len(run.turning_points))
     for parameter in network.parameters():

@@ -222,6 +222,39 @@ def test_a_class_conditional_model_draws_the_class_asked_for(tmp_path: Path) -> 
     assert not np.array_equal(expected[0], expected[2])
 
 
+def test_a_request_is_guided_as_it_says(tmp_path: Path) -> None:
+    weights = small_model(tmp_path / "m.safetensors", labels=["0", "7"], label_dropout=0.1)
+    run = open_run(empty_store(tmp_path), "digits", TRAINING_HASH, "guided", "guided")
+    register(run, NAME, weights, {TRAINING_HASH: "guided"})
+    (path,) = tmp_path.glob("mlartifacts/models/*/artifacts")
+    loaded, model = mlflow.pyfunc.load_model(str(path)), load_model(weights)
+    row = {"count": 2, "seed": 3, "label": "7"}
+    for scale in (3, 2.5, [1.0, 3.0], None):
+        expected = model.sample(2, seed=3, label="7", guidance=scale)
+        found = predict(loaded, row if scale is None else {**row, "guidance": scale})
+        np.testing.assert_array_equal(found, expected.permute(0, 2, 3, 1).numpy())
+    by_http = loaded.predict([{**row, "guidance": [1.0, 3.0], "format": "numbers"}])
+    np.testing.assert_array_equal(np.stack(by_http.image), predict(loaded, {**row, "guidance": [1.0, 3.0]}))
+    with pytest.raises(Exception, match=r"^guidance: found 3 numbers, \[1.0, 2.0, 3.0\], expected one for each of 2"):
+        predict(loaded, {**row, "guidance": [1.0, 2.0, 3.0]})
+    with pytest.raises(Exception, match=r"^guidance: found 'high', expected a number or a list\.$"):
+        predict(loaded, {**row, "guidance": "high"})
+
+
+def test_the_command_guides_by_one_scale_or_by_one_a_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, out = small_model(tmp_path / "m.safetensors", labels=["0", "7"], label_dropout=0.1), tmp_path / "g.png"
+    command = ["draw", str(weights), "--count", "2", "--seed", "1", "--out", str(out)]
+    for options, scale in ((["--guidance", "3"], 3.0), (["--guidance", "1", "--guidance", "4"], [1.0, 4.0])):
+        assert main([*command, *options]) == 0
+        expected = grid(load_model(weights).sample(2, seed=1, guidance=scale))
+        np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(expected))
+    plain = small_model(tmp_path / "plain.safetensors", labels=["0", "7"])
+    assert main(["draw", str(plain), "--guidance", "2", "--out", str(out)]) == 2
+    assert (
+        "dvdp: guidance: found 2.0 for a network that is trained without label_dropout, exp" in capsys.readouterr().err
+    )
+
+
 def test_the_command_draws_the_class_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, out = small_model(tmp_path / "m.safetensors", labels=["0", "7"]), tmp_path / "sevens.png"
     command = ["draw", str(weights), "--count", "4", "--out", str(out), "--label"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvdp import Schedule
-from dvdp.training.levels import BLOCK, draw, level_counts, parts
+from dvdp.training.levels import BLOCK, draw, drop_labels, level_counts, parts
 
 
 def level_of_step(schedule: Schedule, seed: int, step: int) -> int:
@@ -126,3 +126,27 @@ def test_ranks_share_what_one_of_them_would_draw(world_size: int) -> None:
     assert len(whole.noise[2].unique()) == whole.noise[2].numel(), "no two images have the same noise"
     other = draw(schedule, counts, 16, torch.device("cpu"), **{**how, "step": 3})
     assert not torch.equal(other.noise[0], whole.noise[0])
+
+
+def test_labels_are_dropped_in_their_share_and_each_step_drops_others() -> None:
+    labels = torch.arange(4000) % 10
+    dropped = [drop_labels(labels, [1000, 0, 3000], 0.2, seed=0, step=step) for step in range(5)]
+    for found in dropped:
+        gone = found == -1
+        assert torch.equal(found[~gone], labels[~gone])
+        assert gone.double().mean().item() == pytest.approx(0.2, abs=4 * (0.16 / 4000) ** 0.5)
+    assert not torch.equal(dropped[0], dropped[1])
+    assert torch.equal(drop_labels(labels, [1000, 0, 3000], 0.2, seed=0, step=3), dropped[3])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_labels_that_are_dropped_do_not_depend_on_the_ranks(world_size: int) -> None:
+    labels = torch.arange(32)
+    whole = drop_labels(labels, [8, 24], 0.5, seed=0, step=3, groups=4)
+    for rank in range(world_size):
+        own = torch.cat([part[rank::world_size] for part in (labels[:8], labels[8:])])
+        found = drop_labels(
+            own, [8 // world_size, 24 // world_size], 0.5, seed=0, step=3, rank=rank, world_size=world_size, groups=4
+        )
+        assert torch.equal(found, torch.cat([part[rank::world_size] for part in (whole[:8], whole[8:])]))
+    assert 4 < (whole == -1).sum() < 28
