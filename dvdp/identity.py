@@ -26,7 +26,8 @@ TRAINING_SOURCES = (
 )  # fmt: skip
 SAMPLING_SOURCES = (
     "diffusion/philox.py", "diffusion/philox_cuda.py", "diffusion/timesteps.py", "diffusion/solvers.py",
-    "diffusion/guidance.py", "diffusion/sampling.py", "models/classes.py", "models/export.py",
+    "diffusion/guidance.py", "diffusion/conditional.py", "diffusion/sampling.py",
+    "models/classes.py", "models/export.py",
 )  # fmt: skip
 EVALUATION_SOURCES = (
     "evaluation/scores.py", "evaluation/reference.py", "evaluation/fidelity.py", "evaluation/coverage.py",

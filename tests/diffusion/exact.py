@@ -116,3 +116,27 @@ def digits(count: int, resolution: int) -> Tensor:
     """scikit-learn's handwritten digits, enlarged from 8 px: (count, 1, side, side) float64 in [-1, 1]."""
     small = torch.from_numpy(load_digits().images[:count]).unsqueeze(1) / 8 - 1
     return torch.nn.functional.interpolate(small, size=(resolution, resolution), mode="bilinear", align_corners=False)
+
+
+class DenseGaussianDenoiser:
+    """Exact for images (1, H, W) that are normal with mean zero and any covariance (H W, H W) of their pixels."""
+
+    def __init__(self, process: Process, covariance: Tensor) -> None:
+        self.process, self.schedule = process, process.schedule
+        self.resolution = round(len(covariance) ** 0.5)
+        self.covariances = [covariance]
+        for level in range(process.levels):
+            down = down_matrix(self.resolution >> level)
+            self.covariances.append(down @ self.covariances[-1] @ down.T)
+        self.maps: dict[int, Tensor] = {}
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        now = int(t[0])
+        if now not in self.maps:
+            level = sum(now > bound for bound in self.schedule.turning_points)
+            bands = projectors(self.resolution >> level, self.schedule.levels - level)
+            signal, noise = combine(self.schedule.signal[level:, now], bands), self.schedule.noise[-1, now]
+            total = signal @ self.covariances[level] @ signal + noise**2 * torch.eye(len(signal), dtype=torch.float64)
+            # Of E[noise z | x], where x = signal v + noise z.
+            self.maps[now] = noise * torch.linalg.inv(total)
+        return (x.flatten(1) @ self.maps[now].to(x.dtype).T).reshape(x.shape)
