@@ -394,6 +394,12 @@ def draw(
     guidance: list[float] = Option(
         [], metavar="SCALE", help="Not sampling.guidance_scale; once, or once a level, finest first."
     ),
+    image: str | None = Option(None, metavar="FILE", help="A picture that is given; one of the next four says how."),
+    mask: str | None = Option(None, metavar="FILE", help="Of its size: what is white in it is drawn anew."),
+    upscale: int | None = Option(None, metavar="N", help="It is N times smaller than what is drawn; a power of 2."),
+    strength: float | None = Option(None, metavar="X", help="Start from it, the more changed the nearer X is to 1."),
+    colourise: bool = Option(False, "--colourise", help="Keep its brightness alone."),
+    resampling: int | None = Option(None, metavar="N", help="Make each step N times; 5 with a mask."),
     device: Literal["cpu", "cuda"] = "cpu",
     out: str = Option("samples.png", metavar="FILE", help="The picture, a .png."),
 ) -> None:
@@ -402,7 +408,12 @@ def draw(
     from pipelines.commands.runs import draw
 
     scale = guidance[0] if len(guidance) == 1 else guidance or None
-    draw(weights, count, device, picture, seed=seed, steps=steps, solver=solver, label=label, guidance=scale)
+    request = {
+        "image": image and Path(image), "mask": mask and Path(mask), "upscale": upscale, "strength": strength,
+        "colourise": colourise, "resampling": resampling,
+    }  # fmt: skip
+    how = {"seed": seed, "steps": steps, "solver": solver, "label": label, "guidance": scale}
+    draw(weights, count, device, picture, request, **how)
 
 
 @app.command("import", rich_help_panel=RUNS)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from dvdp.models.denoiser import NetworkDenoiser
 from dvdp.models.pixels import to_uint8
 from dvdp.models.unet import ResidualBlock, UNet, build_network
 from dvdp.out_of_memory import in_batches
+
+if TYPE_CHECKING:
+    from dvdp.models.given import Given
 
 KIND = "dvdp model 1"
 
@@ -96,6 +99,7 @@ class TrainedModel:
         batch: int | None = None,
         label: str | None = None,
         guidance: float | Sequence[float] | None = None,
+        given: Given | None = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> Tensor:
         """Draw images number ``first`` .. ``first + count - 1``, as uint8 (count, 3, H, W).
@@ -107,6 +111,7 @@ class TrainedModel:
             label: name of the class of all images, for a class-conditional model; by default classes are drawn, as
                 frequent as in the data.
             guidance: in place of ``sampling.guidance_scale``.
+            given: an image, and what of it is known of all images.
 
         Raises:
             UserError: an argument is out of range, or there is no such class.
@@ -128,14 +133,14 @@ class TrainedModel:
                 self.run.check_guidance(sampling)
             except UserError as error:
                 raise UserError(f"{str(error).replace('guidance_scale', 'guidance', 1).rstrip('.')}.") from None
-        given = {"seed": seed, "solver": solver, "eta": eta, "variance": variance, "clip": clip}
-        chosen = {name: value for name, value in given.items() if value is not None}
+        asked_for = {"seed": seed, "solver": solver, "eta": eta, "variance": variance, "clip": clip}
+        chosen = {name: value for name, value in asked_for.items() if value is not None}
         options = {**sampling.options(steps), **chosen}
         options["batch"] = batch or self.run.sampling.batch
         size = images_together(self.process.levels, options["batch"])
 
         def draw(start: int, size: int) -> Tensor:
-            return self.draw(size, start, options, asked, callback).cpu()
+            return self.draw(size, start, options, asked, callback, given).cpu()
 
         parts = [part for _, part in in_batches(draw, first, first + count, size, self.device, "sampling.batch")]
         return torch.cat(parts) if parts else torch.empty((0, 3, self.resolution, self.resolution), dtype=torch.uint8)
@@ -147,6 +152,7 @@ class TrainedModel:
         options: Mapping[str, Any] | None = None,
         label: int | None = None,
         callback: Callable[[Progress], None] | None = None,
+        given: Given | None = None,
     ) -> Tensor:
         """Draw images, as uint8 (count, 3, H, W) on the model's device, which may still be at work on them.
 
@@ -156,10 +162,12 @@ class TrainedModel:
             first: number of the first image.
             options: of :func:`dvdp.diffusion.sampling.sample`, in place of those of the run's ``sampling`` section.
             label: of all images, for a class-conditional model; by default classes are drawn.
+            given: see :meth:`sample`.
         """
         options = self.run.sampling.options() if options is None else options
         labels = self.labels(options["seed"], first, count) if label is None else torch.full((count,), label)
         shape = (count, 3, self.resolution, self.resolution)
+        known = given.options(self.process, count, options["seed"], first, self.device) if given else {}
         with explained() if self.run.training.compile else contextlib.nullcontext():
             images = sample(
                 self.process,
@@ -169,7 +177,7 @@ class TrainedModel:
                 device=self.device,
                 callback=callback,
                 labels=labels,
-                **{"batch": self.run.sampling.batch, **options},
+                **{"batch": self.run.sampling.batch, **options, **known},
             )
         return to_uint8(images)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dvdp.evaluation.figures import grid, save_png
 from dvdp.evaluation.samples import SampleShards
 from dvdp.files import write_atomically
 from dvdp.models.export import load_model
+from dvdp.models.given import given
 from dvdp.training import checkpoints
 from dvdp.training.loop import is_finished
 from pipelines.jobs.cluster import cluster
@@ -120,8 +121,13 @@ def write_images(samples: Path, folder: Path, subject: Sampled) -> None:
             write_atomically(path, file.getvalue())
 
 
-def draw(weights: str, count: int, device: str, out: Path, **options: Any) -> None:
-    """One picture of images from a weights file; for ``options`` see :meth:`dvdp.models.export.TrainedModel.sample`."""
+def draw(weights: str, count: int, device: str, out: Path, request: Mapping[str, Any], **options: Any) -> None:
+    """One picture of images from a weights file.
+
+    Args:
+        request: of :func:`dvdp.models.given.given`.
+        options: of :meth:`dvdp.models.export.TrainedModel.sample`.
+    """
     if count < 1:
         raise UserError(f"--count: found {count}, expected at least 1.")
     if device == "cuda" and not torch.cuda.is_available():
@@ -131,4 +137,5 @@ def draw(weights: str, count: int, device: str, out: Path, **options: Any) -> No
     most = min(10_000, MOST_PICTURE_PIXELS // model.resolution**2)
     if count > most:
         raise UserError(f"--count: found {count}, expected at most {most:,} at {model.resolution} px, for a picture.")
-    print(save_png(grid(model.sample(count, **options)), out))
+    known = given(model.resolution, **request)
+    print(save_png(grid(model.sample(count, given=known, **options)), out))

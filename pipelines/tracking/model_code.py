@@ -28,6 +28,7 @@ from tqdm import tqdm
 from dvdp.diffusion.sampling import Progress
 from dvdp.errors import UserError
 from dvdp.models.export import load_model
+from dvdp.models.given import given
 
 #: Images of all rows of a request together, at most: a server answers none before all are drawn.
 MOST_IMAGES = 256
@@ -57,7 +58,9 @@ class ImageModel(PythonModel):
                 image of the seed, 0), ``label``, ``format`` (``png``, or ``numbers``), ``solver``, ``steps`` and
                 ``guidance`` (a number, or one a level). Where the last three are missing or null they are as in the
                 training run's ``sampling``; without a label, classes are drawn. Image i of a seed is the same image in
-                any request on one kind of device, within 1/255, and bit for bit in requests of the same count.
+                any request on one kind of device, within 1/255, and bit for bit in requests of the same count. A
+                picture may be given: ``image`` and ``mask`` in base64, ``upscale``, ``strength``, ``colourise`` and
+                ``resampling``, see :func:`dvdp.models.given.given`.
 
         Returns:
             A row for each image: ``image``, a PNG in base64 or uint8 (H, W, 3); the ``seed`` and ``index`` that draw
@@ -98,8 +101,12 @@ class ImageModel(PythonModel):
         label: str | None = None,
         guidance: float | list[float] | None = None,
         format: str = "png",
+        image: str | None = None,
+        mask: str | None = None,
+        **request: Any,
     ) -> pd.DataFrame:
         model = self.model
+        known = given(model.resolution, _decoded(image, "image"), _decoded(mask, "mask"), **request)
         seed = secrets.randbelow(2**31) if seed is None else seed
         evaluations = (steps or model.run.sampling.steps) * count
         with tqdm(total=evaluations, desc=f"{count} images", unit="evaluation", disable=None, leave=False) as bar:
@@ -108,7 +115,7 @@ class ImageModel(PythonModel):
                 bar.update(len(progress.state))
 
             options: dict[str, Any] = {"seed": seed, "first": first, "solver": solver, "steps": steps, "label": label}
-            options["guidance"] = guidance
+            options |= {"guidance": guidance, "given": known}
             images = model.sample(count, **options, callback=advance).permute(0, 2, 3, 1).contiguous().numpy()
         drawn = None if label else model.labels(seed, first, count)
         names = [label] * count if drawn is None else [self._name(number) for number in drawn.tolist()]
@@ -124,6 +131,16 @@ class ImageModel(PythonModel):
     def _name(self, label: int) -> str | None:
         names = self.model.classes.names if self.model.classes else ()
         return None if label < 0 else str(names[label] if label < len(names) else label)
+
+
+def _decoded(text: str | None, name: str) -> bytes | None:
+    """A picture from base64."""
+    if text is None:
+        return None
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise UserError(f"{name}: found '{text[:20]}...', expected a picture in base64.") from None
 
 
 def _is_missing(value: Any) -> bool:

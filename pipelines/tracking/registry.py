@@ -64,8 +64,15 @@ SIGNATURE = ModelSignature(
         [
             ColSpec(DataType.long, "count"),
             *(ColSpec(DataType.long, name, required=False) for name in ("seed", "first", "steps")),
-            *(ColSpec(DataType.string, name, required=False) for name in ("label", "format", "solver")),
-            ColSpec(AnyType(), "guidance", required=False),
+            *(
+                ColSpec(DataType.string, name, required=False)
+                for name in ("label", "format", "solver", "image", "mask")
+            ),
+            # Rows that leave a number out make floats of the others, which a column of whole numbers would refuse.
+            *(
+                ColSpec(AnyType(), name, required=False)
+                for name in ("guidance", "upscale", "strength", "colourise", "resampling")
+            ),
         ]
     ),
     outputs=Schema(

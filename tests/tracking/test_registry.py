@@ -27,6 +27,7 @@ from dvdp.errors import UserError
 from dvdp.evaluation.figures import grid
 from dvdp.evaluation.records import ScoreRecord
 from dvdp.models.export import load_model, save_model
+from dvdp.models.given import given
 from pipelines.addresses import healthy
 from pipelines.cli import main
 from pipelines.tracking.champion import CHAMPION, promote_best
@@ -241,6 +242,66 @@ def test_a_request_is_guided_as_it_says(tmp_path: Path) -> None:
         predict(loaded, {**row, "guidance": "high"})
 
 
+def coded(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_request_may_give_an_image(loaded: mlflow.pyfunc.PyFuncModel, tmp_path: Path) -> None:
+    model = load_model(small_model(tmp_path / "m.safetensors"))
+    random = np.random.default_rng(0)
+    image, small = (coded(random.integers(0, 256, (side, side, 3), dtype=np.uint8)) for side in (8, 4))
+    mask = coded(np.tri(8, dtype=np.uint8) * 255)
+    requests: list[dict[str, Any]] = [
+        {"image": image, "mask": mask, "resampling": 2},
+        {"image": image, "strength": 0.4},
+        {"image": small, "upscale": 2},
+        {"image": image, "colourise": True},
+        {},
+    ]
+    # All in one, where what a row leaves out is null.
+    rows = [
+        {"count": 2, "seed": 3}
+        | {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in request.items()}
+        for request in requests
+    ]
+    expected = [model.sample(2, seed=3, given=given(8, **r)).permute(0, 2, 3, 1).numpy() for r in requests]
+    np.testing.assert_array_equal(predict(loaded, *rows), np.concatenate(expected))
+    with pytest.raises(Exception, match=r"^image: found 'no base64!...', expected a picture in base64.$"):
+        predict(loaded, {"count": 1, "image": "no base64!", "strength": 0.5})
+    with pytest.raises(Exception, match=r"^mask: found 4 x 4 px, expected the size of the image, 8 x 8; resize it.$"):
+        predict(loaded, {**rows[0], "mask": rows[2]["image"]})
+
+
+def test_the_command_draws_from_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, out = small_model(tmp_path / "m.safetensors"), tmp_path / "out.png"
+    random = np.random.default_rng(0)
+    image, mask, small = (tmp_path / f"{name}.png" for name in ("image", "mask", "small"))
+    image.write_bytes(coded(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)))
+    small.write_bytes(coded(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)))
+    mask.write_bytes(coded(np.tri(8, dtype=np.uint8) * 255))
+    command, model = ["draw", str(weights), "--count", "2", "--seed", "3", "--out", str(out)], load_model(weights)
+    requests: list[dict[str, Any]] = [
+        {"image": image, "mask": mask},
+        {"image": image, "mask": mask, "strength": 0.5, "resampling": 2},
+        {"image": image, "strength": 0.4},
+        {"image": small, "upscale": 2},
+    ]
+    for request in requests:
+        assert main([*command, *(text for name, value in request.items() for text in (f"--{name}", str(value)))]) == 0
+        expected = grid(model.sample(2, seed=3, given=given(8, **request)))
+        np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(expected))
+    assert main([*command, "--image", str(image), "--colourise"]) == 0
+    capsys.readouterr()
+    assert main([*command, "--image", str(image), "--upscale", "4"]) == 0, "8 px are a multiple of 2"
+    assert main([*command, "--image", str(small), "--strength", "0.5"]) == 2
+    assert (
+        "dvdp: image: found 4 x 4 px, expected 8 x 8 or a multiple of it; crop or resize it.\n"
+        in capsys.readouterr().err
+    )
+
+
 def test_the_command_guides_by_one_scale_or_by_one_a_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, out = small_model(tmp_path / "m.safetensors", labels=["0", "7"], label_dropout=0.1), tmp_path / "g.png"
     command = ["draw", str(weights), "--count", "2", "--seed", "1", "--out", str(out)]
@@ -400,7 +461,7 @@ def test_it_serves_images_over_http(client: MlflowClient, tmp_path: Path, clean_
     assert refused["code"] == 400
     assert refused["message"] == "count: found 0, expected a number of images, at least 1."
     model = load_model(tmp_path / "weights-0.safetensors")
-    for i, given in enumerate(answers):
-        images = [Image.open(io.BytesIO(base64.b64decode(row["image"]))) for row in given["predictions"]]
+    for i, answer in enumerate(answers):
+        images = [Image.open(io.BytesIO(base64.b64decode(row["image"]))) for row in answer["predictions"]]
         expected = model.sample(2, seed=i % 3).permute(0, 2, 3, 1).numpy().astype(int)
         assert np.abs(np.stack(list(map(np.asarray, images))) - expected).max() <= 1
