@@ -121,11 +121,13 @@ def write_images(samples: Path, folder: Path, subject: Sampled) -> None:
             write_atomically(path, file.getvalue())
 
 
-def draw(weights: str, count: int, device: str, out: Path, request: Mapping[str, Any], **options: Any) -> None:
+def draw(
+    weights: str, count: int, device: str, out: Path, request: Mapping[str, Any] | None = None, **options: Any
+) -> None:
     """One picture of images from a weights file.
 
     Args:
-        request: of :func:`dvdp.models.given.given`.
+        request: what is given of the images, for :func:`dvdp.models.given.given`.
         options: of :meth:`dvdp.models.export.TrainedModel.sample`.
     """
     if count < 1:
@@ -137,5 +139,5 @@ def draw(weights: str, count: int, device: str, out: Path, request: Mapping[str,
     most = min(10_000, MOST_PICTURE_PIXELS // model.resolution**2)
     if count > most:
         raise UserError(f"--count: found {count}, expected at most {most:,} at {model.resolution} px, for a picture.")
-    known = given(model.resolution, **request)
+    known = given(model.resolution, **(request or {}))
     print(save_png(grid(model.sample(count, given=known, **options)), out))
