@@ -164,6 +164,22 @@ def test_another_sampler_adds_a_second_evaluation_and_leaves_the_first_and_the_r
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_likelihood_asked_for_afterwards_is_all_that_is_made(client: MlflowClient) -> None:
+    sampled()
+    assert main(["evaluate", "--model", ADDRESS]) == 0
+    before = files(Path("runs"))
+    write_params(evaluation={**TREE["evaluation"], "likelihood": 4})
+    assert main(["evaluate", "--model", ADDRESS]) == 0
+    (made,) = set(files(Path("runs"))) - set(before)
+    assert made.parent.name == "likelihoods"
+    assert {path: time for path, time in files(Path("runs")).items() if path != made} == before
+    first, second = evaluations(client)
+    more = json.loads(made.read_text())
+    assert more["bits_per_dim_images"] == 4
+    assert second.data.metrics == pytest.approx({**first.data.metrics, **more})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_published_statistics_are_a_score_of_their_own_beside_that_against_the_reference(
     client: MlflowClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
