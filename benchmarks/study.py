@@ -36,6 +36,7 @@ from dvdp.identity import sampling_hash, training_hash
 from dvdp.models.export import load_model
 from dvdp.models.flops import training_images
 from dvdp.training.loop import train
+from dvdp.training.start import with_start
 from pipelines.logs import to_terminal
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     results: list[dict[str, object]] = []
     for seed in params.seeds:
         for setting in params.settings:
-            results.append(_result(params, params.run(setting, seed), store, options.work))
+            results.append(_result(params, with_start(params.run(setting, seed)), store, options.work))
             write_atomically(options.out, json.dumps(_summary(params, results, options.work), indent=2) + "\n")
 
 
@@ -91,7 +92,7 @@ def trained(params: Params, settings: Sequence[str], work: Path, store: ImageSto
         raise UserError(f"--settings: found {', '.join(unknown)}, expected some of {', '.join(params.settings)}.")
     found = []
     for seed in params.seeds:
-        for run in (params.run(setting, seed) for setting in params.settings if setting in settings):
+        for run in (with_start(params.run(setting, seed)) for setting in params.settings if setting in settings):
             folder = work / "runs" / training_hash(run, store.metadata.digest, params.dataset.flip)
             if (folder / "weights.safetensors").exists():
                 found.append((run, folder))

@@ -65,6 +65,8 @@ def read_folder(folder: Path, arguments: Mapping[str, Any]) -> Foreign:
         widths = [int(width) for width in config["block_out_channels"]]
         down, up = list(config["down_block_types"]), list(config["up_block_types"])
         blocks, size = int(config.get("layers_per_block", 2)), int(config["sample_size"])
+        if not len(widths) == len(down) == len(up) > 0 or min(*widths, blocks, size) < 1:
+            raise ValueError("sizes")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"import: found no usable {error} in '{folder / 'config.json'}', expected block_out_channels,"

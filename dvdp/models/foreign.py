@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,13 @@ def import_unet(foreign: Foreign, out: Path, source: str) -> Run:
             "model": dict(foreign.model),
             "schedule": dict(foreign.schedule),
             "training": {"precision": "fp32", "preview_steps": 1},
-            "sampling": {"steps": min(50, foreign.schedule["timesteps"])},
+            # As many as any process has.
+            "sampling": {"steps": 1},
         },
         source,
     )
     run = params.runs()[0]
+    run = replace(run, sampling=replace(run.sampling, steps=min(50, run.schedule.timesteps)))
     weights = convert(foreign, run.model, source)
     classes = run.model.num_classes
     about = {

@@ -58,12 +58,17 @@ def read_checkpoint(path: Path, arguments: Mapping[str, Any]) -> Foreign:
             raise UserError(f"--arguments: found '{name}'{hint}, expected arguments of guided-diffusion: {_names()}.")
     of, source = {**DEFAULTS, **arguments}, str(path)
     state = read_state(path)
+    for name, default in DEFAULTS.items():
+        if isinstance(default, bool) and not isinstance(of[name], bool):
+            raise UserError(f"--arguments: {name}: found {of[name]!r}, expected true or false.")
     for name, needed in (("use_scale_shift_norm", True), ("resblock_updown", True), ("rescale_timesteps", False)):
         if of[name] is not needed and not (name == "rescale_timesteps" and of["diffusion_steps"] == 1000):
             raise differs(source, f"{name} {of[name]}", str(needed))
     size, width, blocks = (_whole(of, name) for name in ("image_size", "num_channels", "num_res_blocks"))
     mult = _list(of, "channel_mult", CHANNEL_MULT.get(size, ""))
-    factors = sorted({size // resolution for resolution in _list(of, "attention_resolutions")})
+    asked = {size // resolution for resolution in _list(of, "attention_resolutions")}
+    # It passes over resolutions that no stage has.
+    factors = [2**i for i in range(len(mult)) if 2**i in asked]
     stages = _stages(len(mult), blocks, factors)
     heads = of["num_head_channels"]
     if heads == -1:
@@ -80,7 +85,7 @@ def read_checkpoint(path: Path, arguments: Mapping[str, Any]) -> Foreign:
             "model_channels": width,
             "channel_mult": mult,
             "num_res_blocks": blocks,
-            "attention_factors": [factor for factor in factors if factor <= 2 ** (len(mult) - 1)],
+            "attention_factors": factors,
             "num_head_channels": heads,
             "num_classes": 0 if classes is None else len(classes),
         },
