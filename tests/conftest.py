@@ -6,6 +6,7 @@ import os
 from collections.abc import Generator, Iterator
 
 import pytest
+import torch
 
 # Here and in what tests start: several threads of several processes wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,12 @@ def fp32_on_every_machine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dvdp.precision.cpu_instructions", set)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forks_can_train() -> None:
+    """The autograd engine counts devices once: with a fake GPU it would find one, and not run in a fork."""
+    torch.ones((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
 
 
 @pytest.hookimpl(wrapper=True)
