@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dvdp.errors import UserError
-from pipelines.addresses import public
+from pipelines.addresses import PREFECT_SECRET, public
 
 #: Variables with the address of a server.
 ADDRESSES = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL")
@@ -118,7 +118,7 @@ def temporary_folder(longest: int) -> Path:
 
 
 def check_prefect() -> None:
-    """Raise UserError if Prefect's client cannot start, or ``PREFECT_API_URL`` is not a server that answers."""
+    """Raise UserError if Prefect's client cannot start, or ``PREFECT_API_URL`` is not a server that answers us."""
     import httpx
 
     try:
@@ -133,13 +133,18 @@ def check_prefect() -> None:
     address = os.environ.get("PREFECT_API_URL", "")
     if not address:
         return
-    problem = ""
+    problem, secret = "", os.environ.get(PREFECT_SECRET, "")
+    name, _, password = secret.partition(":")
+    refused = False
     with client:
         try:
             answer = client.get(f"{address.rstrip('/')}/health")
             # Prefect Cloud wants a key before it says anything.
             if answer.status_code not in (401, 403) and answer.text.strip() != "true":
                 problem = f"status {answer.status_code}, and no word of Prefect's"
+            elif "PREFECT_API_KEY" not in os.environ:
+                version = client.get(f"{address.rstrip('/')}/admin/version", auth=(name, password) if secret else None)
+                refused = version.status_code == 401
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             problem = f"{error or type(error).__name__}"
     if problem:
@@ -147,3 +152,16 @@ def check_prefect() -> None:
             f"PREFECT_API_URL: found no Prefect server that answers at '{public(address)}' ({problem}), expected one"
             " such as http://127.0.0.1:4200/api; start it, or unset the variable to use a temporary one."
         )
+    if refused and not _in_profile():
+        raise UserError(
+            f"{PREFECT_SECRET}: found {'other' if secret else 'no'} words for Prefect's server at '{public(address)}',"
+            " expected the name and password that it asks for; for `make services` unset PREFECT_API_URL, and dvdp"
+            " finds both, or take them from `python -m infra.services env`."
+        )
+
+
+def _in_profile() -> bool:
+    """Whether a profile of Prefect says how to authenticate."""
+    from prefect.settings import load_current_profile
+
+    return bool({PREFECT_SECRET, "PREFECT_API_KEY"} & {each.name for each in load_current_profile().settings})

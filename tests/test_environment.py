@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import os
 import socket
@@ -240,6 +241,33 @@ def test_proxies_and_certificates_that_cannot_be_used_are_one_sentence(
     with pytest.raises(UserError, match=f"^proxies and certificates: found .*{name}=") as caught:
         check_prefect()
     assert "secret" not in str(caught.value)
+
+
+def test_a_prefect_server_that_does_not_know_us_is_one_sentence(setenv: pytest.MonkeyPatch) -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.headers["Authorization"] == f"Basic {base64.b64encode(b'dvdp:secret').decode()}"
+            self.send_response(200 if known or self.path == "/api/health" else 401)
+            self.end_headers()
+            self.wfile.write(b"true")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever).start()
+    try:
+        setenv.setenv("PREFECT_API_URL", f"http://127.0.0.1:{server.server_port}/api")
+        for given, found in (("", "no"), ("dvdp:guess", "other")):
+            setenv.setenv("PREFECT_API_AUTH_STRING", given)
+            with pytest.raises(UserError, match=rf"^PREFECT_API_AUTH_STRING: found {found} words for ") as caught:
+                check_prefect()
+            assert "guess" not in str(caught.value)
+        setenv.setenv("PREFECT_API_AUTH_STRING", "dvdp:secret")
+        check_prefect()
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_socks_proxy_is_no_obstacle(setenv: pytest.MonkeyPatch) -> None:

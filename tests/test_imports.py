@@ -52,7 +52,8 @@ MAY_IMPORT = {
     "pipelines.tracking": {"dvdp", "pipelines.addresses", "pipelines.jobs", "pipelines.provenance"},
     "pipelines.webhook": set(),
     "pipelines.artifacts": set(),
-    "pipelines.prefect_server": {"pipelines.addresses"},
+    "pipelines.loopback": set(),
+    "pipelines.prefect_server": {"pipelines.addresses", "pipelines.loopback"},
     "pipelines.left_behind": {"dvdp", "pipelines.tracking", "pipelines.webhook"},
     "pipelines.turning_points": {"dvdp", "pipelines.jobs", "pipelines.tracking"},
     "pipelines.starts": {"dvdp", "pipelines.tracking"},
@@ -61,7 +62,8 @@ MAY_IMPORT = {
     },
     "pipelines.commands": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.starts",
-        "pipelines.reports", "pipelines.left_behind", "pipelines.artifacts", "pipelines.prefect_server",
+        "pipelines.reports", "pipelines.left_behind", "pipelines.artifacts", "pipelines.loopback",
+        "pipelines.prefect_server",
     },
     "pipelines.experiment": {
         "dvdp", "pipelines.jobs", "pipelines.tracking", "pipelines.turning_points", "pipelines.reports",

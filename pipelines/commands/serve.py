@@ -16,6 +16,7 @@ from mlflow.pyfunc import PyFuncModel
 from dvdp.config import Params
 from dvdp.diffusion.solvers import SOLVERS
 from dvdp.models.export import TrainedModel
+from pipelines.loopback import LoopbackOnly
 from pipelines.reports.text_tables import as_page
 from pipelines.tracking.champion import CHAMPION
 from pipelines.tracking.job_runs import model_name
@@ -46,6 +47,7 @@ def pages(model: PyFuncModel, title: str) -> FastAPI:
     """The page at ``/``, and at ``/draw`` the images of a request: JSON as ``model_code.ImageModel.predict`` has it."""
     trained: TrainedModel = model.unwrap_python_model().model
     app, alone = FastAPI(), threading.Lock()
+    app.add_middleware(LoopbackOnly)
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:

@@ -80,6 +80,14 @@ def test_what_cannot_be_drawn_is_one_sentence(served: tuple[str, Path]) -> None:
     assert json.load(error.value) == {"message": "label: found 'cow', expected one of cat, <dog>."}
 
 
+@pytest.mark.parametrize("stranger", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}])
+def test_strangers_are_refused(served: tuple[str, Path], stranger: dict[str, str]) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with pytest.raises(urllib.error.HTTPError) as error:
+        opener.open(urllib.request.Request(f"{served[0]}/", headers=stranger), timeout=60)
+    assert error.value.code == 403
+
+
 def test_a_browser_shows_the_images_that_an_address_asks_for(served: tuple[str, Path], tmp_path: Path) -> None:
     chromium = shutil.which("chromium")
     if chromium is None:
