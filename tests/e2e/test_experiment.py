@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
 from tests.e2e.support import Project, sentence
+from tests.jobs.test_cluster import is_loopback, listening
+
+
+def sockets(pid: int) -> set[tuple[str, str]]:
+    """Names of a command and all that it started, with the addresses that they listen on."""
+    found = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found |= {(each.name(), socket.laddr.ip) for socket in listening(each)}
+    return found
 
 
 @pytest.mark.slow
@@ -23,8 +38,14 @@ def test_a_setting_that_fails_does_not_stop_the_others(project: Callable[..., Pr
         },
         training={"images": 1600},
     )
-    done = here.run("dvdp", "experiment", "--reports", "reports", status=1)
-    said = sentence(done.stderr)
+    process, heard = here.start("dvdp", "experiment", "--reports", "reports"), set()
+    while process.poll() is None:
+        heard |= sockets(process.pid)
+        time.sleep(0.5)
+    printed = here.finish(process, status=1)
+    assert {"gcs_server", "raylet", "python"} <= {name for name, _ in heard}, "Ray and the temporary Prefect server"
+    assert [each for each in heard if not is_loopback(each[1])] == []
+    said = sentence(printed)
     assert said.startswith("wild failed: loss: found nan after ")
     assert "of wild seed 0, expected a finite number" in said
 
@@ -45,7 +66,7 @@ def test_a_setting_that_fails_does_not_stop_the_others(project: Callable[..., Pr
     assert re.fullmatch(r"digits: ddpm, fd_labels \d+\.\d+( ± \d+\.\d+)?", comparison.info.run_name)
     assert comparison.data.metrics["score_best"] == comparison.data.metrics["ddpm/score"]
     assert comparison.data.metrics["ddpm/training_speedup"] == 1
-    (page,) = re.findall(r"MLflow:  make ui, then open http://127.0.0.1:5000(\S+)", done.stdout + done.stderr)
+    (page,) = re.findall(r"MLflow:  make ui, then open http://127.0.0.1:5000(\S+)", printed)
     assert page == f"/#/experiments/{experiment.experiment_id}/runs"
     paper = client.list_artifacts(comparison.info.run_id, "paper")
     assert {artifact.path for artifact in paper} == {f"paper/tables.{kind}" for kind in ("csv", "html", "md")}
