@@ -74,7 +74,7 @@ COMMANDS = ("check", "prepare", "report", *NEED_DATA)
 def test_every_command_refuses_a_mistyped_key(answer: Answer, command: str) -> None:
     said = answer(command, change=lambda tree: tree["training"].update(learning_rat=0.1))
     assert said.startswith(
-        "params.yaml: training.learning_rat: unknown key (did you mean 'learning_rate'?), expected one of images,"
+        "params.yaml: training.learning_rat: unknown key (did you mean 'learning_rate'?), expected one of start,"
     )
 
 
