@@ -116,10 +116,12 @@ def variational_bound(
             noise = source.normal(x0.shape[1:])
             levels = torch.bucketize(t, torch.tensor(process.schedule.turning_points, dtype=t.dtype))
             for level in levels.unique().tolist():
-                here = (levels == level).to(device)
-                given = () if conditions is None else (conditions[here],)
-                kl = _step(process, denoiser, x0[here], t[levels == level], level, noise[here], variance, clip, *given)
-                terms[f"level_{level}"][here] += weight[levels == level].to(device) * kl
+                # By places and not by a mask, whose number of images a GPU would be waited for.
+                here = (levels == level).nonzero().flatten()
+                there = here.to(device)
+                given = () if conditions is None else (conditions[there],)
+                kl = _step(process, denoiser, x0[there], t[here], level, noise[there], variance, clip, *given)
+                terms[f"level_{level}"][there] += weight[here].to(device) * kl
         return {**terms, **entered(process, x0)}
 
     for _, terms in in_batches(bound, 0, len(images), batch, torch.device(device), "likelihood"):

@@ -8,14 +8,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 
 import pipelines
 from benchmarks.gpu.fake import fake_gpu
 from dvdp.diffusion.randomness import ImageNoise
 from dvdp.diffusion.solvers import SOLVERS
+from dvdp.evaluation.likelihood import variational_bound
+from dvdp.evaluation.probability_flow import flow_likelihood
 from dvdp.evaluation.samples import write_shard
 from dvdp.models.export import load_model
+from dvdp.models.given import Given
 from dvdp.training.transfer import to_host
 from tests.gpu.support import GPU, SMALL, tiny_run, trained
 
@@ -40,6 +44,38 @@ def test_every_solver_waits_for_nothing_but_its_tables(tmp_path: Path) -> None:
             # Labels and the tables of a level are copied before its first call; between calls of a level nothing is.
             assert waits[1] == waits[3] == set(), solver
             assert waits[0] | waits[2] <= {"copy from the host, dvdp/diffusion/sampling.py"}, solver
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        Given(torch.zeros(1, 3, 8, 8), torch.ones(1, 1, 8, 8, dtype=torch.bool), resampling=2),
+        Given(torch.zeros(1, 3, 4, 4), upscale=2),
+        Given(torch.zeros(1, 3, 8, 8), strength=0.5),
+        Given(torch.zeros(1, 3, 8, 8), colourise=True),
+    ],
+    ids=["guidance alone", "mask", "upscale", "strength", "colourise"],
+)
+def test_guided_images_of_what_is_given_are_drawn_on_the_gpu(tmp_path: Path, given: Given | None) -> None:
+    weights = trained(tiny_run(SMALL, label_dropout=0.1), tmp_path / "weights.safetensors")
+    with fake_gpu() as gpu:
+        model = load_model(weights, "cuda")
+        options = {**model.run.sampling.options(), "guidance_scale": (1.0, 2.0)}
+        assert model.draw(2, options=options, given=given).device == GPU
+        assert {wait.what for wait in gpu.waits} == {"copy from the host"}, "of tables and of what is given"
+
+
+def test_likelihoods_are_computed_on_the_gpu(tmp_path: Path) -> None:
+    weights = trained(tiny_run(SMALL), tmp_path / "weights.safetensors")
+    images, labels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    with fake_gpu() as gpu:
+        model = load_model(weights, "cuda")
+        drawn_with = model.process, model.denoiser, images
+        assert len(variational_bound(*drawn_with, timesteps=4, labels=labels, device="cuda").images) == 2
+        assert len(flow_likelihood(*drawn_with, steps=4, labels=labels, device="cuda").images) == 2
+        convolutions = [launch for launch in gpu.launches if launch.kernel.operator == "convolution"]
+        assert {launch.kernel.dtype for launch in convolutions} == {torch.float32}
 
 
 def test_noise_of_images_is_drawn_on_the_gpu() -> None:

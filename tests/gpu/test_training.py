@@ -48,8 +48,9 @@ def test_a_step_keeps_to_its_device_and_waits_for_nothing(optimizer: str, precis
         ({"networks": "per_level"}, {"levels": "one"}),
         ({"prediction_type": "epsilon", "num_classes": 0}, {"accumulation": 2}),
         ({"prediction_type": "sample"}, {"activation_checkpointing": True}),
+        (SMALL, {"label_dropout": 0.2}),
     ],
-    ids=["per_level", "accumulation", "activation_checkpointing"],
+    ids=["per_level", "accumulation", "activation_checkpointing", "label_dropout"],
 )
 def test_a_step_of_every_kind_waits_for_nothing(model: dict[str, Any], settings: dict[str, Any]) -> None:
     with fake_gpu() as gpu:
