@@ -93,6 +93,18 @@ def test_few_steps_are_compared_with_the_studys_own_sampling(study: Path) -> Non
         assert row["over_many_steps"] == pytest.approx(row["score"] / many[row["seed"]]["score"], rel=1e-2)
 
 
+def test_both_variances_are_scored_at_each_number_of_steps(study: Path) -> None:
+    found = measured(study, "variances", "--settings", "dvdp-500", "--steps", 4, 8)
+    assert [(row["seed"], row["steps"]) for row in found["runs"]] == [(0, 4), (0, 8), (1, 4), (1, 8)]
+    for row in found["runs"]:
+        small, large = row["fixed_small"], row["fixed_large"]
+        assert small["finest_band"] < large["finest_band"], "more noise in each step makes more detail"
+        assert small["score"] != large["score"]
+    rows = json.loads((study / "study.json").read_text())["runs"]
+    known = {row["seed"]: row["fd_labels"] for row in rows if row["setting"] == "dvdp-500"}
+    assert {row["seed"]: row["fixed_small"]["score"] for row in found["runs"] if row["steps"] == 8} == known
+
+
 def test_lifts_with_the_datas_variance_change_subspace_diffusion_alone(study: Path) -> None:
     found = measured(study, "lifts")
     for row in found["runs"]:
