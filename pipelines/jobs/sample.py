@@ -100,15 +100,22 @@ class Sampler:
         """Draw images number ``first`` on; what is returned writes them once they are there, and returns their number.
 
         What they took, by the clock between two calls, is written beside them. Where memory runs out, they are drawn
-        in smaller parts, each with a file of its own, and so are those of later calls.
+        in smaller parts, each with a file of its own, and so are those of later calls. What a worker wrote before it
+        died, and could not report, is kept.
         """
-        begun, asked, parts = time.perf_counter(), min(count, self._most or count), []
+        begun, end = time.perf_counter(), first + count
+        while first < end and (kept := images_in(self._folder / f"{first:08d}.npy")):
+            first += kept
+        if first >= end:
+            return lambda: count
+        left, parts = end - first, []
+        asked = min(left, self._most or left)
 
         def draw(start: int, size: int) -> tuple[int, Callable[[], Tensor]]:
             return size, to_host(self._model.draw(size, start))
 
         with to_file(self._folder.parents[1] / LOG):
-            for part in in_batches(draw, first, first + count, asked, self._model.device, "sampling.batch"):
+            for part in in_batches(draw, first, end, asked, self._model.device, "sampling.batch"):
                 parts.append(part)
         largest = max(size for _, (size, _) in parts)
         if largest < asked:
@@ -121,7 +128,7 @@ class Sampler:
                 seconds = self._there - max(begun, last)
             for start, images in drawn:
                 path = self._folder / f"{start:08d}.npy"
-                write_atomically(path.with_suffix(".seconds"), str(seconds * len(images) / count))
+                write_atomically(path.with_suffix(".seconds"), str(seconds * len(images) / left))
                 # Last: a shard that is there is complete.
                 write_shard(path, images)
             return count

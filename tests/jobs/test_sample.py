@@ -82,6 +82,22 @@ def test_samples_are_drawn_as_the_params_say_now_not_as_they_said_when_the_model
         assert (name == "same") == np.array_equal(found, np.load(tmp_path / "same" / "00000002.npy"))
 
 
+def test_what_a_worker_wrote_before_it_died_is_not_drawn_again(tmp_path: Path) -> None:
+    (run,) = params().runs()
+    weights, drawn = trained(run, tmp_path / "weights.safetensors"), tmp_path / "drawn"
+    again = sampler(weights, drawn, run.sampling)
+    assert again(4, 2)() == 2
+    there = drawn / "00000004.npy"
+    written = there.stat().st_mtime_ns
+    assert again(4, 2)() == 2, "all of it"
+    assert again(4, 5)() == 5, "the first part of it, of two into which it was cut for want of memory"
+    assert there.stat().st_mtime_ns == written
+    assert sorted(path.name for path in drawn.glob("*.npy")) == ["00000004.npy", "00000006.npy"]
+    assert float((drawn / "00000006.seconds").read_text()) > 0
+    expected = load_model(weights, sampling=run.sampling).sample(5, first=4).numpy()
+    np.testing.assert_array_equal(np.concatenate([np.load(path) for path in sorted(drawn.glob("*.npy"))]), expected)
+
+
 def test_images_are_the_same_in_shards_of_any_size(tmp_path: Path) -> None:
     (run,) = params().runs()
     weights = trained(run, tmp_path / "weights.safetensors")
